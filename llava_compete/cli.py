@@ -1,0 +1,71 @@
+"""The `llava-compete` command: a table of subcommands, each a thin module in `llava_compete.commands`.
+
+A command module has `add_arguments(parser)` and `run(arguments) -> int | None`, and is imported only when it is
+chosen, so that `--help` is instant. A `UserError` becomes one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from llava_compete.errors import UserError
+
+# (words typed by the user) -> (module in llava_compete.commands, one line of help)
+COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
+    ("train",): ("train", "run one training stage from a YAML config"),
+    ("upcycle",): ("upcycle", "turn the dense MLPs of a checkpoint into mixtures of experts"),
+    ("eval",): ("eval", "evaluate a checkpoint with lmms-eval"),
+    ("data", "demo"): ("data_demo", "build the demo data (real digits, rendered scenes) in LLaVA's format"),
+}
+GROUPS = {
+    "data": "build, check and measure training data",
+}
+
+
+def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """Build the parser; only the module of the command named by `argv` is imported."""
+    parser = argparse.ArgumentParser(
+        prog="llava-compete",
+        description="Visual instruction tuning with competition-routed mixtures of experts.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]] = {}
+    words = tuple(argv[:2])
+    for names, (module_name, summary) in COMMANDS.items():
+        parent = commands
+        if len(names) == 2:
+            group = names[0]
+            if group not in groups:
+                group_parser = commands.add_parser(group, help=GROUPS[group], description=GROUPS[group])
+                groups[group] = group_parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+            parent = groups[group]
+        chosen = words[: len(names)] == names
+        module = importlib.import_module(f"llava_compete.commands.{module_name}") if chosen else None
+        command = parent.add_parser(
+            names[-1],
+            help=summary,
+            description=(module.__doc__ if module else summary),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if module:
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        arguments = build_parser(argv).parse_args(argv)
+        return arguments.run(arguments) or 0
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

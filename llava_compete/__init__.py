@@ -1,0 +1,1 @@
+"""llava_compete: visual instruction tuning with competition-routed sparse mixtures of experts."""

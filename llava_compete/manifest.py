@@ -1,0 +1,80 @@
+"""What a run was: resolved config, package versions, git state, seeds and data digest, saved beside its results.
+
+Every command that makes a checkpoint or a score calls `write_manifest`; nothing in the program reads it back to
+decide behaviour (that is config.json's job), except to refuse a resume whose data or geometry changed.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from llava_compete.config import dump_yaml
+
+PACKAGES = (
+    "llava_compete", "torch", "torchvision", "transformers", "accelerate", "deepspeed", "open_clip_torch", "timm",
+    "peft", "datasets", "tokenizers", "safetensors", "pillow", "numpy", "lmms-eval", "lm-eval",
+)  # fmt: skip
+
+
+def package_versions() -> dict[str, str]:
+    """Installed version by package; packages that are not installed are left out."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of the source tree and whether it has uncommitted changes; empty outside a git checkout."""
+
+    def git(*words: str) -> str:
+        source = Path(__file__).resolve().parent
+        return subprocess.run(["git", "-C", str(source), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+
+
+def write_manifest(
+    directory: Path,
+    config: BaseModel | dict[str, Any],
+    *,
+    seeds: dict[str, int],
+    data_digest: str | None,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write `run/config.yaml` and `run/manifest.json` under `directory`."""
+    run = Path(directory) / "run"
+    run.mkdir(parents=True, exist_ok=True)
+    dump_yaml(config, run / "config.yaml")
+    manifest = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "packages": package_versions(),
+        "git": git_state(),
+        "seeds": seeds,
+        "data_digest": data_digest,
+        **(extra or {}),
+    }
+    write_json(run / "manifest.json", manifest)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader never sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)

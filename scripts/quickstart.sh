@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# The main job on the bundled default: demo data, pretrain_align, upcycle, sft, evaluation and a closing report.
+#   bash scripts/quickstart.sh            goes on from the last finished stage
+#   bash scripts/quickstart.sh --fresh    starts over
+#   bash scripts/quickstart.sh --smoke    a few steps of each stage over the same path, then checks what was written
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=lib/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
+
+fresh=no smoke=no
+for argument in "$@"; do
+  case "$argument" in
+    --fresh) fresh=yes ;;
+    --smoke) smoke=yes fresh=yes ;;
+    *) die "scripts/quickstart.sh: unknown argument '$argument' (expected --fresh or --smoke)" ;;
+  esac
+done
+
+OUT=outputs/quickstart train_overrides=() eval_overrides=()
+if [ "$smoke" = yes ]; then
+  OUT=outputs/smoke
+  train_overrides=(training.max_steps=4 training.logging_steps=1)
+  eval_overrides=(limit=16)
+fi
+if [ "$fresh" = yes ]; then rm -rf "$OUT"; fi
+mkdir -p "$OUT/stages"
+
+# stage NAME FINGERPRINT COMMAND...: runs the command unless this stage finished before with the same fingerprint,
+# and records its seconds. A stage that runs makes every later one run: its input is new.
+upstream=""
+stage() {
+  local name=$1 inputs=$2 mark=$OUT/stages/$1 started fingerprint
+  shift 2
+  fingerprint=$(printf '%s %s' "$upstream" "$inputs" | sha256sum | cut -d' ' -f1)
+  upstream=$fingerprint
+  if [ -f "$mark" ] && [ "$(cut -d' ' -f1 "$mark")" = "$fingerprint" ]; then
+    say "$name: finished before, skipped (--fresh starts over)"
+    return
+  fi
+  if [ -f "$OUT/stages/$name.started" ] && [ "$(cat "$OUT/stages/$name.started")" != "$fingerprint" ]; then
+    rm -rf "${OUT:?}/$name" # made from other inputs: not something to go on from
+  fi
+  rm -f "$mark"
+  echo "$fingerprint" >"$OUT/stages/$name.started"
+  say "$name"
+  started=$(date +%s.%N)
+  "$@" || die "stage $name failed (above); run the same command again to go on from here"
+  echo "$fingerprint $(awk -v a="$started" -v b="$(date +%s.%N)" 'BEGIN {printf "%.1f", b - a}')" >"$mark"
+}
+
+config_sum() { cat "configs/demo/$1.yaml" | sha256sum; }
+
+stage setup "$(cat pyproject.toml constraints.txt | sha256sum)" ensure_venv
+ensure_venv # an environment that was removed since then is made again
+export PATH="$VENV/bin:$PATH"
+stage data "$(cat llava_compete/data/demo*.py | sha256sum)" llava-compete data demo --out playground/data/demo
+stage pretrain_align "$(config_sum pretrain_align)" \
+  bash scripts/pretrain_align.sh configs/demo/pretrain_align.yaml output_dir="$OUT/pretrain_align" "${train_overrides[@]}"
+stage upcycle "$(config_sum upcycle)" \
+  bash scripts/upcycle.sh configs/demo/upcycle.yaml model.checkpoint="$OUT/pretrain_align" output_dir="$OUT/upcycle"
+stage sft "$(config_sum sft)" \
+  bash scripts/sft.sh configs/demo/sft.yaml model.checkpoint="$OUT/upcycle" output_dir="$OUT/sft" "${train_overrides[@]}"
+stage eval "$(config_sum eval)" \
+  bash scripts/eval.sh configs/demo/eval.yaml checkpoint="$OUT/sft" output_dir="$OUT/eval" "${eval_overrides[@]}"
+llava-compete report "$OUT"

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Sets up and passes the tests: static checks, then pytest. Arguments go to pytest, for example:
+#   bash scripts/test.sh                 the default selection (a few minutes on 2 cores)
+#   bash scripts/test.sh -m slow         the long ones; -m gpu and -m network where there is a GPU or a network
+#   bash scripts/test.sh tests/moe -k schedule
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=lib/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
+ensure_venv
+export PATH="$VENV/bin:$PATH"
+# Two test processes with one thread each use 2 cores better than one process with two threads on tiny tensors.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
+
+if [ $# -eq 0 ]; then
+  say "Static checks"
+  ruff check .
+  ruff format --check .
+  mypy
+  git ls-files '*.sh' '*.sbatch' | xargs -r shellcheck -x
+fi
+say "Tests"
+exec python -m pytest "$@"

@@ -18,6 +18,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("train",): ("train", "run one training stage from a YAML config"),
     ("upcycle",): ("upcycle", "turn the dense MLPs of a checkpoint into mixtures of experts"),
     ("eval",): ("eval", "evaluate a checkpoint with lmms-eval"),
+    ("report",): ("report", "summarise a finished quickstart: table, metrics.json, figures"),
     ("data", "demo"): ("data_demo", "build the demo data (real digits, rendered scenes) in LLaVA's format"),
 }
 GROUPS = {

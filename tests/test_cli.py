@@ -1,0 +1,33 @@
+"""The command table: every row has a module with help, errors are one line with a non-zero status."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from llava_compete.cli import COMMANDS, GROUPS, build_parser, main
+
+
+@pytest.mark.parametrize("words", list(COMMANDS), ids=" ".join)
+def test_every_command_has_help(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    module = importlib.import_module(f"llava_compete.commands.{COMMANDS[words][0]}")
+    assert module.__doc__
+    with pytest.raises(SystemExit, match="0"):
+        build_parser([*words, "--help"]).parse_args([*words, "--help"])
+    assert words[-1] in capsys.readouterr().out
+
+
+def test_groups_are_described() -> None:
+    assert {words[0] for words in COMMANDS if len(words) == 2} == set(GROUPS)
+
+
+def test_user_error_is_one_line_and_status_2(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_module_runs_as_a_command() -> None:
+    result = subprocess.run([sys.executable, "-m", "llava_compete.cli", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "upcycle" in result.stdout

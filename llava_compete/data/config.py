@@ -1,0 +1,41 @@
+"""The `data` section of a training config: sources, length limit, images that fail, validation split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from llava_compete.config import StrictConfig
+
+
+class SourceSection(StrictConfig):
+    """One source of a mixture; metrics keep sources apart by `name`."""
+
+    name: str = Field(min_length=1)
+    path: Path
+    image_folder: Path | None = None  # images are named relative to it; default: the folder of `path`
+    weight: float = Field(default=1.0, gt=0)  # share of the rows used in an epoch; 2 = each row twice
+    max_rows: int | None = Field(default=None, ge=1)
+
+
+class DataSection(StrictConfig):
+    """What a stage trains on."""
+
+    sources: list[SourceSection] = Field(min_length=1)
+    max_length: int = Field(default=2048, ge=1)  # tokens, expanded image tokens included
+    packing: bool = False
+    on_bad_image: Literal["error", "skip"] = "error"
+    max_bad_images: int = Field(default=100, ge=0)  # with "skip": more than this stops the run
+    max_rejected_share: float = Field(default=0.01, ge=0, le=1)  # rows without a supervised turn in `max_length`
+    validation_fraction: float = Field(default=0.0, ge=0, lt=1)
+    cache_dir: Path | None = None  # of the Arrow tables; default: below the cache of `datasets`
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> DataSection:
+        names = [source.name for source in self.sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two sources are called {twice[0]!r}: metrics could not keep them apart")
+        return self

@@ -1,0 +1,86 @@
+"""Which rows form which batch: a pure function of (seed, epoch, lengths, modalities, global batch size).
+
+Global batches do not depend on how many ranks, micro-batches or accumulation steps share them: those only slice.
+Inside a global batch rows are sorted by modality and length, so that a micro-batch is all image or all text where the
+mix allows, with little padding; the order of global batches is shuffled. Each row comes exactly once an epoch; the
+last global batch may be smaller (then ranks get as equal shares as possible, and a rank without rows gets an empty
+micro-batch list entry, see `micro_batches`). Everything is numpy: no Python list as long as the data set.
+
+Caller: the trainer, as the batch sampler of its data loader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+_MEGABATCH = 32  # global batches that are sorted by length together
+
+
+def epoch_order(
+    lengths: np.ndarray, modalities: np.ndarray, global_batch_size: int, seed: int, epoch: int
+) -> np.ndarray:
+    """All row numbers in the order of one epoch: int64 [N]; batch b is [b·G, (b+1)·G)."""
+    count, batch = len(lengths), global_batch_size
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(count)
+    # Shuffled rows are cut into large chunks and sorted by (modality, length) inside each: batches get rows of
+    # similar length and mostly one modality, while their make-up differs from epoch to epoch.
+    for start in range(0, count, batch * _MEGABATCH):
+        chunk = order[start : start + batch * _MEGABATCH]
+        order[start : start + len(chunk)] = chunk[np.lexsort((lengths[chunk], modalities[chunk]))]
+    full = count // batch
+    shuffled = rng.permutation(full)
+    return np.concatenate([order[: full * batch].reshape(full, batch)[shuffled].reshape(-1), order[full * batch :]])
+
+
+class GlobalBatchSampler:
+    """Iterates the micro-batches (lists of row numbers) of one rank; global batch after global batch.
+
+    A global batch of G rows is G // (micro_batch_size · world_size) accumulation steps; micro-batch a of rank r holds
+    the rows [(a·world_size + r)·micro_batch_size, …) of it. A smaller last batch is spread over the same number of
+    micro-batches as evenly as possible, and each has at least one row where there are enough.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        modalities: np.ndarray,
+        global_batch_size: int,
+        micro_batch_size: int,
+        world_size: int,
+        rank: int,
+        seed: int,
+    ) -> None:
+        if global_batch_size % (micro_batch_size * world_size):
+            raise ValueError(
+                f"global batch size {global_batch_size} is not a multiple of micro-batch {micro_batch_size} "
+                f"× world size {world_size}"
+            )
+        self.lengths, self.modalities = lengths, modalities
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.world_size, self.rank, self.seed = world_size, rank, seed
+        self.accumulation_steps = global_batch_size // (micro_batch_size * world_size)
+        self.epoch = 0
+        self.start_step = 0  # global batches of this epoch to leave out: resuming reads no row of them
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in an epoch, the smaller last one included."""
+        return -(-len(self.lengths) // self.global_batch_size)
+
+    def __len__(self) -> int:
+        """Micro-batches of this rank in what is left of the epoch."""
+        return (self.steps_per_epoch - self.start_step) * self.accumulation_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = epoch_order(self.lengths, self.modalities, self.global_batch_size, self.seed, self.epoch)
+        for step in range(self.start_step, self.steps_per_epoch):
+            rows = order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
+            micro_batches = np.array_split(rows, self.accumulation_steps * self.world_size)
+            for accumulation in range(self.accumulation_steps):
+                yield micro_batches[accumulation * self.world_size + self.rank].tolist()

@@ -1,0 +1,169 @@
+"""Typed configuration of the mixture-of-experts layers, with the paper's defaults.
+
+`MoeConfig` is the `moe:` section of a YAML and, as a plain dict, `config.moe` of a checkpoint. Everything that can
+be refused without a model is refused here, naming the key. CompeteSMoE: arXiv 2505.13380, sections 3 and 4.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+from pydantic import Field, field_validator, model_validator
+
+from llava_compete.config import StrictConfig
+
+RouterName = Literal[
+    "softmax", "sigmoid", "xmoe", "perturbed_cosine", "shared_softmax", "shared_sigmoid", "competition"
+]
+AffinityName = Literal["softplus", "relu", "silu", "sigmoid", "l2"]
+ExpertsImplementation = Literal["auto", "eager", "grouped_mm", "batched_mm"]
+ROUTERS: tuple[str, ...] = get_args(RouterName)
+COSINE_ROUTERS = ("xmoe", "perturbed_cosine")
+SHARED_ROUTERS = ("shared_softmax", "shared_sigmoid")
+
+# The loss terms of every router, and those that only competition has, with the paper's coefficients.
+ROUTER_COEFS = {"balance_coef": 0.01, "router_z_coef": 0.001}
+COMPETITION_COEFS = {
+    "distillation_coef": 0.01,
+    "winner_distillation_coef": 0.1,
+    "diversity_coef": 0.01,
+    "competition_balance_coef": 0.01,
+}
+
+
+class EveryNth(StrictConfig):
+    """Layers `offset`, `offset + every`, `offset + 2 every`, ..."""
+
+    every: int = Field(ge=1)
+    offset: int = Field(default=0, ge=0)
+
+
+class MoeLayerConfig(StrictConfig):
+    """One part's MoE layers. A coefficient left out takes the paper's value; one its router has no term for, an error.
+
+    `winner_distillation_coef` is the paper's theta: it multiplies the distillation at the winners inside the
+    distillation loss, so that term enters the total with `distillation_coef * winner_distillation_coef`.
+    """
+
+    num_experts: int = Field(default=4, ge=1)
+    num_experts_per_tok: int = Field(default=2, ge=1)
+    router: RouterName = "competition"
+    layers: Literal["all"] | EveryNth | list[int] = "all"
+    affinity: AffinityName = "softplus"
+    balance_over: Literal["first_choice", "all_choices"] = "first_choice"
+    balance_coef: float | None = None
+    router_z_coef: float | None = None
+    distillation_coef: float | None = None
+    winner_distillation_coef: float | None = None
+    diversity_coef: float | None = None
+    competition_balance_coef: float | None = None
+    experts_implementation: ExpertsImplementation = "auto"
+    competition_chunk_tokens: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_coefs(cls, data: Any) -> Any:
+        """Fill in the paper's value of each term that this router has, so that the saved config shows it."""
+        if not isinstance(data, dict):
+            return data
+        competes = data.get("router", "competition") == "competition"
+        defaults = ROUTER_COEFS | (COMPETITION_COEFS if competes else {})
+        return {**data, **{key: value for key, value in defaults.items() if data.get(key) is None}}
+
+    @field_validator(*ROUTER_COEFS, *COMPETITION_COEFS)
+    @classmethod
+    def _check_coef(cls, value: float | None) -> float | None:
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"expected a finite coefficient >= 0, found {value}")
+        return value
+
+    @field_validator("layers")
+    @classmethod
+    def _check_layers(cls, value: str | EveryNth | list[int]) -> str | EveryNth | list[int]:
+        if isinstance(value, list) and (not value or min(value) < 0 or len(set(value)) != len(value)):
+            raise ValueError(f"expected distinct layer numbers >= 0, at least one; found {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> MoeLayerConfig:
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok: found {self.num_experts_per_tok}, "
+                f"expected at most num_experts = {self.num_experts}"
+            )
+        if self.router in COSINE_ROUTERS and self.num_experts % 2:
+            raise ValueError(
+                f"num_experts: found {self.num_experts}, expected an even number, "
+                f"for router {self.router!r} reduces tokens to num_experts / 2 dimensions"
+            )
+        if self.router in SHARED_ROUTERS and self.num_experts_per_tok < 2:
+            raise ValueError(
+                f"num_experts_per_tok: found {self.num_experts_per_tok}, expected at least 2, "
+                f"for router {self.router!r} always uses its shared expert"
+            )
+        if self.router != "competition":
+            unused = [key for key in COMPETITION_COEFS if getattr(self, key) is not None]
+            unused += ["affinity"] if self.affinity != "softplus" else []
+            unused += ["competition_chunk_tokens"] if self.competition_chunk_tokens is not None else []
+            if unused:
+                raise ValueError(f"{unused[0]}: router {self.router!r} has no such term, only 'competition' has")
+        return self
+
+    def select_layers(self, num_layers: int) -> list[int]:
+        """Numbers of the layers to replace, of `num_layers`; `ValueError` if one does not exist or none is chosen."""
+        if isinstance(self.layers, list):
+            if max(self.layers) >= num_layers:
+                raise ValueError(f"layers: found {max(self.layers)}, expected numbers below {num_layers}")
+            return sorted(self.layers)
+        if self.layers == "all":
+            return list(range(num_layers))
+        chosen = list(range(self.layers.offset, num_layers, self.layers.every))
+        if not chosen:
+            raise ValueError(f"layers.offset: found {self.layers.offset}, expected below {num_layers}")
+        return chosen
+
+    def loss_coefs(self, competing: bool) -> dict[str, float]:
+        """Loss term -> the factor it enters the auxiliary loss with, on a competition step or on a router step."""
+        if not competing:
+            return {"balance_loss": _set(self.balance_coef), "router_z_loss": _set(self.router_z_coef)}
+        distillation = _set(self.distillation_coef)
+        return {
+            "distillation_loss": distillation,
+            "winner_distillation_loss": distillation * _set(self.winner_distillation_coef),
+            "diversity_loss": _set(self.diversity_coef),
+            "balance_loss": _set(self.competition_balance_coef),
+        }
+
+
+class MoeConfig(StrictConfig):
+    """Where the model has MoE layers, and the schedule of competition that they share."""
+
+    competition_rate: float = Field(default=0.05, ge=0, le=1)
+    competition_warmup_ratio: float = Field(default=0.05, ge=0)
+    max_competing_layers: int = Field(default=3, ge=1)
+    vision: MoeLayerConfig | None = None
+    projector: MoeLayerConfig | None = None
+    language: MoeLayerConfig | None = None
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> MoeConfig:
+        competes = any(part.router == "competition" for part in self.parts().values())
+        if self.competition_warmup_ratio > 1 or (competes and self.competition_warmup_ratio == 1):
+            raise ValueError(
+                f"competition_warmup_ratio: found {self.competition_warmup_ratio}, expected below 1, "
+                "or competition would start after the end of training"
+            )
+        return self
+
+    def parts(self) -> dict[str, MoeLayerConfig]:
+        """The parts that have MoE layers, in forward order."""
+        parts = {"vision": self.vision, "projector": self.projector, "language": self.language}
+        return {name: part for name, part in parts.items() if part is not None}
+
+
+def _set(coef: float | None) -> float:
+    """A coefficient that validation has filled in."""
+    assert coef is not None
+    return coef

@@ -1,0 +1,166 @@
+"""The routers: from a token to K chosen experts and their weights. One class each, one line each in `ROUTER_CLASSES`.
+
+All arithmetic is float32 whatever the model's dtype or autocast; ties go to the lowest expert; a non-finite score
+anywhere in a token's row makes the row NaN, so that it reaches the loss instead of silently losing. Suffixes: T tokens,
+D width, E experts, R routed experts (E, or E-1 with a shared expert), K chosen, C choices that count for the balance.
+Sources: X-MoE 2204.09179, perturbed cosine 2405.14131, DeepSeek-V2/V3 2405.04434 and 2412.19437, LibMoE 2411.00918.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llava_compete.moe.config import MoeLayerConfig
+
+INIT_STD = 0.02
+COSINE_TEMPERATURE = 0.3
+COSINE_NORM = 1.5
+XMOE_EPS = 1e-4
+PERTURBATION = 0.1
+
+
+class Routing(NamedTuple):
+    """What a router says of each token; float32, indices int64."""
+
+    logits_TR: Tensor
+    probs_TR: Tensor  # the probabilities that the balance loss, entropy and margin read
+    choices_TC: Tensor  # routed experts, best first
+    selected_experts_TK: Tensor  # the experts to run: the choices, and the shared expert if there is one
+    routing_weights_TK: Tensor  # what multiplies their outputs; sums to 1
+
+
+def top_experts(scores_TE: Tensor, count: int) -> Tensor:
+    """Indices [T, count] of the largest scores, best first; ties go to the lowest index, NaN comes first."""
+    return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+def spread_non_finite(scores_TE: Tensor) -> Tensor:
+    """The same scores, but NaN throughout a row that holds an infinity or a NaN."""
+    return scores_TE + 0 * scores_TE.sum(-1, keepdim=True)
+
+
+class Router(nn.Module):
+    """Base class: float32 region, parameters, and the renormalised top-K that most routers share."""
+
+    def __init__(self, config: MoeLayerConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.num_routed = config.num_experts
+        self.num_choices = config.num_experts_per_tok
+        self.make_parameters(hidden_size)
+
+    def make_parameters(self, hidden_size: int) -> None:
+        self.weight = nn.Parameter(torch.empty(self.num_routed, hidden_size))
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """N(0, 0.02), also after upcycling."""
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=INIT_STD, generator=generator)
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return self.route(spread_non_finite(self.logits(x_TD.float())))
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        return F.linear(x_TD, self.weight.float())
+
+    def route(self, logits_TR: Tensor) -> Routing:
+        raise NotImplementedError
+
+    def renormalised(self, logits_TR: Tensor, scores_TR: Tensor, probs_TR: Tensor) -> Routing:
+        """Choose by `scores` and weight by them, renormalised over the choices."""
+        choices_TC = top_experts(scores_TR, self.num_choices)
+        chosen_TC = scores_TR.gather(1, choices_TC)
+        weights_TC = chosen_TC / chosen_TC.sum(-1, keepdim=True)
+        return Routing(logits_TR, probs_TR, choices_TC, choices_TC, weights_TC)
+
+
+class SoftmaxRouter(Router):
+    """p = softmax(W x); the K largest, renormalised. Also the router that competition trains."""
+
+    def route(self, logits_TR: Tensor) -> Routing:
+        probs_TR = logits_TR.softmax(-1)
+        return self.renormalised(logits_TR, probs_TR, probs_TR)
+
+
+class SigmoidRouter(Router):
+    """Chooses and weights by sigmoid(W x); the balance loss still reads softmax(W x)."""
+
+    def route(self, logits_TR: Tensor) -> Routing:
+        return self.renormalised(logits_TR, logits_TR.sigmoid(), logits_TR.softmax(-1))
+
+
+class XMoeRouter(Router):
+    """Cosine scores in E/2 dimensions against rows of norm 1.5; weights are a softmax over the chosen probabilities."""
+
+    def make_parameters(self, hidden_size: int) -> None:
+        reduced = self.num_routed // 2
+        self.inp_reduction = nn.Parameter(torch.empty(reduced, hidden_size))
+        self.expert_embeddings = nn.Parameter(torch.empty(self.num_routed, reduced))
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        reduced_TR = self.direction(F.linear(x_TD, self.inp_reduction.float()))
+        # The published code rescales the stored rows in place: the scale takes no part in the gradient.
+        embeddings_ER = self.expert_embeddings.float()
+        return F.linear(reduced_TR, embeddings_ER * self.row_scale(embeddings_ER.detach()))
+
+    def direction(self, reduced_TR: Tensor) -> Tensor:
+        return F.normalize(reduced_TR, dim=-1, eps=XMOE_EPS)
+
+    def row_scale(self, embeddings_ER: Tensor) -> Tensor:
+        return COSINE_NORM / embeddings_ER.norm(dim=-1, keepdim=True)
+
+    def route(self, logits_TR: Tensor) -> Routing:
+        probs_TR = (logits_TR / COSINE_TEMPERATURE).softmax(-1)
+        choices_TC = top_experts(probs_TR, self.num_choices)
+        weights_TC = probs_TR.gather(1, choices_TC).softmax(-1)
+        return Routing(logits_TR, probs_TR, choices_TC, choices_TC, weights_TC)
+
+
+class PerturbedCosineRouter(XMoeRouter):
+    """As X-MoE, with 0.1 added to each norm that divides."""
+
+    def direction(self, reduced_TR: Tensor) -> Tensor:
+        return reduced_TR / (reduced_TR.norm(dim=-1, keepdim=True) + PERTURBATION)
+
+    def row_scale(self, embeddings_ER: Tensor) -> Tensor:
+        return COSINE_NORM / (embeddings_ER.norm(dim=-1, keepdim=True) + PERTURBATION)
+
+
+class _SharedExpert(Router):
+    """The last expert is always on with weight 1/2; the others share the other half among K-1 choices."""
+
+    def __init__(self, config: MoeLayerConfig, hidden_size: int) -> None:
+        routed = {"num_experts": config.num_experts - 1, "num_experts_per_tok": config.num_experts_per_tok - 1}
+        super().__init__(config.model_copy(update=routed), hidden_size)
+
+    def renormalised(self, logits_TR: Tensor, scores_TR: Tensor, probs_TR: Tensor) -> Routing:
+        routing = super().renormalised(logits_TR, scores_TR, probs_TR)
+        shared_T1 = torch.full_like(routing.choices_TC[:, :1], self.num_routed)
+        half_T1 = torch.full_like(logits_TR[:, :1], 0.5)
+        return routing._replace(
+            selected_experts_TK=torch.cat([routing.choices_TC, shared_T1], dim=1),
+            routing_weights_TK=torch.cat([0.5 * routing.routing_weights_TK, half_T1], dim=1),
+        )
+
+
+class SharedSoftmaxRouter(_SharedExpert, SoftmaxRouter):
+    """SharedE-V2: the softmax router beside a shared expert."""
+
+
+class SharedSigmoidRouter(_SharedExpert, SigmoidRouter):
+    """SharedE-V3: the sigmoid router beside a shared expert."""
+
+
+ROUTER_CLASSES: dict[str, type[Router]] = {
+    "softmax": SoftmaxRouter,
+    "sigmoid": SigmoidRouter,
+    "xmoe": XMoeRouter,
+    "perturbed_cosine": PerturbedCosineRouter,
+    "shared_softmax": SharedSoftmaxRouter,
+    "shared_sigmoid": SharedSigmoidRouter,
+    "competition": SoftmaxRouter,
+}

@@ -1,0 +1,143 @@
+"""What the blocks of one model share: token statistics' groups, which layers compete, and the records of a forward.
+
+The model's forward calls `begin` before a part runs and is inside `recording()`; a trainer callback sets `competing`
+once an optimizer step. Recomputation under gradient checkpointing happens after `recording()` has ended: blocks then
+do the same arithmetic, since groups and modes persist, but leave no second record. Nothing here is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenGroups:
+    """Which sequence (image or sample) each of a part's T tokens belongs to, as weights of a mean.
+
+    sequence_weights_ST: float32 [S, T], 1/len(s) where token t of sequence s counts, else 0.
+    num_sequences: 0-dim float32, sequences of the global batch (all ranks and micro-batches of an optimizer step).
+    A mean of x_T over sequences' means is `(token_weights_T * x_T).sum()`; the sum of it over micro-batches and
+    ranks is the global mean.
+    """
+
+    sequence_weights_ST: Tensor
+    num_sequences: Tensor
+
+    @property
+    def token_weights_T(self) -> Tensor:
+        return self.sequence_weights_ST.sum(0) / self.num_sequences
+
+    @property
+    def counted_T(self) -> Tensor:
+        """float32 [T]: 1 for a token that takes part in statistics, else 0."""
+        return (self.sequence_weights_ST.sum(0) > 0).float()
+
+    @classmethod
+    def from_mask(cls, mask_BN: Tensor, num_sequences: int | Tensor | None = None) -> TokenGroups:
+        """One sequence a row; a token counts where the mask is non-zero. Default `num_sequences`: rows with a token."""
+        ids_BN = torch.arange(mask_BN.shape[0], device=mask_BN.device)[:, None].expand_as(mask_BN)
+        return cls.from_ids(ids_BN.masked_fill(mask_BN == 0, -1), mask_BN.shape[0], num_sequences)
+
+    @classmethod
+    def from_ids(cls, ids_BN: Tensor, num_local: int, num_sequences: int | Tensor | None = None) -> TokenGroups:
+        """Token t belongs to sequence `ids_BN.flatten()[t]` in 0..num_local-1; -1 takes part in nothing."""
+        members_ST = ids_BN.reshape(1, -1) == torch.arange(num_local, device=ids_BN.device)[:, None]
+        lengths_S = members_ST.sum(1, keepdim=True)
+        if num_sequences is None:
+            num_sequences = (lengths_S > 0).sum().clamp(min=1)
+        return cls(members_ST.float() / lengths_S.clamp(min=1), _scalar(num_sequences, ids_BN.device))
+
+    @classmethod
+    def empty(cls, num_tokens: int, device: torch.device | str | None = None) -> TokenGroups:
+        """Tokens that take part in nothing: those of the dummy image of a text-only micro-batch."""
+        return cls(torch.zeros(1, num_tokens, device=device), torch.ones((), device=device))
+
+
+@dataclass
+class RoutingMetrics:
+    """Sums over a layer's counted tokens, detached and on device; sums of several (`+`, all-reduce) stay valid.
+
+    load_E counts all K choices of the output actually computed; margin is the router's probability of its last
+    chosen expert minus that of the best expert left out; recall counts winners that the router's top-K also has.
+    """
+
+    tokens: Tensor
+    load_E: Tensor
+    entropy_sum: Tensor
+    margin_sum: Tensor
+    dropped: Tensor
+    recall_sum: Tensor
+    competition_tokens: Tensor
+
+    def __add__(self, other: RoutingMetrics) -> RoutingMetrics:
+        return RoutingMetrics(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def vector(self) -> Tensor:
+        """All sums in one float32 vector [6 + E], to reduce over ranks in one collective."""
+        return torch.cat([getattr(self, field.name).reshape(-1) for field in fields(self)])
+
+    @classmethod
+    def from_vector(cls, vector: Tensor) -> RoutingMetrics:
+        """The inverse of `vector`."""
+        return cls(vector[0], vector[1:-5], *vector[-5:])
+
+    def summary(self) -> dict[str, float | list[float] | None]:
+        """Means for a log line (synchronises with the device: once a logging step). Without tokens all are None."""
+        tokens, competed = float(self.tokens), float(self.competition_tokens)
+        load = [float(count) for count in self.load_E]
+        choices = sum(load)
+        return {
+            "expert_load": [count / choices for count in load] if choices else None,
+            "router_entropy": float(self.entropy_sum) / tokens if tokens else None,
+            "router_margin": float(self.margin_sum) / tokens if tokens else None,
+            "dropped": float(self.dropped),
+            "router_agreement": float(self.recall_sum) / competed if competed else None,
+        }
+
+
+@dataclass
+class RoutingRecord:
+    """One layer's forward: `aux_loss` is the sum of `losses` (unscaled, with gradient) times their coefficients."""
+
+    losses: dict[str, Tensor]
+    aux_loss: Tensor
+    metrics: RoutingMetrics
+
+
+class RoutingState:
+    """One per model, held by every block of it; a plain object, so it never enters a state dict."""
+
+    def __init__(self) -> None:
+        self.competing: frozenset[str] = frozenset()
+        self.competition_enabled = False
+        self.records: dict[str, RoutingRecord] = {}
+        self.groups: dict[str, TokenGroups] = {}
+        self.is_recording = False
+        self.recording_gradients = False
+
+    def begin(self, part: str, groups: TokenGroups) -> None:
+        """Say how the tokens of `part` ("vision", "projector", "language"), about to run, group into sequences."""
+        self.groups[part] = groups
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Drop the last forward's records; inside, each block leaves one under its name."""
+        self.records = {}
+        self.is_recording, self.recording_gradients = True, torch.is_grad_enabled()
+        try:
+            yield
+        finally:
+            self.is_recording = False
+
+    def competes(self, name: str) -> bool:
+        """Whether layer `name` holds a competition in this step."""
+        return self.competition_enabled and name in self.competing
+
+
+def _scalar(value: int | Tensor, device: torch.device) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float32, device=device)

@@ -1,0 +1,86 @@
+"""Evaluate a checkpoint with lmms-eval, offline.
+
+  llava-compete eval CKPT --suite NAME            a suite of eval/suites (demo, quick, text, paper)
+  llava-compete eval CKPT --tasks pope,mme        lmms-eval's tasks, or those of eval/tasks, by name
+  llava-compete eval --config FILE [key=value...] settings from a YAML file, as scripts/eval.sh does
+
+Results go to `eval` beside the checkpoint: summary.json, per-sample scores, lmms-eval's own files. A run that was
+stopped goes on with the tasks that are not finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from llava_compete.config import load_config, parse_config
+from llava_compete.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint", nargs="?", metavar="CKPT", help="checkpoint directory (with --config: an override)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as in the YAML file")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the settings")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--suite", help="name of a suite in eval/suites, or a YAML file")
+    chosen.add_argument("--tasks", help="task names, separated by commas")
+    parser.add_argument("--out", dest="output_dir", metavar="DIR", help="results (default: eval beside the checkpoint)")
+    parser.add_argument("--batch-size", type=int, help="questions in one batch; answers do not depend on it")
+    parser.add_argument("--limit", type=int, help="only the first questions of each task, for trying out")
+    parser.add_argument("--processes", type=int, help="data-parallel processes (default: one for each GPU)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from llava_compete.console import setup_console
+    from llava_compete.evaluation.config import EvalConfig
+    from llava_compete.evaluation.routing import measure_routing
+    from llava_compete.evaluation.runner import evaluate
+    from llava_compete.manifest import write_json
+
+    overrides = list(arguments.overrides)
+    options: dict[str, Any] = {
+        name: value
+        for name in ("suite", "output_dir", "batch_size", "limit", "processes")
+        if (value := getattr(arguments, name)) is not None
+    }
+    if arguments.tasks:
+        options["tasks"] = arguments.tasks.split(",")
+    if arguments.config:
+        if arguments.checkpoint and "=" in arguments.checkpoint:
+            overrides.insert(0, arguments.checkpoint)
+        elif arguments.checkpoint:
+            options["checkpoint"] = arguments.checkpoint
+        if options:
+            raise UserError(f"with --config, give settings as key=value, not as options: {', '.join(options)}")
+        config = load_config(EvalConfig, arguments.config, overrides)
+    else:
+        if arguments.checkpoint is None or overrides:
+            raise UserError("expected a checkpoint directory, or --config FILE with key=value overrides")
+        if "suite" not in options and "tasks" not in options:
+            raise UserError("expected --suite NAME or --tasks A,B (suites: see eval/suites)")
+        config = parse_config(EvalConfig, {"checkpoint": arguments.checkpoint, **options}, source="llava-compete eval")
+
+    setup_console(config.directory / "eval.log")
+    summary = evaluate(config)
+    if config.routing_data:
+        routing = measure_routing(config)
+        write_json(config.directory / "routing.json", routing)
+    print_table(summary, config.directory)
+    return 0
+
+
+def print_table(summary: dict[str, Any], directory: Path) -> None:
+    """The scores, next to chance where it is known."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", "score", "chance", "questions", title="Evaluation", title_justify="left")
+    for name, task in summary["tasks"].items():
+        chance = f"{task['chance']:.3f}" if "chance" in task else ""
+        table.add_row(name, f"{task['accuracy']:.3f}", chance, str(task["n"]))
+    console = Console()
+    console.print(table)
+    console.print(f"Written: {directory}/summary.json")

@@ -1,0 +1,65 @@
+"""Settings of one evaluation. Read from YAML (configs/*/eval.yaml) or made from the options of `llava-compete eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from llava_compete.config import StrictConfig
+
+EVAL_ROOT = Path(__file__).resolve().parents[2] / "eval"
+
+
+class EvalConfig(StrictConfig):
+    """What to evaluate, on which benchmarks, and how to run it. None of `processes`, `device` and `batch_size` changes
+    a score.
+
+    Attributes:
+        checkpoint: directory that a stage wrote.
+        suite: name of a file in eval/suites, or a path to one.
+        tasks: lmms-eval task names, in place of a suite.
+        output_dir: results go here; default: `eval` beside the checkpoint.
+        include_path: folder of further task YAMLs.
+        limit: questions of each task (for trying out; scores of a part are not comparable).
+        processes: data-parallel processes; "auto" is one for each GPU, or one.
+        adapter: LoRA adapter directory.
+        competition_at_inference: route by the competition instead of the router.
+        routing_data: test tables on which router agreement and expert use are measured; none skips it.
+        routing_rows: rows taken of each of them.
+    """
+
+    checkpoint: str
+    suite: str | None = None
+    tasks: list[str] = Field(default=[])
+    output_dir: str | None = None
+    include_path: str = str(EVAL_ROOT / "tasks")
+    batch_size: int = Field(default=16, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+    processes: int | Literal["auto"] = "auto"
+    device: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attn_implementation: str | None = None
+    adapter: str | None = None
+    competition_at_inference: bool = False
+    routing_data: list[str] = Field(default=[])
+    routing_rows: int = Field(default=200, ge=1)
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _no_comma(cls, value: str) -> str:
+        if "," in value or "=" in value:
+            raise ValueError(f"found {value!r}: lmms-eval's --model_args cannot hold a path with ',' or '='")
+        return value
+
+    @model_validator(mode="after")
+    def _suite_or_tasks(self) -> EvalConfig:
+        if (self.suite is None) == (not self.tasks):
+            raise ValueError("expected either suite or tasks")
+        return self
+
+    @property
+    def directory(self) -> Path:
+        """Where results go."""
+        return Path(self.output_dir) if self.output_dir else Path(self.checkpoint).parent / "eval"

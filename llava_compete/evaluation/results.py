@@ -1,0 +1,96 @@
+"""From lmms-eval's output files to one score file a task and one summary a run.
+
+lmms-eval exits with status 0 when an evaluation failed, and names its files by time; this module is the one place that
+knows those files. Per-sample lines written here are what `evaluation.compare` joins.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from llava_compete.errors import UserError
+from llava_compete.evaluation.scores import score_samples, weighted_mean
+
+
+def read_run(raw: Path, tasks: list[str]) -> dict[str, dict[str, Any]]:
+    """Metrics and samples by task from one lmms-eval output folder; incomplete output is a `UserError`."""
+    files = sorted(raw.rglob("*_results.json"))
+    if len(files) != 1:
+        raise UserError(f"{raw}: found {len(files)} results files of lmms-eval, expected 1: the evaluation failed")
+    results = json.loads(files[0].read_text(encoding="utf-8"))
+    prefix = files[0].name.removesuffix("_results.json")
+    found = {}
+    for task in tasks:
+        samples_file = files[0].with_name(f"{prefix}_samples_{task}.jsonl")
+        members = results.get("group_subtasks", {}).get(task) or [task]
+        samples_files = [files[0].with_name(f"{prefix}_samples_{member}.jsonl") for member in members]
+        missing = [file.name for file in samples_files if not file.is_file()]
+        if task not in results["results"] or missing:
+            raise UserError(f"{raw}: lmms-eval wrote no result or no samples ({samples_file.name}) for task {task!r}")
+        lines = [line for file in samples_files for line in file.read_text(encoding="utf-8").splitlines()]
+        # Ranks write one after another; documents are put back in order.
+        samples = sorted((json.loads(line) for line in lines), key=lambda sample: sample["doc_id"])
+        config = results["configs"].get(task, {})
+        found[task] = {
+            "metrics": _numbers(results["results"][task]),
+            "samples": samples,
+            "generation": config.get("generation_kwargs"),
+            "lmms_eval_version": results["versions"].get(task),
+        }
+    return found
+
+
+def write_task(directory: Path, task: str, run: dict[str, Any], facts: dict[str, Any], state: dict[str, Any]) -> None:
+    """Write samples/TASK.jsonl and then tasks/TASK.json, whose presence says that the task is finished."""
+    units = score_samples(task, run["samples"])
+    samples_file = directory / "samples" / f"{task}.jsonl"
+    samples_file.parent.mkdir(parents=True, exist_ok=True)
+    with samples_file.open("w", encoding="utf-8") as file:
+        for unit in units:
+            file.write(json.dumps(unit._asdict(), ensure_ascii=False) + "\n")
+    summary = {
+        "accuracy": weighted_mean(units),
+        **({"chance": facts["chance"], "blind": facts["blind"]} if "chance" in facts else {}),
+        "n": len(units),
+        "by_type": _by_type(units),
+        "metrics": run["metrics"],
+        "generation": run["generation"],
+        "task_version": run["lmms_eval_version"],
+    }
+    target = directory / "tasks" / f"{task}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"state": state, "summary": summary}, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(target)
+
+
+def finished(directory: Path, task: str, state: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary of a task that was finished earlier with the same checkpoint, data and settings; else None."""
+    path = directory / "tasks" / f"{task}.json"
+    if not path.is_file() or not (directory / "samples" / f"{task}.jsonl").is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content["summary"] if content["state"] == state else None
+
+
+def _by_type(units: list[Any]) -> dict[str, dict[str, float]]:
+    groups: dict[str, list[Any]] = defaultdict(list)
+    for unit in units:
+        if unit.type is not None:
+            groups[unit.type].append(unit)
+    return {
+        name: {"accuracy": sum(unit.score for unit in group) / len(group), "n": len(group)}
+        for name, group in sorted(groups.items())
+    }
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """The numeric metrics of a task, without the filter's name where it is lmms-eval's default."""
+    return {
+        key.removesuffix(",none"): value
+        for key, value in metrics.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }

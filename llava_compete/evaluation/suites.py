@@ -1,0 +1,112 @@
+"""Suites (eval/suites/*.yaml) and where a task's data are. Task names are lmms-eval's own or those of eval/tasks."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field
+
+from llava_compete.config import StrictConfig, load_config
+from llava_compete.errors import UserError
+from llava_compete.evaluation.config import EVAL_ROOT
+
+
+class Suite(StrictConfig):
+    """Tasks that are run, and tasks that belong to the suite but are not run by default, with the reason."""
+
+    tasks: list[str]
+    left_out: dict[str, str] = Field(default={})
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """A task of ours whose data files are on this disk.
+
+    Attributes:
+        name: the task's name.
+        files: its data files.
+        digest: SHA-256 over the task's YAML and the content of the files.
+        facts: its entry in meta.json beside the data (chance, n...), empty without one.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    digest: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def load_suite(name: str) -> Suite:
+    """Read eval/suites/NAME.yaml, or the file at a path that ends in .yaml."""
+    path = Path(name) if name.endswith(".yaml") else EVAL_ROOT / "suites" / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in (EVAL_ROOT / "suites").glob("*.yaml"))
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"suite {name!r}: no file {path}; {hint}known suites: {', '.join(known)}")
+    return load_config(Suite, path)
+
+
+def find_local_tasks(include_path: Path) -> dict[str, LocalTask]:
+    """Tasks in a folder of YAMLs whose `data_files` are local; a file that is missing is reported when it is needed."""
+    found = {}
+    for path in sorted(include_path.rglob("*.yaml")):
+        content = _read_task(path)
+        data_files = (content.get("dataset_kwargs") or {}).get("data_files")
+        if isinstance(content.get("task"), str) and data_files:
+            files = tuple((path.parent / name).resolve() for name in _leaves(data_files))
+            found[content["task"]] = LocalTask(content["task"], files, _digest(path, files), _facts(content, files))
+    return found
+
+
+def check_local_data(task: LocalTask) -> None:
+    """A missing file, or one that is not what meta.json says, is a `UserError`."""
+    for file in task.files:
+        if not file.is_file():
+            raise UserError(f"{file}: data of task {task.name} is missing; build it with: llava-compete data demo")
+    expected = task.facts.get("sha256")
+    if expected and hashlib.sha256(task.files[0].read_bytes()).hexdigest() != expected:
+        raise UserError(
+            f"{task.files[0]}: not the file that meta.json beside it describes (SHA-256 differs); "
+            "rebuild it with: llava-compete data demo --force"
+        )
+
+
+class _TaskLoader(yaml.SafeLoader):
+    """Reads lmms-eval's task YAMLs without importing the functions they name."""
+
+
+_TaskLoader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+
+
+def _read_task(path: Path) -> dict[str, Any]:
+    content = yaml.load(path.read_text(encoding="utf-8"), Loader=_TaskLoader) or {}
+    include = content.pop("include", [])
+    merged: dict[str, Any] = {}
+    for name in reversed([include] if isinstance(include, str) else include):
+        merged.update(_read_task(path.parent / name))
+    return {**merged, **content}
+
+
+def _leaves(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    return [leaf for item in (value.values() if isinstance(value, dict) else value) for leaf in _leaves(item)]
+
+
+def _digest(path: Path, files: tuple[Path, ...]) -> str:
+    digest = hashlib.sha256(json.dumps(_read_task(path), sort_keys=True).encode())
+    for file in files:
+        if file.is_file():
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _facts(content: dict[str, Any], files: tuple[Path, ...]) -> dict[str, Any]:
+    meta = files[0].parent / "meta.json"
+    return json.loads(meta.read_text()).get("tasks", {}).get(content["task"], {}) if meta.is_file() else {}

@@ -20,9 +20,14 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("eval",): ("eval", "evaluate a checkpoint with lmms-eval"),
     ("report",): ("report", "summarise a finished quickstart: table, metrics.json, figures"),
     ("data", "demo"): ("data_demo", "build the demo data (real digits, rendered scenes) in LLaVA's format"),
+    ("data", "tokenizer"): ("data_tokenizer", "train a byte-level BPE tokenizer on text"),
+    ("data", "stdlib-text"): ("data_text", "build a text corpus from Python's standard library"),
+    ("study", "sample-efficiency"): ("study_sample_efficiency", "how fast the experts are found as data grow"),
+    ("study", "learning-curve"): ("study_learning_curve", "accuracy against the number of training samples"),
 }
 GROUPS = {
     "data": "build, check and measure training data",
+    "study": "studies of the claims on sample efficiency",
 }
 
 

@@ -1,0 +1,30 @@
+"""The model: open_clip tower, projector, Hugging Face language model; importing it registers it with transformers."""
+
+from __future__ import annotations
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
+
+from llava_compete.model.configuration import LlavaCompeteConfig
+from llava_compete.model.image_processing import LlavaCompeteImageProcessor
+from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration, LlavaCompeteOutput
+from llava_compete.model.processing import LlavaCompeteProcessor
+
+__all__ = [
+    "LlavaCompeteConfig",
+    "LlavaCompeteForConditionalGeneration",
+    "LlavaCompeteImageProcessor",
+    "LlavaCompeteOutput",
+    "LlavaCompeteProcessor",
+]
+
+AutoConfig.register(LlavaCompeteConfig.model_type, LlavaCompeteConfig, exist_ok=True)
+AutoImageProcessor.register(LlavaCompeteConfig, LlavaCompeteImageProcessor, exist_ok=True)
+AutoProcessor.register(LlavaCompeteConfig, LlavaCompeteProcessor, exist_ok=True)
+AutoModelForImageTextToText.register(LlavaCompeteConfig, LlavaCompeteForConditionalGeneration, exist_ok=True)
+AutoModelForCausalLM.register(LlavaCompeteConfig, LlavaCompeteForConditionalGeneration, exist_ok=True)

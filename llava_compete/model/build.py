@@ -1,0 +1,197 @@
+"""Put a model together from a YAML's `model:` section: load a checkpoint, or join tower, projector and language model.
+
+Everything random is drawn after `seed` is set. Called by training, tests and `plan`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+
+from llava_compete.data.encoding import stop_token_ids
+from llava_compete.data.templates import ensure_generation_markers, set_chat_template
+from llava_compete.errors import UserError
+from llava_compete.model.checkpoint import load_checkpoint, save_checkpoint
+from llava_compete.model.config import LanguageModelSection, ModelSection
+from llava_compete.model.configuration import LlavaCompeteConfig
+from llava_compete.model.image_processing import LlavaCompeteImageProcessor
+from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
+from llava_compete.model.processing import LlavaCompeteProcessor
+from llava_compete.model.projector import Projector
+from llava_compete.model.tokenizer import add_image_token
+from llava_compete.model.tower import VisionTower
+from llava_compete.model.tower_registry import resolve_tower
+from llava_compete.moe.block import moe_blocks
+from llava_compete.moe.config import MoeConfig
+
+__all__ = ["build_config", "build_model", "load_checkpoint", "save_checkpoint"]
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(
+    section: ModelSection, moe: MoeConfig | None, seed: int, tokenizer: Any = None
+) -> tuple[LlavaCompeteForConditionalGeneration, LlavaCompeteProcessor]:
+    """Model (float parameters in `section.dtype`, on the CPU, training mode) and processor.
+
+    moe: for a checkpoint, settings to lay over its own; for a new model, experts with random weights from the start.
+    tokenizer: the one trained on the run's data where the section says so.
+    """
+    torch.manual_seed(seed)
+    dtype = getattr(torch, section.dtype)
+    if section.checkpoint is not None:
+        model, processor = load_checkpoint(section.checkpoint, dtype=dtype, attn_implementation=section.attention)
+        if section.chat_template is not None:
+            _refuse_growth(set_chat_template(processor.tokenizer, section.chat_template), section)
+            processor.chat_template = processor.tokenizer.chat_template
+        if moe is not None:
+            apply_moe_settings(model, moe)
+        return model.train(), processor
+    text_config = text_config_of(section)
+    tokenizer = _tokenizer(section, tokenizer, text_config)
+    config = build_config(section, moe, text_config, tokenizer)
+    model = _join(section, config, tokenizer).to(dtype)
+    config.dtype = dtype
+    model.generation_config = _generation_config(tokenizer, config)
+    image_processor = None if config.tower is None else LlavaCompeteImageProcessor.from_tower(config.tower)
+    processor = LlavaCompeteProcessor(image_processor, tokenizer, num_image_tokens=config.num_image_tokens)
+    return model.train(), processor
+
+
+def text_config_of(section: ModelSection) -> PreTrainedConfig:
+    """The language model's config: inline values where given, else those of the named model."""
+    language = section.language_model
+    assert language is not None
+    if language.config is not None:
+        values = dict(language.config)
+        model_type = values.pop("model_type")
+        try:
+            return AutoConfig.for_model(model_type, **values)
+        except ValueError as error:
+            raise UserError(f"language_model.config: {str(error).splitlines()[0]}") from error
+    return AutoConfig.from_pretrained(language.name, trust_remote_code=section.trust_remote_code)
+
+
+def build_config(
+    section: ModelSection, moe: MoeConfig | None, text_config: PreTrainedConfig, tokenizer: Any = None
+) -> LlavaCompeteConfig:
+    """config.json of a new model; without a tokenizer (`plan`) the vocabulary is the text config's."""
+    tower = None if section.vision_tower is None else resolve_tower(section.vision_tower)
+    if tokenizer is not None:
+        language = section.language_model
+        if language is not None and language.name is None and "vocab_size" not in (language.config or {}):
+            text_config.vocab_size = len(tokenizer)
+        text_config.pad_token_id = tokenizer.pad_token_id
+        text_config.eos_token_id = tokenizer.eos_token_id
+        text_config.bos_token_id = tokenizer.bos_token_id
+    text_config._attn_implementation = section.attention
+    config = LlavaCompeteConfig(
+        vision_config=None if tower is None else tower.model_dump(mode="json"),
+        projector_config=None if tower is None else section.projector.model_dump(mode="json"),
+        text_config=text_config,
+        moe=None if moe is None else moe.model_dump(mode="json"),
+        image_token_id=None if tokenizer is None else add_image_token(tokenizer),
+        tie_word_embeddings=bool(text_config.tie_word_embeddings),
+    )
+    config._attn_implementation = section.attention
+    return config
+
+
+def _join(section: ModelSection, config: LlavaCompeteConfig, tokenizer: Any) -> LlavaCompeteForConditionalGeneration:
+    """The model with every part's weights: pretrained where named, else random."""
+    language: LanguageModelSection | None = section.language_model
+    assert language is not None
+    new_parts = []
+    if language.name is None:
+        model = LlavaCompeteForConditionalGeneration(config)
+        new_parts.append("language_model (no name given)")
+    else:
+        if config.moe is not None:
+            raise UserError(
+                "moe: experts of a pretrained model come from `llava-compete upcycle`, not from random weights"
+            )
+        with torch.device("meta"):
+            model = LlavaCompeteForConditionalGeneration(config)
+        model.language_model = AutoModelForCausalLM.from_pretrained(
+            language.name, trust_remote_code=section.trust_remote_code, attn_implementation=section.attention
+        )
+        if config.tower is not None:
+            model.vision_tower = VisionTower(config.tower)
+            model.projector = Projector(
+                config.projector_config["type"], config.tower.feature_width, config.text_config.hidden_size
+            )
+    if config.tower is not None:
+        new_parts.append("projector")
+        if config.tower.pretrained is None:
+            new_parts.append("vision_tower (no pretrained weights named)")
+    _fit_vocabulary(model, tokenizer)
+    logger.info("new parts with random weights: %s", ", ".join(new_parts) or "none")
+    return model
+
+
+def _fit_vocabulary(model: LlavaCompeteForConditionalGeneration, tokenizer: Any) -> None:
+    """Grow the embeddings where the tokenizer has more tokens than the language model."""
+    size = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > size:
+        logger.info("vocabulary grows from %d to %d for the tokenizer's new tokens", size, len(tokenizer))
+        model.language_model.resize_token_embeddings(len(tokenizer))
+        model.config.text_config.vocab_size = model.get_input_embeddings().weight.shape[0]
+
+
+def _tokenizer(section: ModelSection, trained: Any, text_config: PreTrainedConfig) -> Any:
+    if section.tokenizer is not None and section.tokenizer.train_on is not None:
+        if trained is None:
+            raise UserError("model.tokenizer.train_on: this command has no data to train a tokenizer on")
+        tokenizer = trained
+    elif trained is not None:
+        tokenizer = trained
+    else:
+        assert section.language_model is not None
+        name = section.tokenizer.name if section.tokenizer is not None else section.language_model.name
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=section.trust_remote_code)
+    add_image_token(tokenizer)
+    if section.chat_template is not None:
+        set_chat_template(tokenizer, section.chat_template)
+    else:
+        ensure_generation_markers(tokenizer, text_config.model_type)
+    return tokenizer
+
+
+def _generation_config(tokenizer: Any, config: LlavaCompeteConfig) -> GenerationConfig:
+    """Greedy; ends where the template's turns end; never writes an image placeholder."""
+    return GenerationConfig(
+        eos_token_id=stop_token_ids(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        suppress_tokens=[config.image_token_id],
+    )
+
+
+def apply_moe_settings(model: LlavaCompeteForConditionalGeneration, moe: MoeConfig) -> None:
+    """Lay `moe` over a loaded checkpoint: schedule, coefficients and kernels may change, the architecture may not."""
+    if model.config.moe is None:
+        raise UserError("moe: the checkpoint is dense; make experts with `llava-compete upcycle` first")
+    stored = MoeConfig.model_validate(model.config.moe)
+    if set(stored.parts()) != set(moe.parts()):
+        raise UserError(f"moe: found parts {sorted(moe.parts())}, the checkpoint has {sorted(stored.parts())}")
+    for part, layer in moe.parts().items():
+        for key in ("num_experts", "num_experts_per_tok", "router", "layers"):
+            found, expected = getattr(layer, key), getattr(stored.parts()[part], key)
+            if found != expected:
+                raise UserError(f"moe.{part}.{key}: found {found!r}, the checkpoint has {expected!r}")
+    model.config.moe = moe.model_dump(mode="json")
+    for block in moe_blocks(model).values():
+        block.config = moe.parts()[block.part]
+        block.experts.affinity = block.config.affinity
+        block.experts.chunk_tokens = block.config.competition_chunk_tokens
+        block.experts.implementation = block.config.experts_implementation
+
+
+def _refuse_growth(num_added: int, section: ModelSection) -> None:
+    if num_added:
+        raise UserError(
+            f"model.chat_template: {section.chat_template!r} needs {num_added} tokens that the checkpoint does not have"
+        )

@@ -1,0 +1,108 @@
+"""Reading and writing checkpoint directories: self-contained, safetensors, strict, typed by config.json alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from llava_compete.errors import UserError
+from llava_compete.model.configuration import LlavaCompeteConfig
+from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
+from llava_compete.model.processing import LlavaCompeteProcessor
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class TensorFacts(NamedTuple):
+    """Where a stored tensor lies and what it is, from the file's header."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_config(directory: str | Path) -> LlavaCompeteConfig:
+    """config.json of a checkpoint of ours; anything else is a `UserError` that says what was found."""
+    directory = Path(directory)
+    path = directory / "config.json"
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such checkpoint directory")
+    if not path.is_file():
+        raise UserError(f"{directory}: not a checkpoint directory (it has no config.json)")
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise UserError(f"{path}: not a valid JSON object: {error}") from error
+    if model_type != LlavaCompeteConfig.model_type:
+        raise UserError(
+            f"{directory}: a checkpoint of model type {model_type!r}, expected {LlavaCompeteConfig.model_type!r}; "
+            "other packages' models enter as `language_model.name` or `vision_tower.name`"
+        )
+    return LlavaCompeteConfig.from_pretrained(directory)
+
+
+def read_weight_headers(directory: str | Path) -> dict[str, TensorFacts]:
+    """Every stored tensor's place, shape and dtype; reads headers only. A truncated or missing shard is an error."""
+    directory = Path(directory)
+    files = _weight_files(directory)
+    facts: dict[str, TensorFacts] = {}
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: missing, though {INDEX} lists it")
+        try:
+            with safe_open(file, framework="pt") as shard:
+                for key in shard.keys():  # noqa: SIM118 (a safetensors handle is no dict)
+                    tensor = shard.get_slice(key)
+                    facts[key] = TensorFacts(file, tuple(tensor.get_shape()), tensor.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: truncated or damaged weights ({error})") from error
+    return facts
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / INDEX
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise UserError(f"{index}: not a valid index of shards ({error})") from error
+        return [directory / name for name in sorted(names)]
+    if not (directory / WEIGHTS).is_file():
+        raise UserError(f"{directory}: no weights (neither {WEIGHTS} nor {INDEX})")
+    return [directory / WEIGHTS]
+
+
+def load_checkpoint(
+    directory: str | Path,
+    dtype: torch.dtype | str | None = None,
+    **options: Any,
+) -> tuple[LlavaCompeteForConditionalGeneration, LlavaCompeteProcessor]:
+    """Model in eval mode and processor of a checkpoint directory.
+
+    dtype: default that of the stored weights. `options` go to transformers' `from_pretrained`, such as
+    `device_map`, `attn_implementation`, `quantization_config`.
+    """
+    read_config(directory)
+    read_weight_headers(directory)
+    model = LlavaCompeteForConditionalGeneration.from_pretrained(directory, dtype=dtype or "auto", **options)
+    processor = LlavaCompeteProcessor.from_pretrained(directory)
+    return model.eval(), processor
+
+
+def save_checkpoint(
+    model: LlavaCompeteForConditionalGeneration,
+    processor: LlavaCompeteProcessor,
+    directory: str | Path,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write weights (`state_dict` where ZeRO gathered one), config, tokenizer with chat template, preprocessing."""
+    model.save_pretrained(directory, state_dict=state_dict, max_shard_size=max_shard_size)
+    processor.save_pretrained(directory)

@@ -1,0 +1,51 @@
+"""`LlavaCompeteConfig`: config.json of a checkpoint, the only thing that decides what is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from llava_compete.model.tower_config import TowerConfig
+
+
+class LlavaCompeteConfig(PreTrainedConfig):
+    """Tower, projector, language model and mixtures of experts of one model.
+
+    vision_config: a `TowerConfig` as a dict, or None for a text-only model.
+    projector_config: {"type": "linear" | "mlp2x_gelu" | ...}, or None without a tower.
+    text_config: the language model's own Hugging Face config.
+    moe: a `MoeConfig` as a dict, or None for a dense model.
+    image_token_id: id of the placeholder; one placeholder stands for one image feature.
+    stage, parents: the stage that made these weights and the stages before it, oldest first.
+    competition_at_inference: run the competition in place of the router in eval mode (a study mode, slow).
+    """
+
+    model_type = "llava_compete"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}  # noqa: RUF012
+
+    vision_config: dict[str, Any] | None = None
+    projector_config: dict[str, Any] | None = None
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    moe: dict[str, Any] | None = None
+    image_token_id: int | None = None
+    stage: str = "initial"
+    parents: list[str] | None = None
+    competition_at_inference: bool = False
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.parents = list(self.parents or [])
+
+    @property
+    def tower(self) -> TowerConfig | None:
+        """The typed form of `vision_config`."""
+        return None if self.vision_config is None else TowerConfig.model_validate(self.vision_config)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Placeholders (= features) for one image; 0 without a tower."""
+        tower = self.tower
+        return 0 if tower is None else tower.num_tokens

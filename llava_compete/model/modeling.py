@@ -1,0 +1,426 @@
+"""`LlavaCompeteForConditionalGeneration`: image -> tower -> projector -> image tokens in the text -> causal LM.
+
+The forward also keeps the routing state (design: `moe.state`): it says which tokens form a sequence in each part,
+collects the MoE layers' records, and adds their losses. It reads no clock, counter or random number and makes no
+synchronisation with the device. Called by transformers' generate and by the trainer.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import ModelOutput
+
+from llava_compete.errors import UserError
+from llava_compete.model.configuration import LlavaCompeteConfig
+from llava_compete.model.language import decoder_layers, family_of, feed_forward_options
+from llava_compete.model.projector import Projector
+from llava_compete.model.tower import VisionTower, block_feed_forward
+from llava_compete.moe.block import SparseMoeBlock, moe_blocks
+from llava_compete.moe.config import MoeConfig, MoeLayerConfig
+from llava_compete.moe.state import RoutingState, TokenGroups
+
+logger = logging.getLogger(__name__)
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class LlavaCompeteOutput(ModelOutput):
+    """loss = lm_loss + the sum of `aux_losses`; `loss_terms` are detached, unscaled, named "part/term"."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    lm_loss: Tensor | None = None
+    aux_losses: dict[str, Tensor] | None = None
+    loss_terms: dict[str, Tensor] | None = None
+
+
+class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """A vision-language model whose feed-forward blocks may be sparse mixtures of experts.
+
+    Parameters lie under `vision_tower.`, `projector.` and `language_model.`; a text-only model has only the last.
+    """
+
+    config_class = LlavaCompeteConfig
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ("ResidualAttentionBlock", "CustomResidualAttentionBlock", "Block", "Projector")
+    _skip_keys_device_placement = ("past_key_values",)
+
+    def __init__(self, config: LlavaCompeteConfig) -> None:
+        super().__init__(config)
+        self.routing = RoutingState()
+        self.vision_tower: VisionTower | None = None
+        self.projector: Projector | None = None
+        moe = MoeConfig() if config.moe is None else MoeConfig.model_validate(config.moe)
+        if config.tower is not None:
+            self.vision_tower = VisionTower(config.tower)
+            if moe.vision is not None:
+                self._install_vision_experts(moe.vision)
+            self.projector = self._make_projector(moe.projector)
+        elif moe.vision is not None or moe.projector is not None:
+            raise UserError("moe: vision and projector need a vision tower, and this model has none")
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        if moe.language is not None:
+            self._install_language_experts(moe.language)
+        self.post_init()
+
+    # --- building ------------------------------------------------------------------------------------------------
+
+    def _install_vision_experts(self, moe: MoeLayerConfig) -> None:
+        assert self.vision_tower is not None
+        blocks = self.vision_tower.blocks
+        for index in _select(moe, len(blocks), "vision"):
+            shape = block_feed_forward(blocks[index])
+            blocks[index].mlp = self._moe_block(moe, f"vision.{index}", **shape._asdict(), gated=False, bias=True)
+
+    def _make_projector(self, moe: MoeLayerConfig | None) -> Projector:
+        tower, kind = self.config.tower, self.config.projector_config["type"]
+        hidden = self.config.text_config.hidden_size
+        if moe is None:
+            return Projector(kind, tower.feature_width, hidden)
+        _select(moe, 1, "projector")
+
+        def make_block(hidden_size: int, intermediate_size: int, output_size: int) -> nn.Module:
+            return self._moe_block(
+                moe,
+                "projector.0",
+                hidden_size=hidden_size,
+                intermediate_size=intermediate_size,
+                output_size=output_size,
+                activation="gelu",
+                gated=False,
+                bias=True,
+            )
+
+        return Projector(kind, tower.feature_width, hidden, make_block)
+
+    def _install_language_experts(self, moe: MoeLayerConfig) -> None:
+        text_config = self.config.text_config
+        layers = decoder_layers(self.language_model, text_config)
+        for index in _select(moe, len(layers), "language"):
+            block = self._moe_block(moe, f"language.{index}", **feed_forward_options(text_config))
+            setattr(layers[index], family_of(text_config).mlp, block)
+
+    def _moe_block(self, moe: MoeLayerConfig, name: str, **shape: Any) -> SparseMoeBlock:
+        block = SparseMoeBlock(moe, name=name, state=self.routing, **shape)
+        # The block initialises itself; the language model's own rule must not run over its parameters.
+        for module in block.modules():
+            module._is_hf_initialized = True
+        return block
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: tower, projector and MoE blocks are initialised where they are built."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    @property
+    def zero3_leaf_modules(self) -> list[type[nn.Module]]:
+        """Module classes whose parameters ZeRO-3 must gather together: packed experts, and torch's attention, which
+        uses its output projection's parameters without calling it."""
+        kinds = (SparseMoeBlock, nn.MultiheadAttention)
+        return [kind for kind in kinds if any(isinstance(module, kind) for module in self.modules())]
+
+    def _activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Checkpointing without reentrance: the reentrant kind gives the MoE layers' losses no gradient."""
+        options = dict(activation_checkpointing_kwargs or {})
+        if options.setdefault("use_reentrant", False):
+            raise UserError(
+                "gradient_checkpointing_kwargs.use_reentrant: found true; expected false, since reentrant "
+                "checkpointing drops the gradients of the routing losses"
+            )
+        super()._activation_checkpointing_enable(options, *args, **kwargs)
+        if self.vision_tower is not None:
+            self.vision_tower.set_grad_checkpointing(True)
+
+    def _activation_checkpointing_disable(self) -> None:
+        super()._activation_checkpointing_disable()
+        if self.vision_tower is not None:
+            self.vision_tower.set_grad_checkpointing(False)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in transformers, but strict: a missing, unexpected or misshapen tensor is an error that names it."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        _refuse_wrong_keys(str(pretrained_model_name_or_path), info)
+        return (model, info) if wants_info else model
+
+    # --- running -------------------------------------------------------------------------------------------------
+
+    def get_image_features(self, pixel_values: Tensor, num_sequences: dict[str, Any] | None = None) -> Tensor:
+        """Projected features [n, num_image_tokens, hidden]; each image is one sequence of tower and projector."""
+        assert self.vision_tower is not None
+        assert self.projector is not None
+        counts = num_sequences or {}
+        if self.routing.is_recording:
+            ids = self.vision_tower.tile_image_ids(len(pixel_values), pixel_values.device)
+            self.routing.begin("vision", TokenGroups.from_ids(ids, len(pixel_values), counts.get("vision")))
+        features = self.vision_tower(pixel_values.to(self.vision_tower_dtype))
+        if self.routing.is_recording:
+            ones = torch.ones(features.shape[:2], device=features.device)
+            self.routing.begin("projector", TokenGroups.from_mask(ones, counts.get("projector")))
+        return self.projector(features)
+
+    @property
+    def vision_tower_dtype(self) -> torch.dtype:
+        """Precision that the tower's first layer computes in."""
+        return next(parameter.dtype for parameter in self.vision_tower.parameters() if parameter.is_floating_point())
+
+    def _dummy_image_features(self, device: torch.device) -> Tensor:
+        """The features of one blank image, absent from every statistic, times 0.
+
+        It sends a text-only micro-batch of training through the same modules at the same place, so that all ranks run
+        the same collectives and the tower's parameters have (zero) gradients.
+        """
+        assert self.vision_tower is not None
+        assert self.projector is not None
+        side = self.config.tower.image_size
+        pixels = torch.zeros(1, 3, side, side, device=device, dtype=self.vision_tower_dtype)
+        tiles = sum(scale * scale for scale in self.config.tower.scales)
+        self.routing.begin("vision", TokenGroups.empty(tiles * self.vision_tower.tokens_per_tile, device))
+        features = self.vision_tower(pixels)
+        self.routing.begin("projector", TokenGroups.empty(features.shape[1], device))
+        return self.projector(features) * 0
+
+    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None, num_sequences: dict[str, Any] | None) -> Tensor:
+        """Token embeddings [B, N, hidden] with the image features in the placeholders' places."""
+        inputs_embeds = self.get_input_embeddings()(input_ids)
+        if self.vision_tower is None:
+            return inputs_embeds
+        if pixel_values is not None:
+            features = self.get_image_features(pixel_values, num_sequences).to(inputs_embeds.dtype)
+            places = (input_ids == self.config.image_token_id).unsqueeze(-1)
+            _check_counts(places, features)
+            return inputs_embeds.masked_scatter(places, features)
+        if self.training:
+            return inputs_embeds + self._dummy_image_features(input_ids.device).sum().to(inputs_embeds.dtype)
+        return inputs_embeds
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        num_sequences_in_batch: dict[str, Tensor] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_routing: bool | None = None,
+        **kwargs: Any,
+    ) -> LlavaCompeteOutput:
+        """One forward.
+
+        input_ids, attention_mask, labels, position_ids: int64 [B, N]; labels are -100 where nothing is predicted.
+        pixel_values: [images, 3, S, S] at the largest scale, images in reading order over the batch.
+        sequence_ids: [B, N] for packed rows: which sample of the batch (0, 1, ...) a token belongs to, -1 padding.
+        num_items_in_batch: supervised tokens of the whole optimizer step, over which lm_loss is a mean.
+        num_sequences_in_batch: images ("vision", "projector") and samples ("language") of the whole optimizer step.
+        output_routing: leave records in `self.routing.records`; default: while training.
+        """
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        self._check_length(tokens)
+        record = self.training if output_routing is None else output_routing
+        with self._routing_mode(), self.routing.recording() if record else nullcontext():
+            if inputs_embeds is None:
+                inputs_embeds = self._embed(input_ids, pixel_values, num_sequences_in_batch)
+            if self.routing.is_recording:
+                self._begin_language(attention_mask, sequence_ids, inputs_embeds, num_sequences_in_batch)
+            if position_ids is None and past_key_values is None:
+                position_ids = _position_ids(attention_mask, sequence_ids)
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds,
+                # Packed rows are told apart by position ids that start again; a mask would hide that.
+                attention_mask=None if sequence_ids is not None else attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+        lm_loss = None
+        if labels is not None:
+            lm_loss = _language_loss(outputs.logits, labels, num_items_in_batch)
+        aux_losses, loss_terms = self._routing_losses() if record else ({}, {})
+        loss = lm_loss
+        for aux_loss in aux_losses.values():
+            loss = None if loss is None else loss + aux_loss.to(loss.device)
+        return LlavaCompeteOutput(
+            loss=loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            lm_loss=None if lm_loss is None else lm_loss.detach(),
+            aux_losses=aux_losses,
+            loss_terms=loss_terms,
+        )
+
+    def _check_length(self, tokens: Tensor | None) -> None:
+        if tokens is None:
+            raise ValueError("forward needs input_ids or inputs_embeds")
+        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        if limit is not None and tokens.shape[1] > limit:
+            raise UserError(f"text of {tokens.shape[1]} tokens is longer than the language model's context of {limit}")
+
+    def _begin_language(
+        self,
+        attention_mask: Tensor | None,
+        sequence_ids: Tensor | None,
+        inputs_embeds: Tensor,
+        num_sequences: dict[str, Any] | None,
+    ) -> None:
+        """Group the text's tokens by sample."""
+        count = (num_sequences or {}).get("language")
+        if sequence_ids is not None:
+            # Packed rows hold few samples; their number is a host value only when it is read here.
+            num_local = int(sequence_ids.max()) + 1
+            self.routing.begin("language", TokenGroups.from_ids(sequence_ids, num_local, count))
+            return
+        mask = attention_mask
+        if mask is None:
+            mask = torch.ones(inputs_embeds.shape[:2], device=inputs_embeds.device)
+        # With a cache the mask also covers the past, whose tokens do not run again.
+        self.routing.begin("language", TokenGroups.from_mask(mask[:, -inputs_embeds.shape[1] :], count))
+
+    @contextmanager
+    def _routing_mode(self) -> Iterator[None]:
+        """The router decides at inference, unless the config asks for the competition of every layer."""
+        state = self.routing
+        state.competition_enabled = self.training or self.config.competition_at_inference
+        if self.training or not self.config.competition_at_inference:
+            yield
+            return
+        scheduled, state.competing = state.competing, frozenset(moe_blocks(self))
+        try:
+            yield
+        finally:
+            state.competing = scheduled
+
+    def _routing_losses(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """For each part the mean over its layers of the auxiliary loss and of each term (absent counts as 0)."""
+        layers: dict[str, list[str]] = {}
+        for name in self.routing.records:
+            layers.setdefault(name.split(".")[0], []).append(name)
+        aux_losses, terms = {}, {}
+        for part, names in layers.items():
+            records = [self.routing.records[name] for name in names]
+            device = records[0].aux_loss.device
+            aux_losses[part] = torch.stack([record.aux_loss.to(device) for record in records]).mean()
+            for record in records:
+                for term, value in record.losses.items():
+                    key = f"{part}/{term}"
+                    terms[key] = terms.get(key, 0) + value.detach().to(device) / len(records)
+        return aux_losses, terms
+
+    # --- generation ----------------------------------------------------------------------------------------------
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, input_ids: Tensor | None = None, **model_kwargs: Any
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Repeat each row for beams or samples; its images (any number a row) are repeated as a group."""
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        if pixel_values is not None and expand_size > 1 and input_ids is not None:
+            per_row = (input_ids == self.config.image_token_id).sum(1) // self.config.num_image_tokens
+            groups = pixel_values.split(per_row.tolist())
+            pixel_values = torch.cat([group for group in groups for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, input_ids=input_ids, **model_kwargs
+        )
+        if pixel_values is not None:
+            model_kwargs["pixel_values"] = pixel_values
+        return input_ids, model_kwargs
+
+
+def _select(moe: MoeLayerConfig, num_layers: int, part: str) -> list[int]:
+    try:
+        return moe.select_layers(num_layers)
+    except ValueError as error:
+        raise UserError(f"moe.{part}.{error}") from error
+
+
+def _refuse_wrong_keys(path: str, info: dict[str, Any]) -> None:
+    problems = []
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(kind, ()))
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            problems.append(f"{kind.removesuffix('_keys')} {', '.join(keys[:3])}{more}")
+    if problems:
+        raise UserError(f"{path}: weights do not fit config.json: {'; '.join(problems)}")
+
+
+def _check_counts(places: Tensor, features: Tensor) -> None:
+    """As many placeholders as features; on an accelerator an asynchronous assertion, so that nothing waits."""
+    expected = features.shape[0] * features.shape[1]
+    count = places.sum()
+    if places.device.type == "cpu":
+        if int(count) != expected:
+            raise UserError(
+                f"the text has {int(count)} image placeholders, but {features.shape[0]} image(s) of "
+                f"{features.shape[1]} features make {expected}"
+            )
+    elif places.device.type != "meta":
+        torch._assert_async(count == expected, f"image placeholders in the text differ from {expected} image features")
+
+
+def _position_ids(attention_mask: Tensor | None, sequence_ids: Tensor | None) -> Tensor | None:
+    """Positions counted from each sample's first token, so that neither left padding nor packing shifts them."""
+    if sequence_ids is not None:
+        index = torch.arange(sequence_ids.shape[1], device=sequence_ids.device).expand_as(sequence_ids)
+        starts = F.pad(sequence_ids[:, 1:] != sequence_ids[:, :-1], (1, 0), value=True)
+        return index - torch.where(starts, index, 0).cummax(dim=1).values
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return None
+
+
+def _language_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+    """Cross entropy of predicting token n+1 at n, summed, over `num_items` (default: the supervised tokens here)."""
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten().to(logits.device)
+    total = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    if num_items is None:
+        return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+    return total / torch.as_tensor(num_items, device=total.device)

@@ -36,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from llava_compete.console import setup_console
     from llava_compete.evaluation.config import EvalConfig
-    from llava_compete.evaluation.routing import measure_routing
     from llava_compete.evaluation.runner import evaluate
     from llava_compete.manifest import write_json
 
@@ -66,8 +65,9 @@ def run(arguments: argparse.Namespace) -> int:
     setup_console(config.directory / "eval.log")
     summary = evaluate(config)
     if config.routing_data:
-        routing = measure_routing(config)
-        write_json(config.directory / "routing.json", routing)
+        from llava_compete.evaluation.routing import measure_routing
+
+        write_json(config.directory / "routing.json", measure_routing(config))
     print_table(summary, config.directory)
     return 0
 

@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 from typing import IO
 
-import torch
-
 from llava_compete.errors import UserError
 from llava_compete.evaluation.config import EvalConfig
 
@@ -53,7 +51,11 @@ def num_processes(config: EvalConfig) -> int:
     """`processes`, where "auto" is one for each GPU, or one."""
     if config.processes != "auto":
         return config.processes
-    return max(torch.cuda.device_count(), 1) if config.device is None else 1
+    if config.device is not None:
+        return 1
+    import torch  # seconds to import, and not needed where the number is given
+
+    return max(torch.cuda.device_count(), 1)
 
 
 def run_lmms_eval(
@@ -74,14 +76,15 @@ def run_lmms_eval(
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("a", encoding="utf-8") as file:
         file.write(f"$ {' '.join(words)}\n")
-        process = subprocess.Popen(
+        with subprocess.Popen(
             words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
-        )
-        try:
-            last_error = _follow(process, file)
-        finally:
-            process.terminate()
-            status = process.wait()
+        ) as process:
+            try:
+                last_error = _follow(process, file)
+            except BaseException:
+                process.terminate()
+                raise
+        status = process.returncode
     if status != 0:
         reason = last_error or f"exit status {status}"
         raise UserError(f"lmms-eval failed on {', '.join(tasks)}: {reason} (all of its output: {log_file})")

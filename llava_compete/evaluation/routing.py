@@ -49,18 +49,23 @@ def measure_routing(config: EvalConfig) -> dict[str, Any]:
         for name, metrics in competed.items()
         if metrics.competition_tokens > 0
     }
-    summaries = {name: metrics.summary() for name, metrics in routed.items()}
     result = {
         "router_agreement": round(sum(agreement.values()) / len(agreement), 4) if agreement else None,
         "router_agreement_by_layer": agreement,
-        "expert_use": {name: [round(share, 4) for share in item["expert_load"]] for name, item in summaries.items()},
-        "router_entropy": {name: round(item["router_entropy"], 4) for name, item in summaries.items()},
+        "expert_use": {name: _shares(metrics) for name, metrics in routed.items()},
+        "router_entropy": {
+            name: round(float(metrics.entropy_sum / metrics.tokens), 4) for name, metrics in routed.items()
+        },
         "tokens": {name: int(metrics.tokens) for name, metrics in routed.items()},
         "data": config.routing_data,
     }
     if agreement:
         log.info("router agreement on held-out tokens: %.3f", result["router_agreement"])
     return result
+
+
+def _shares(metrics: RoutingMetrics) -> list[float]:
+    return [round(share, 4) for share in (metrics.load_E / metrics.load_E.sum()).tolist()]
 
 
 @torch.inference_mode()

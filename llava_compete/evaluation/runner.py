@@ -60,7 +60,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         if cache is not None:
             shutil.rmtree(cache, ignore_errors=True)
         for task, run in read_run(raw, group).items():
-            facts = local[task].facts if task in local and config.limit is None else {}
+            facts = local[task].facts if task in local else {}
             write_task(directory, task, run, facts, states[task])
             summaries[task] = finished(directory, task, states[task])
     summary = {
@@ -108,7 +108,7 @@ def _versions() -> dict[str, str]:
 
 
 def _groups(tasks: list[str], local: dict[str, LocalTask]) -> list[list[str]]:
-    """Our small tasks share one start of lmms-eval; a benchmark has its own, so that a stopped suite resumes by task."""
+    """Our small tasks share one start of lmms-eval; a benchmark has its own, so that a suite is resumed by task."""
     own = [task for task in tasks if task in local]
     return [*([own] if own else []), *([task] for task in tasks if task not in local)]
 

@@ -24,7 +24,12 @@ __all__ = [
 ]
 
 AutoConfig.register(LlavaCompeteConfig.model_type, LlavaCompeteConfig, exist_ok=True)
-AutoImageProcessor.register(LlavaCompeteConfig, LlavaCompeteImageProcessor, exist_ok=True)
+# One class for both of transformers' backends: ours needs Pillow only.
+AutoImageProcessor.register(
+    LlavaCompeteConfig,
+    image_processor_classes={"pil": LlavaCompeteImageProcessor, "torchvision": LlavaCompeteImageProcessor},
+    exist_ok=True,
+)
 AutoProcessor.register(LlavaCompeteConfig, LlavaCompeteProcessor, exist_ok=True)
 AutoModelForImageTextToText.register(LlavaCompeteConfig, LlavaCompeteForConditionalGeneration, exist_ok=True)
 AutoModelForCausalLM.register(LlavaCompeteConfig, LlavaCompeteForConditionalGeneration, exist_ok=True)

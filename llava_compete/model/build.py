@@ -153,6 +153,7 @@ def _tokenizer(section: ModelSection, trained: Any, text_config: PreTrainedConfi
         name = section.tokenizer.name if section.tokenizer is not None else section.language_model.name
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=section.trust_remote_code)
     add_image_token(tokenizer)
+    tokenizer.padding_side = "left"  # what generation needs; training's collator pads by itself
     if section.chat_template is not None:
         set_chat_template(tokenizer, section.chat_template)
     else:

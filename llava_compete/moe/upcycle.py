@@ -13,7 +13,7 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -46,6 +46,7 @@ _RUN_FOLDERS = ("checkpoint-*", "run")
 class UpcycleConfig(StrictConfig):
     """The YAML of `llava-compete upcycle`: which dense checkpoint, where to, which layers become which MoE."""
 
+    stage: Literal["upcycle"] = "upcycle"
     model: ModelSection
     output_dir: Path
     moe: MoeConfig
@@ -53,7 +54,7 @@ class UpcycleConfig(StrictConfig):
 
 
 class UpcycledLayer(NamedTuple):
-    """One replaced MLP, for the table: parameters of the dense MLP, of all experts with router, and of those a token uses."""
+    """One replaced MLP: parameters of the dense MLP, of all experts and the router, and of those that a token uses."""
 
     name: str
     experts: str
@@ -234,7 +235,7 @@ def _make(key: str, source: _Source, headers: dict[str, TensorFacts], dtype: tor
 
 
 def _router_tensor(key: str, block: SparseMoeBlock, seed: int) -> Tensor:
-    """The router's parameter, drawn from a generator of (seed, layer) alone, so that no other layer's choice moves it."""
+    """The router's parameter, drawn from (seed, layer) alone, so that no other layer's choice moves it."""
     router = type(block.router)(block.config, block.experts.up.shape[2])
     router.reset_parameters(torch.Generator().manual_seed(zlib.crc32(f"{seed}/{block.name}".encode())))
     return router.get_parameter(key.rpartition(".router.")[2]).detach()

@@ -1,0 +1,65 @@
+"""Run one training stage from a YAML config: `llava-compete train CONFIG [key=value ...]`.
+
+The same command goes on where the stage stopped. On several devices start it through scripts/<stage>.sh, which
+picks the launcher. Every rank runs this command; errors are said once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+from llava_compete.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# A rank that only lost contact waits: the launcher ends it as soon as the rank with the true error is gone.
+_LOST_CONTACT = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "NCCL communicator was aborted",
+)
+_GRACE_SECONDS = 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("config", type=Path, help="the stage's YAML, for example configs/demo/sft.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides, values are YAML")
+    parser.add_argument(
+        "--allow-changed", action="store_true", help="go on although data, seed or batch geometry changed"
+    )
+    parser.add_argument("--stage", help="refuse a config of another stage (used by the stage scripts)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the stage on this rank."""
+    from llava_compete.config import load_config
+    from llava_compete.train.config import TrainConfig
+    from llava_compete.train.distributed import this_rank
+
+    rank = this_rank()
+    try:
+        config = load_config(TrainConfig, arguments.config, arguments.overrides)
+        if arguments.stage and config.stage != arguments.stage:
+            raise UserError(f"{arguments.config}: stage is {config.stage!r}, expected {arguments.stage!r}")
+        from llava_compete.train.run import train
+
+        train(config, allow_changed=arguments.allow_changed)
+    except UserError as error:
+        if rank.is_main:
+            sys.stderr.write(f"error: {error}\n")
+        return 2
+    except Exception as error:  # the last stop: one line to the user, the traceback to run/console.log
+        if any(sign in str(error) for sign in _LOST_CONTACT):
+            time.sleep(_GRACE_SECONDS)
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        logger.error("rank %d: %s: %s", rank.number, type(error).__name__, first_line)
+        # Not one of our loggers, so it stays off the console.
+        logging.getLogger("traceback").info("", exc_info=True)
+        return 1
+    return 0

@@ -1,0 +1,126 @@
+"""Checkpoints that are whole or absent, what may be resumed, and the marks of a running and a finished stage.
+
+A checkpoint is written under `.saving/`, marked with `complete.json` and renamed, so a kill or a full disk leaves the
+last good one in place. `run/lock` keeps a second run out; `run/finished.json` is a stage's last file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llava_compete.errors import UserError
+from llava_compete.manifest import write_json
+
+logger = logging.getLogger(__name__)
+
+STAGING = ".saving"
+COMPLETE = "complete.json"
+FINISHED = Path("run") / "finished.json"
+
+
+@contextmanager
+def output_lock(output_dir: Path) -> Iterator[None]:
+    """Hold `run/lock` of the directory; the system frees it when the process dies, however it dies.
+
+    Raises:
+        UserError: another run holds it.
+    """
+    path = output_dir / "run" / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise UserError(f"{output_dir}: another run is writing here ({file.read().strip() or path})") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def read_finished(output_dir: Path) -> dict[str, Any] | None:
+    """What the finished stage recorded, or None."""
+    path = output_dir / FINISHED
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def write_finished(output_dir: Path, content: dict[str, Any]) -> None:
+    """Mark the stage as finished; called after everything else is on disk."""
+    write_json(output_dir / FINISHED, content)
+
+
+def clear_staging(output_dir: Path) -> None:
+    """Remove what a killed run was in the middle of writing."""
+    if (output_dir / STAGING).exists():
+        logger.warning("%s: removed a checkpoint that was not written to its end", output_dir / STAGING)
+        shutil.rmtree(output_dir / STAGING)
+
+
+def publish(output_dir: Path, name: str, identity: dict[str, Any]) -> None:
+    """Mark `.saving/<name>` complete and move it into place; `identity` is what a resume compares."""
+    staged, target = output_dir / STAGING / name, output_dir / name
+    write_json(staged / COMPLETE, identity)
+    _sync(staged)
+    if target.exists():
+        shutil.rmtree(target)
+    staged.rename(target)
+    (output_dir / STAGING).rmdir()
+
+
+def list_complete(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first; an incomplete one is named in a warning and left out."""
+    found = []
+    for path in sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])):
+        if (path / COMPLETE).is_file():
+            found.append(path)
+        else:
+            logger.warning("%s: incomplete checkpoint skipped", path)
+    return found
+
+
+def check_identity(checkpoint: Path, identity: dict[str, Any], *, allow_changed: bool) -> None:
+    """Refuse to resume when data, seed or batch geometry changed, naming the keys."""
+    saved = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+    changed = [
+        f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in identity.items() if saved.get(key) != value
+    ]
+    if not changed:
+        return
+    if not allow_changed:
+        raise UserError(
+            f"{checkpoint}: cannot go on, the run has changed: {'; '.join(changed)}. "
+            "Restore it, pass --allow-changed, or choose another output_dir"
+        )
+    logger.warning("%s: going on although %s", checkpoint, "; ".join(changed))
+
+
+def rotate(output_dir: Path, limit: int | None) -> None:
+    """Delete the oldest complete checkpoints beyond `limit`."""
+    if limit:
+        for path in list_complete(output_dir)[:-limit]:
+            shutil.rmtree(path)
+
+
+def install_model(staged: Path, output_dir: Path) -> None:
+    """Move the final model's files from `staged` into `output_dir`; `config.json` last, so no half model loads."""
+    for path in sorted(staged.iterdir(), key=lambda path: path.name == "config.json"):
+        path.replace(output_dir / path.name)
+    shutil.rmtree(staged.parent)
+
+
+def _sync(directory: Path) -> None:
+    """Force the files to disk before the rename makes them count."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,90 @@
+"""One training stage as a strict config: what to start from, what to train, on which data, how.
+
+Read by `llava-compete train`; one YAML per stage in configs/. Sections of other parts (model, moe, data) are typed
+next to their own code. `training` holds Hugging Face `TrainingArguments` under their own names.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from llava_compete.config import StrictConfig
+from llava_compete.data.config import DataSection
+from llava_compete.model.config import ModelSection
+from llava_compete.moe.config import MoeConfig
+from llava_compete.train.arguments import check_names
+
+Part = Literal["vision", "projector", "language"]
+DEEPSPEED_DIR = Path(__file__).parents[2] / "configs" / "deepspeed"
+
+
+class PartTraining(StrictConfig):
+    """How one part trains; `learning_rate` and `weight_decay` default to those of `training`."""
+
+    mode: Literal["frozen", "full", "lora"] = "full"
+    learning_rate: float | None = Field(default=None, gt=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+    lora_rank: int = Field(default=16, ge=1)
+    lora_alpha: float = Field(default=32.0, gt=0)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class Guards(StrictConfig):
+    """When a run stops or warns by itself.
+
+    max_bad_steps: steps with a non-finite loss or gradient norm that are skipped before the run stops.
+    collapse_share, collapse_patience: warn when an expert gets less than this share of a layer's choices in this
+        many logging steps in a row.
+    """
+
+    max_bad_steps: int = Field(default=3, ge=0)
+    collapse_share: float = Field(default=0.01, ge=0, le=1)
+    collapse_patience: int = Field(default=3, ge=1)
+
+
+class TrainConfig(StrictConfig):
+    """The whole of one stage's YAML."""
+
+    stage: Literal["pretrain_align", "pft", "sft", "pretrain_lm"]
+    output_dir: Path
+    model: ModelSection
+    moe: MoeConfig | Literal[False] | None = Field(default=None, union_mode="left_to_right")
+    """Settings laid over the checkpoint's; `false` says that `sft` of a dense checkpoint is meant (a baseline)."""
+    data: DataSection
+    trainable: dict[Part, PartTraining]
+    training: dict[str, Any] = Field(default_factory=dict)
+    deepspeed: str | None = "zero2"
+    seed: int = 0
+    guards: Guards = Guards()
+    sample_steps: int = Field(default=0, ge=0)
+    """Write a few greedy answers on held-out rows every this many steps; 0 writes none."""
+
+    @field_validator("trainable", mode="before")
+    @classmethod
+    def _mode_alone(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {part: {"mode": entry} if isinstance(entry, str) else entry for part, entry in value.items()}
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _known_deepspeed(cls, value: str | None) -> str | None:
+        known = sorted(path.stem for path in DEEPSPEED_DIR.glob("*.json"))
+        if value not in (None, "none", *known):
+            raise ValueError(f"found {value!r}, expected null or one of {', '.join(known)} (files of {DEEPSPEED_DIR})")
+        return None if value == "none" else value
+
+    @field_validator("training")
+    @classmethod
+    def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_names(value)
+        return value
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> TrainConfig:
+        if all(part.mode == "frozen" for part in self.trainable.values()):
+            raise ValueError("trainable: no part is trained; set one of vision, projector, language to full or lora")
+        return self

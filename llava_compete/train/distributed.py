@@ -1,0 +1,123 @@
+"""The process group of a run: started before anything else, destroyed at the end, its failures in one line.
+
+Works under the `deepspeed` launcher, under torchrun, and alone (one process, a free port). Called by run.py only.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from llava_compete.errors import UserError
+
+# Long enough for rank 0 to convert a data set while the others wait.
+TIMEOUT = timedelta(minutes=30)
+
+
+class Rank(NamedTuple):
+    """Who this process is."""
+
+    number: int
+    local_index: int
+    world_size: int
+    on_gpu: bool
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the console."""
+        return self.number == 0
+
+
+def this_rank() -> Rank:
+    """Read the launcher's environment; a process started without one is a world of its own."""
+    read = {name: int(os.environ.get(name, default)) for name, default in _ALONE.items()}
+    return Rank(read["RANK"], read["LOCAL_RANK"], read["WORLD_SIZE"], torch.cuda.is_available())
+
+
+_ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+
+
+@contextmanager
+def process_group(rank: Rank) -> Iterator[None]:
+    """Hold the default process group; gloo on CPU, NCCL beside gloo on GPU.
+
+    Raises:
+        UserError: the rendezvous port is taken or the other ranks cannot be reached.
+    """
+    for name, value in _ALONE.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if rank.world_size == 1:
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    if rank.on_gpu:
+        torch.cuda.set_device(rank.local_index)
+    else:
+        # Gloo does; DeepSpeed would compile a kernel for this with the user's C++ compiler, for a minute or more.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if rank.on_gpu else "gloo", timeout=TIMEOUT)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise UserError(f"port in use: {address}; set MASTER_PORT to a free port") from error
+        raise UserError(f"rank {rank.number}: no process group at {address}: {_first_line(error)}") from error
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def main_first(rank: Rank) -> _MainFirst:
+    """`with main_first(rank):` rank 0 runs the body before the others do (it writes what they read)."""
+    return _MainFirst(rank)
+
+
+class _MainFirst:
+    def __init__(self, rank: Rank) -> None:
+        self.rank = rank
+
+    def __enter__(self) -> None:
+        if not self.rank.is_main:
+            dist.barrier()
+
+    def __exit__(self, *_: object) -> None:
+        # Also when rank 0 failed: the others then fail alike, and all_or_none tells them so.
+        if self.rank.is_main:
+            dist.barrier()
+
+
+@contextmanager
+def all_or_none(rank: Rank, what: str) -> Iterator[None]:
+    """A `UserError` of one rank inside becomes the same error on all; only rank 0 is left to say it.
+
+    Other exceptions are bugs and leave at once: the launcher then ends the other ranks.
+    """
+    message = None
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    messages: list[str | None] = [None] * rank.world_size
+    dist.all_gather_object(messages, message)
+    for index, found in enumerate(messages):
+        if found is not None:
+            raise UserError(found if index == 0 else f"rank {index}: {what}: {found}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,205 @@
+"""One training stage from config to a finished, self-contained model directory.
+
+Reads as the stage happens: process group, lock, model, data, trainer, train, save, mark as finished. Called by
+`llava-compete train` on every rank of the launcher. Everything a rank refuses is refused by all ranks together.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.utils import set_z3_leaf_modules
+from transformers import set_seed
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from llava_compete.console import setup_console
+from llava_compete.data.collator import Collator
+from llava_compete.data.dataset import DataBundle, build_datasets
+from llava_compete.data.sampler import GlobalBatchSampler
+from llava_compete.errors import UserError
+from llava_compete.manifest import write_manifest
+from llava_compete.moe.config import MoeConfig
+from llava_compete.train import checkpoints, trainable
+from llava_compete.train.arguments import build_arguments
+from llava_compete.train.callbacks import CompetitionCallback, StepCallback, StopOnSignal, WatchCallback
+from llava_compete.train.config import DEEPSPEED_DIR, TrainConfig
+from llava_compete.train.distributed import Rank, all_or_none, main_first, process_group, this_rank
+from llava_compete.train.start import start_model
+from llava_compete.train.trainer import StageTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig, *, allow_changed: bool = False) -> None:
+    """Run the stage, or go on with it; a stage that has finished is left as it is.
+
+    Raises:
+        UserError: anything a user can mend, on all ranks alike.
+    """
+    rank = this_rank()
+    with ExitStack() as stack:
+        stack.enter_context(process_group(rank))
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        setup_console(config.output_dir / "run" / "console.log", rank.number)
+        with all_or_none(rank, "output directory"):
+            if rank.is_main:
+                stack.enter_context(checkpoints.output_lock(config.output_dir))
+            finished = _already_finished(config)
+        if finished:
+            logger.info("%s: stage %s has finished already", config.output_dir, config.stage)
+            return
+        _run(config, rank, allow_changed)
+
+
+def _already_finished(config: TrainConfig) -> bool:
+    finished = checkpoints.read_finished(config.output_dir)
+    if finished is None:
+        return False
+    if finished["stage"] != config.stage:
+        raise UserError(
+            f"{config.output_dir}: holds a finished {finished['stage']!r}, found stage {config.stage!r}; "
+            "choose another output_dir"
+        )
+    return True
+
+
+def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> None:
+    with all_or_none(rank, "training arguments"):
+        arguments = build_arguments(
+            config.training,
+            output_dir=config.output_dir,
+            seed=config.seed,
+            deepspeed=DEEPSPEED_DIR / f"{config.deepspeed}.json" if config.deepspeed else None,
+            on_gpu=rank.on_gpu,
+        )
+    set_seed(config.seed)
+    with all_or_none(rank, "model"), main_first(rank):
+        # Built whole on every rank, never under zero.Init: DeepSpeed shards it afterwards (design rule 6).
+        unset_hf_deepspeed_config()
+        model, processor, moe = start_model(config, rank)
+        if arguments.hf_deepspeed_config is not None:
+            set_hf_deepspeed_config(arguments.hf_deepspeed_config)
+        trainable.apply(model, config.trainable)
+        if arguments.hf_deepspeed_config is not None and arguments.hf_deepspeed_config.is_zero3():
+            # Without this ZeRO-3 hangs or is wrong where a module's parameters are used outside its own call.
+            set_z3_leaf_modules(model, model.zero3_leaf_modules)
+    with all_or_none(rank, "data"), main_first(rank):
+        data = build_datasets(config.data, processor, config.seed)
+    trainer = _build_trainer(config, rank, arguments, model, processor, data)
+    competition = CompetitionCallback(trainer, moe)
+    steps = StepCallback(trainer, competition)
+    watch = WatchCallback(trainer, steps, config.output_dir / "run" / "metrics.jsonl")
+    for callback in (competition, steps, watch):
+        trainer.add_callback(callback)
+    with all_or_none(rank, "checkpoint"):
+        checkpoint = _checkpoint_to_resume(config, rank, trainer.identity, allow_changed)
+    if rank.is_main:
+        _describe(config, trainer, data, moe)
+    started = time.perf_counter()
+    with StopOnSignal(trainer):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.state.global_step < trainer.state.max_steps:
+        logger.info("stopped at step %d; the same command goes on from here", trainer.state.global_step)
+        return
+    _save_final(config, trainer, rank)
+    if rank.is_main:
+        summary = {
+            "stage": config.stage,
+            "train_seconds": time.perf_counter() - started,
+            "steps": trainer.state.global_step,
+            "tokens": steps.tokens,
+            "samples": steps.samples,
+            "competition_steps": competition.count(trainer.state.max_steps),
+        }
+        watch.write_end(summary)
+        checkpoints.write_finished(config.output_dir, summary)
+        logger.info("%s: wrote the %s model to %s", config.stage, config.stage, config.output_dir)
+
+
+def _build_trainer(
+    config: TrainConfig, rank: Rank, arguments: Any, model: Any, processor: Any, data: DataBundle
+) -> StageTrainer:
+    micro = arguments.per_device_train_batch_size
+    global_batch = micro * arguments.gradient_accumulation_steps * rank.world_size
+    sampler = GlobalBatchSampler(
+        data.train.lengths, data.train.modalities, global_batch, micro, rank.world_size, rank.number, config.seed
+    )
+    identity = {
+        "stage": config.stage,
+        "seed": config.seed,
+        "data_digest": data.digest,
+        "world_size": rank.world_size,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
+        "max_steps": arguments.max_steps,
+        "num_train_epochs": arguments.num_train_epochs,
+    }
+    trainer = StageTrainer(
+        config=config,
+        batch_sampler=sampler,
+        identity=identity,
+        model=model,
+        args=arguments,
+        data_collator=Collator(processor),
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=processor,
+    )
+    # The watch callback shows the bar and the line.
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def _checkpoint_to_resume(
+    config: TrainConfig, rank: Rank, identity: dict[str, Any], allow_changed: bool
+) -> Path | None:
+    if rank.is_main:
+        checkpoints.clear_staging(config.output_dir)
+    complete = checkpoints.list_complete(config.output_dir)
+    if not complete:
+        return None
+    checkpoints.check_identity(complete[-1], identity, allow_changed=allow_changed)
+    logger.info("%s: going on from %s", config.stage, complete[-1].name)
+    return complete[-1]
+
+
+def _describe(config: TrainConfig, trainer: StageTrainer, data: DataBundle, moe: MoeConfig | None) -> None:
+    arguments = trainer.args
+    rows = trainable.table(
+        trainer.model,
+        config.trainable,
+        learning_rate=arguments.learning_rate,
+        weight_decay=arguments.weight_decay,
+    )
+    identity = trainer.identity
+    logger.info(
+        "%s: %d rows, global batch %d = %d x %d x %d (ranks x micro-batch x accumulation), %s",
+        *(config.stage, len(data.train), trainer.batch_sampler.global_batch_size, identity["world_size"]),
+        *(arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps),
+        f"DeepSpeed {config.deepspeed}" if config.deepspeed else "no DeepSpeed",
+    )
+    for row in rows:
+        logger.info("%s", trainable.describe(row))
+    write_manifest(
+        config.output_dir,
+        config,
+        seeds={"seed": config.seed, **({"competition": moe.seed} if moe else {})},
+        data_digest=data.digest,
+        extra={"identity": identity, "trainable": [row._asdict() for row in rows], "data": data.stats},
+    )
+
+
+def _save_final(config: TrainConfig, trainer: StageTrainer, rank: Rank) -> None:
+    staged = config.output_dir / checkpoints.STAGING / "final"
+    trainer.save_model(str(staged))
+    dist.barrier()
+    if rank.is_main:
+        checkpoints.install_model(staged, config.output_dir)
+    dist.barrier()

@@ -1,0 +1,140 @@
+"""Which tensors train, and how: the one place that sets `requires_grad` and makes optimizer groups.
+
+The stage's `trainable:` map names the parts (vision, projector, language); `apply` freezes or frees their tensors,
+`optimizer_groups` gives every trainable tensor exactly one group, `table` says it in words for console and manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from llava_compete.errors import UserError
+from llava_compete.train.config import Part, PartTraining
+
+PREFIXES: dict[Part, str] = {"vision": "vision_tower.", "projector": "projector.", "language": "language_model."}
+
+
+class PartRow(NamedTuple):
+    """One line of the trainable table; counts are in tensors and in numbers."""
+
+    part: Part
+    mode: str
+    tensors: int
+    parameters: int
+    trainable_tensors: int
+    trainable_parameters: int
+    learning_rate: float
+    weight_decay: float
+
+
+def part_of(name: str) -> Part:
+    """Part that a parameter belongs to, by the model's own attribute names (peft's wrappers are looked through)."""
+    name = name.removeprefix("base_model.model.")
+    for part, prefix in PREFIXES.items():
+        if name.startswith(prefix):
+            return part
+    raise UserError(f"parameter {name!r} belongs to none of {', '.join(PREFIXES)}")
+
+
+def apply(model: nn.Module, trainable: Mapping[Part, PartTraining]) -> None:
+    """Set `requires_grad` of every parameter; a part that is not named is frozen.
+
+    Raises:
+        UserError: a named part has no parameters in this model.
+    """
+    found = {part_of(name) for name, _ in model.named_parameters()}
+    for part, setting in trainable.items():
+        if part not in found and setting.mode != "frozen":
+            raise UserError(f"trainable.{part}: the model has no {part} part; it has {', '.join(sorted(found))}")
+    for name, parameter in model.named_parameters():
+        mode = _setting(trainable, part_of(name)).mode
+        parameter.requires_grad_(mode == "full" or (mode == "lora" and "lora_" in name))
+
+
+def optimizer_groups(
+    model: nn.Module,
+    trainable: Mapping[Part, PartTraining],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    decayed: Collection[str],
+) -> list[dict[str, Any]]:
+    """Groups for torch optimizers, one for each (part, decayed or not) that has tensors.
+
+    Args:
+        model: parameters already frozen or freed by `apply`.
+        trainable: the stage's map.
+        learning_rate, weight_decay: of the parts that set none.
+        decayed: names that weight decay applies to (no biases, no norms).
+    """
+    groups: dict[tuple[Part, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part, decays = part_of(name), name in decayed
+        setting = _setting(trainable, part)
+        group = groups.setdefault(
+            (part, decays),
+            {
+                "name": f"{part}{'' if decays else '/no_decay'}",
+                "params": [],
+                "lr": learning_rate if setting.learning_rate is None else setting.learning_rate,
+                "weight_decay": _decay(setting, weight_decay) if decays else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def table(
+    model: nn.Module, trainable: Mapping[Part, PartTraining], *, learning_rate: float, weight_decay: float
+) -> list[PartRow]:
+    """The resolved table, one row for each part of the model."""
+    rows = []
+    named = [(part_of(name), parameter) for name, parameter in model.named_parameters()]
+    for part in PREFIXES:
+        parameters = [parameter for owner, parameter in named if owner == part]
+        if not parameters:
+            continue
+        free = [parameter for parameter in parameters if parameter.requires_grad]
+        setting = _setting(trainable, part)
+        rate = learning_rate if setting.learning_rate is None else setting.learning_rate
+        rows.append(
+            PartRow(
+                part,
+                setting.mode,
+                len(parameters),
+                sum(map(_numel, parameters)),
+                len(free),
+                sum(map(_numel, free)),
+                rate if free else 0.0,
+                _decay(setting, weight_decay) if free else 0.0,
+            )
+        )
+    return rows
+
+
+def describe(row: PartRow) -> str:
+    """One console line for a row."""
+    if not row.trainable_tensors:
+        return f"  {row.part:<10} frozen  {row.parameters:>14,} parameters"
+    return (
+        f"  {row.part:<10} {row.mode:<6}  {row.trainable_parameters:>14,} of {row.parameters:,} parameters "
+        f"({row.trainable_tensors} tensors), learning rate {row.learning_rate:g}, weight decay {row.weight_decay:g}"
+    )
+
+
+def _setting(trainable: Mapping[Part, PartTraining], part: Part) -> PartTraining:
+    return trainable.get(part) or PartTraining(mode="frozen")
+
+
+def _decay(setting: PartTraining, default: float) -> float:
+    return default if setting.weight_decay is None else setting.weight_decay
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    # Under ZeRO-3 a parameter's own tensor is empty; DeepSpeed keeps the true count beside it.
+    return int(getattr(parameter, "ds_numel", None) or parameter.numel())

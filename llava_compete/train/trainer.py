@@ -1,0 +1,177 @@
+"""A thin Hugging Face `Trainer`: global counts for the loss, named loss terms, per-part groups, whole checkpoints.
+
+Losses are normalised by counts of the whole optimizer step (all micro-batches, all ranks), gathered in one small
+all-reduce before its first forward. The loss is multiplied by the number of processes, and DDP and DeepSpeed divide
+gradients by it, so the language-model loss and the auxiliary losses both come out as global means, whatever the
+split into ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from llava_compete.model.build import save_checkpoint
+from llava_compete.train import checkpoints, counts, trainable
+from llava_compete.train.config import TrainConfig
+from llava_compete.train.metrics import StepMetrics, scalars
+
+
+class StageLoader(DataLoader):
+    """A plain DataLoader over ready micro-batches of row numbers; `set_epoch` reaches its sampler."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of epoch `epoch`."""
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+class StageTrainer(Trainer):
+    """One stage's training loop; takes the keyword arguments of `Trainer` and those below.
+
+    Args:
+        config: the stage.
+        batch_sampler: yields this rank's micro-batches of row numbers, with `set_epoch`.
+        identity: what must not change on resume; saved in each checkpoint.
+    """
+
+    def __init__(self, *, config: TrainConfig, batch_sampler: Any, identity: dict[str, Any], **kwargs: Any) -> None:
+        self.optimizer: Any = None
+        super().__init__(**kwargs)
+        self.config = config
+        self.batch_sampler = batch_sampler
+        self.identity = identity
+        self.step_metrics = StepMetrics(self.args.device)
+        self.step_counts: counts.StepCounts | None = None
+        self.stop_requested = False
+        self.bad_step = False
+        self.record: dict[str, Any] = {}
+
+    # ---- data: the sampler already shares rows out to ranks, so accelerate must not do it again ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """This rank's micro-batches."""
+        workers = self.args.dataloader_num_workers
+        return StageLoader(
+            self.train_dataset,
+            batch_sampler=self.batch_sampler,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=workers > 0 and self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor]:
+        """Fetch the step's micro-batches and count tokens and sequences over all ranks."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        self.step_counts = counts.gather(batches, device, stop=self.stop_requested)
+        self._loss_before_step = self._tr_loss.clone()
+        return batches, self.step_counts.supervised_tokens
+
+    # ---- loss and optimizer ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One group for each part and decay setting, from the `trainable:` map."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            groups = trainable.optimizer_groups(
+                model,
+                self.config.trainable,
+                learning_rate=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                decayed=set(self.get_decay_parameter_names(model)),
+            )
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's own loss, its terms and routing records put aside for the log."""
+        if not model.training:
+            outputs = model(**inputs)
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
+        assert self.step_counts is not None
+        outputs = model(
+            **inputs, num_items_in_batch=num_items_in_batch, num_sequences_in_batch=self.step_counts.sequences
+        )
+        terms = {"lm_loss": outputs.lm_loss, **outputs.loss_terms}
+        terms |= {f"{part}/aux_loss": loss for part, loss in outputs.aux_losses.items()}
+        self.step_metrics.add_forward(terms, self.core_model.routing.records)
+        loss = outputs.loss * self.args.world_size
+        return (loss, outputs) if return_outputs else loss
+
+    @property
+    def core_model(self) -> Any:
+        """The LlavaCompete model inside peft's wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
+        """The step's gradient norm; a non-finite one marks the step as bad and keeps it from the weights."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = norm.item() if isinstance(norm, Tensor) else float(norm if norm is not None else 0.0)
+        self.bad_step = not math.isfinite(norm) or self.accelerator.optimizer_step_was_skipped
+        if self.bad_step:
+            # DeepSpeed has skipped the step by itself; without it, no gradient means no update.
+            model.zero_grad()
+            self._tr_loss.copy_(self._loss_before_step)
+        return norm
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Nothing here: throughput.py counts them once a logging step."""
+        return 0
+
+    # ---- log: called on every rank, so the collective inside `collect` is safe ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add loss terms and routing metrics to a training log line; `record` keeps all of it for the writer."""
+        self.record = dict(logs)
+        if "loss" in logs:
+            metrics = self.step_metrics.collect()
+            self.record |= metrics
+            logs = {**logs, **scalars(metrics)}
+        super().log(logs, start_time)
+
+    # ---- checkpoints: written beside, then renamed ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        saving = getattr(self, "_saving", False)
+        return str(Path(self.args.output_dir) / checkpoints.STAGING) if saving else self.args.output_dir
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+        _barrier()
+        if self.args.should_save:
+            output_dir = Path(self.args.output_dir)
+            checkpoints.publish(output_dir, f"checkpoint-{self.state.global_step}", self.identity)
+            checkpoints.rotate(output_dir, self.args.save_total_limit)
+        _barrier()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The self-contained model directory that the next stage and evaluation read."""
+        if self.args.should_save:
+            save_checkpoint(self.model, self.processing_class, Path(output_dir or self.args.output_dir), state_dict)
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

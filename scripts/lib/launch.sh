@@ -1,0 +1,72 @@
+# Sourced by the stage scripts: starts `llava-compete train` on all ranks through the right launcher.
+# shellcheck shell=bash
+#
+#   NUM_GPUS        GPUs of this machine to use (default: all; 0 = CPU)
+#   NUM_PROCESSES   ranks on CPU (default 2)
+#   HOSTFILE        DeepSpeed hostfile: several machines over ssh, started from one
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several machines over torchrun, started on each
+# Threads, ports and devices are decided here, everything about training in the YAML.
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+ensure_venv
+export PATH="$VENV/bin:$PATH"
+
+count_gpus() {
+  if command -v nvidia-smi >/dev/null; then nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true; else echo 0; fi
+}
+
+free_port() {
+  python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+# Ends the ranks only, so that they save first: the launchers then see them leave and leave too.
+stop_ranks() {
+  local launcher=$1 child
+  stopped=yes
+  for child in $(pgrep -P "$launcher"); do
+    if pgrep -P "$child" >/dev/null; then pkill -TERM -P "$child"; else kill -TERM "$child"; fi
+  done
+}
+
+# run_stage STAGE [CONFIG] [KEY=VALUE | --option ...]
+run_stage() {
+  local stage=$1 config=configs/demo/$1.yaml gpus processes launcher status=0
+  shift
+  if [ $# -gt 0 ] && [[ $1 != *=* && $1 != -* ]]; then
+    config=$1
+    shift
+  fi
+  gpus=${NUM_GPUS:-$(count_gpus)}
+  processes=$gpus
+  if [ "$gpus" -eq 0 ]; then
+    processes=${NUM_PROCESSES:-2}
+    export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu
+    local cores
+    cores=$(nproc)
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
+  fi
+  export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+
+  if [ -n "${NNODES:-}" ]; then
+    launcher=(torchrun --nnodes "$NNODES" --node_rank "${NODE_RANK:?NODE_RANK is needed with NNODES}"
+      --nproc_per_node "$processes" --master_addr "${MASTER_ADDR:?MASTER_ADDR is needed with NNODES}"
+      --master_port "${MASTER_PORT:-29500}" --module)
+  elif [ -n "${HOSTFILE:-}" ]; then
+    launcher=(deepspeed --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}" --no_local_rank --quiet --module)
+  else
+    launcher=(deepspeed --num_gpus "$processes" --master_addr 127.0.0.1 --master_port "${MASTER_PORT:-$(free_port)}"
+      --no_local_rank --quiet --module)
+  fi
+  stopped=no
+  "${launcher[@]}" llava_compete.cli train "$config" --stage "$stage" "$@" &
+  local pid=$!
+  trap 'stop_ranks $pid' TERM USR1
+  trap 'kill -INT $pid' INT
+  # `wait` returns early when a trap ran: wait again until the launcher is really gone.
+  while kill -0 "$pid" 2>/dev/null; do
+    status=0
+    wait "$pid" || status=$?
+  done
+  if [ "$stopped" = yes ] && [ "$status" -eq 0 ]; then return 143; fi
+  return "$status"
+}

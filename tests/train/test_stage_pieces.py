@@ -1,0 +1,148 @@
+"""The pieces of a stage that need no launcher: config, arguments, trainable map, checkpoints, counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from llava_compete.config import parse_config
+from llava_compete.errors import UserError
+from llava_compete.train import checkpoints, counts, trainable
+from llava_compete.train.config import DEEPSPEED_DIR, PartTraining, TrainConfig
+from stage_kit import stage_config
+
+
+def _parse(**changes: object) -> TrainConfig:
+    return parse_config(TrainConfig, {**stage_config("sft", Path("d.json"), Path("out")), **changes}, source="x.yaml")
+
+
+def test_unknown_training_argument_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"x\.yaml.*training\.learning_rat'.*did you mean 'learning_rate'"):
+        _parse(training={"learning_rat": 1e-3})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": {"seed": 1}}, r"training\.seed is not set here: set the top-level key seed"),
+        ({"training": {"activation_checkpointing_kwargs": {"use_reentrant": True}}}, "use_reentrant: must be false"),
+        ({"deepspeed": "zero9"}, r"'zero9', expected null or one of .*zero2"),
+        ({"trainable": {"vision": "frozen"}}, "no part is trained"),
+        ({"trainable": {"visoin": "full"}}, "visoin"),
+        ({"stagee": "sft"}, "did you mean 'stage'"),
+    ],
+)
+def test_config_mistakes_name_the_key(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        _parse(**changes)
+
+
+def test_every_deepspeed_file_leaves_geometry_to_the_training_arguments() -> None:
+    stages = {}
+    for path in sorted(DEEPSPEED_DIR.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        assert content["train_micro_batch_size_per_gpu"] == content["gradient_accumulation_steps"] == "auto"
+        stages[path.stem] = content["zero_optimization"]["stage"]
+    assert stages == {"zero1": 1, "zero2": 2, "zero2_offload": 2, "zero3": 3, "zero3_nvme": 3, "zero3_offload": 3}
+
+
+class _Parts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision_tower, self.projector, self.language_model = nn.Linear(2, 3), nn.Linear(3, 4), nn.Linear(4, 5)
+
+
+def test_trainable_map_sets_gradients_groups_and_table() -> None:
+    model = _Parts()
+    parts = {
+        "projector": PartTraining(mode="full", learning_rate=1e-3),
+        "language": PartTraining(mode="full", weight_decay=0.0),
+    }
+    trainable.apply(model, parts)  # type: ignore[arg-type]
+    assert not any(parameter.requires_grad for parameter in model.vision_tower.parameters())
+    groups = trainable.optimizer_groups(
+        model,
+        parts,  # type: ignore[arg-type]
+        learning_rate=1e-4,
+        weight_decay=0.1,
+        decayed={"projector.weight", "language_model.weight"},
+    )
+    found = {group["name"]: (group["lr"], group["weight_decay"], len(group["params"])) for group in groups}
+    assert found == {
+        "projector": (1e-3, 0.1, 1),
+        "projector/no_decay": (1e-3, 0.0, 1),
+        "language": (1e-4, 0.0, 1),
+        "language/no_decay": (1e-4, 0.0, 1),
+    }
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped)) == sum(p.requires_grad for p in model.parameters())
+    rows = trainable.table(model, parts, learning_rate=1e-4, weight_decay=0.1)  # type: ignore[arg-type]
+    assert [(row.part, row.mode, row.parameters, row.trainable_parameters) for row in rows] == [
+        ("vision", "frozen", 9, 0),
+        ("projector", "full", 16, 16),
+        ("language", "full", 25, 25),
+    ]
+
+
+def test_trainable_part_that_the_model_lacks_is_refused() -> None:
+    model = _Parts()
+    del model.vision_tower
+    with pytest.raises(UserError, match=r"trainable\.vision: the model has no vision part"):
+        trainable.apply(model, {"vision": PartTraining()})
+
+
+def test_counts_of_a_step() -> None:
+    labels = torch.tensor([[5, -100, 7, 8], [-100, -100, 3, -100]])
+    batch = {
+        "labels": labels,
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+        "pixel_values": torch.zeros(3, 3, 2, 2),
+        "sample_ids": ["a", "b"],
+    }
+    found = counts.gather([batch, _filler()], torch.device("cpu"), stop=False)
+    assert int(found.supervised_tokens) == found.num_supervised == 3
+    assert (found.tokens, found.samples, found.images, found.stop) == (7, 2, 3, False)
+    assert {name: float(value) for name, value in found.sequences.items()} == {
+        "vision": 3.0,
+        "projector": 3.0,
+        "language": 2.0,
+    }
+    assert "sample_ids" not in batch
+
+
+def _filler() -> dict[str, object]:
+    return {
+        "labels": torch.tensor([[-100]]),
+        "attention_mask": torch.ones(1, 1, dtype=torch.long),
+        "sequence_ids": torch.tensor([[-1]]),
+        "sample_ids": [],
+    }
+
+
+def test_a_checkpoint_counts_only_when_published(tmp_path: Path) -> None:
+    staged = tmp_path / checkpoints.STAGING / "checkpoint-3"
+    staged.mkdir(parents=True)
+    (staged / "weights").write_text("w", encoding="utf-8")
+    assert checkpoints.list_complete(tmp_path) == []
+    checkpoints.publish(tmp_path, "checkpoint-3", {"seed": 1})
+    (tmp_path / "checkpoint-9").mkdir()
+    assert checkpoints.list_complete(tmp_path) == [tmp_path / "checkpoint-3"]
+    checkpoints.check_identity(tmp_path / "checkpoint-3", {"seed": 1}, allow_changed=False)
+    with pytest.raises(UserError, match="seed was 1, is 2"):
+        checkpoints.check_identity(tmp_path / "checkpoint-3", {"seed": 2}, allow_changed=False)
+    checkpoints.check_identity(tmp_path / "checkpoint-3", {"seed": 2}, allow_changed=True)
+
+
+def test_second_run_on_one_directory_is_refused(tmp_path: Path) -> None:
+    with (
+        checkpoints.output_lock(tmp_path),
+        pytest.raises(UserError, match="another run is writing here"),
+        checkpoints.output_lock(tmp_path),
+    ):
+        pass
+    with checkpoints.output_lock(tmp_path):
+        pass

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from llava_compete.config import StrictConfig
+from llava_compete.config import StrictConfig, read_yaml
 
 
 class SourceSection(StrictConfig):
@@ -21,7 +21,7 @@ class SourceSection(StrictConfig):
 
 
 class DataSection(StrictConfig):
-    """What a stage trains on."""
+    """What a stage trains on. `sources` may name a mixture: a YAML file with the one key `sources`."""
 
     sources: list[SourceSection] = Field(min_length=1)
     max_length: int = Field(default=2048, ge=1)  # tokens, expanded image tokens included
@@ -31,6 +31,16 @@ class DataSection(StrictConfig):
     max_rejected_share: float = Field(default=0.01, ge=0, le=1)  # rows without a supervised turn in `max_length`
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
     cache_dir: Path | None = None  # of the Arrow tables; default: below the cache of `datasets`
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _read_mixture(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        content = read_yaml(value)
+        if list(content) != ["sources"]:
+            raise ValueError(f"{value}: a mixture has the one key `sources`, found {', '.join(content) or 'none'}")
+        return content["sources"]
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> DataSection:

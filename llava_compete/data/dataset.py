@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from llava_compete.data.config import DataSection
-from llava_compete.data.encoding import EncodedConversation, encode_conversation
+from llava_compete.data.encoding import EncodedConversation, cut_to_length, encode_conversation
 from llava_compete.data.images import BadImageError, open_image
 from llava_compete.data.tables import SourceTable, load_source
 from llava_compete.errors import UserError
@@ -77,7 +77,8 @@ class ConversationDataset(Dataset):
 
     def _read(self, table: SourceTable, number: int) -> dict[str, Any] | None:
         """One item, or None if the row must be replaced by the next (and has been counted)."""
-        row = table.rows[number]
+        # Straight from the Arrow table: the formatting of `datasets` costs more than reading the row.
+        row = table.rows.data.fast_slice(number, 1).to_pylist()[0]
         sample_id = f"{table.section.name}/{row['id']}"
         encoded = encode_row(self.processor, json.loads(row["messages"]), self.section.max_length)
         if encoded is None:
@@ -120,15 +121,7 @@ class ConversationDataset(Dataset):
 def encode_row(processor: Any, messages: list[dict[str, Any]], max_length: int) -> EncodedConversation | None:
     """Ids and labels, cut after the last answer that fits in `max_length` tokens; None if no answer fits."""
     encoded = encode_conversation(processor.tokenizer, messages, tokens_per_image=processor.num_image_tokens)
-    if len(encoded.input_ids) <= max_length:
-        return encoded if encoded.turn_ends else None
-    fitting = [end for end in encoded.turn_ends if end.position <= max_length]
-    if not fitting:
-        return None
-    cut = fitting[-1]
-    return EncodedConversation(
-        encoded.input_ids[: cut.position], encoded.labels[: cut.position], fitting, cut.num_images
-    )
+    return cut_to_length(encoded, max_length)
 
 
 def load_pixels(processor: Any, table: SourceTable, images: list[dict[str, Any]]) -> torch.Tensor | None:

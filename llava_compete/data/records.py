@@ -1,20 +1,27 @@
-"""LLaVA JSON rows to conversations.
+"""Rows in LLaVA's or the `messages` format to conversations, or a named reason why not.
 
 A `Conversation` is what the rest of the package reads: messages with a role and content parts, and the images that
-the parts refer to in reading order. Placeholders are looked for in the user's and system's text only: a literal
-"<image>" in an answer is text. Callers: `data.tables`, `data.check`.
+the parts refer to in reading order. A placeholder is looked for in the text of users and systems only: a literal
+"<image>" in an answer is text. Callers: `data.tables` (training) and `data.check` (the report).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llava_compete.errors import UserError
 
 PLACEHOLDER = "<image>"
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-# LLaVA's newline between a placeholder and the text belongs to the template, which writes its own.
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+# LLaVA's line break between a placeholder and the text belongs to the chat template, which writes its own.
 _SPLIT = re.compile(rf"\n?({re.escape(PLACEHOLDER)})\n?")
 
 
@@ -27,52 +34,130 @@ class RecordError(UserError):
 
 
 class Conversation(NamedTuple):
-    """Messages with content parts, and images (paths or bytes) in the order of the image parts."""
+    """Messages with content parts, and images (path or bytes of the file) in the order of the image parts."""
 
     id: str
     messages: list[dict[str, Any]]
-    images: list[Any]
+    images: list[str | bytes]
 
 
 def parse_row(row: Any, default_id: str) -> Conversation:
-    """Turn one LLaVA row into a conversation, or raise `RecordError`."""
-    if not isinstance(row, dict):
-        raise RecordError("not_a_mapping", f"row {default_id}: found {type(row).__name__}, expected a mapping")
-    row_id = str(row.get("id", default_id))
-    turns = row.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise RecordError("no_conversation", f"row {row_id}: no turns under `conversations`")
-    image = row.get("image")
-    images = [] if image in (None, "", []) else list(image) if isinstance(image, list) else [image]
-    messages: list[dict[str, Any]] = []
-    for turn in turns:
-        role = _ROLES.get(turn.get("from"))
-        if role is None:
-            raise RecordError("unknown_role", f"row {row_id}: found role {turn.get('from')!r}")
-        text = turn.get("value")
-        if not isinstance(text, str):
-            raise RecordError("text_missing", f"row {row_id}: a turn of {role} has no text")
-        messages.append({"role": role, "content": _parts(role, text)})
-    placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if images and placeholders == 0:
-        first = next(message for message in messages if message["role"] == "user")
-        first["content"] = [{"type": "image"} for _ in images] + first["content"]
-        placeholders = len(images)
-    if placeholders != len(images):
-        raise RecordError(
-            "placeholders_do_not_match", f"row {row_id}: {placeholders} placeholders for {len(images)} images"
-        )
-    return Conversation(row_id, messages, images)
+    """Turn one row into a conversation, or raise `RecordError` for the first thing that is wrong with it.
+
+    `image` or `images` hold a path, an embedded file ({"bytes", "path"}), or a list of them. Turns are under
+    `conversations` (from, value) or `messages` (role, content: a text, or parts of type text and image).
+    """
+    if not isinstance(row, Mapping):
+        raise RecordError("not_a_mapping", f"found {type(row).__name__}, expected a mapping with `conversations`")
+    row_id = row.get("id")
+    images = _images(row)
+    messages = _messages(row)
+    _check_order(messages)
+    inline = _place_images(messages, images)
+    return Conversation(default_id if row_id in (None, "") else str(row_id), messages, inline)
 
 
-def _parts(role: str, text: str) -> list[dict[str, Any]]:
-    if role == "assistant":
-        return [{"type": "text", "text": text}]
-    pieces = _SPLIT.split(text)
+def _images(row: Mapping[str, Any]) -> list[str | bytes]:
+    found = row.get("image")
+    if found is None:
+        found = row.get("images")
+    if found is None or found == "":
+        return []
+    return [_image(item) for item in (found if isinstance(found, list | tuple) else [found])]
+
+
+def _image(item: Any) -> str | bytes:
+    if isinstance(item, Mapping) and isinstance(item.get("bytes"), bytes):
+        return item["bytes"]
+    path = item.get("path") if isinstance(item, Mapping) else item
+    if isinstance(path, bytes) or (isinstance(path, str) and path.strip()):
+        return path
+    raise RecordError("image_reference_invalid", f"image: found {str(item)[:60]!r}, expected a path or embedded bytes")
+
+
+def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    key = "conversations" if row.get("conversations") is not None else "messages"
+    turns = row.get(key)
+    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+        raise RecordError("no_conversation", f"no turns under `conversations` or `messages`, found {turns!r}")
+    messages = []
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, Mapping):
+            raise RecordError("turn_not_a_mapping", f"turn {number}: found {type(turn).__name__}")
+        role = turn.get("from", turn.get("role"))
+        if not isinstance(role, str) or role not in ROLES:
+            raise RecordError("unknown_role", f"turn {number}: found role {role!r}, expected {', '.join(ROLES)}")
+        content = turn.get("value", turn.get("content"))
+        messages.append({"role": ROLES[role], "content": _parts(ROLES[role], content, number)})
+    return messages
+
+
+def _parts(role: str, content: Any, number: int) -> list[dict[str, Any]]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}] if role == "assistant" else _split_placeholders(content)
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        raise RecordError("text_missing", f"turn {number}: found {content!r}, expected a text")
     parts: list[dict[str, Any]] = []
-    for index, piece in enumerate(pieces):
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            parts.append({"type": "text", "text": part["text"]})
+        elif kind == "image":
+            if role == "assistant":
+                raise RecordError("image_in_answer", f"turn {number}: an answer cannot hold an image")
+            inline = part.get("image", part.get("path"))
+            parts.append({"type": "image"} if inline is None else {"type": "image", "image": _image(inline)})
+        else:
+            raise RecordError(
+                "content_part_invalid", f"turn {number}: found {str(part)[:60]!r}, expected text or image"
+            )
+    return parts
+
+
+def _split_placeholders(text: str) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = []
+    for index, piece in enumerate(_SPLIT.split(text)):
         if index % 2:
             parts.append({"type": "image"})
         elif piece:
             parts.append({"type": "text", "text": piece})
     return parts
+
+
+def _check_order(messages: list[dict[str, Any]]) -> None:
+    """An optional system turn, then user and assistant in turns, ending with an answer; nothing empty."""
+    roles = [message["role"] for message in messages]
+    if "system" in roles[1:]:
+        raise RecordError("system_not_first", f"a system turn is number {roles.index('system', 1) + 1}, expected first")
+    spoken = roles[1:] if roles[0] == "system" else roles
+    if not spoken or spoken[0] != "user":
+        raise RecordError("no_question", "the first turn is not a question")
+    for number, (role, expected) in enumerate(zip(spoken, ["user", "assistant"] * len(spoken), strict=False), start=1):
+        if role != expected:
+            raise RecordError("turns_out_of_order", f"turn {number} is of {role}, expected {expected}")
+    if spoken[-1] == "user":
+        raise RecordError("last_question_unanswered", "the last turn is a question without an answer")
+    for number, message in enumerate(messages, start=1):
+        text = "".join(part.get("text", "") for part in message["content"])
+        if message["role"] == "assistant" and not text.strip():
+            raise RecordError("empty_answer", f"turn {number}: the answer is empty")
+        has_image = any(part["type"] == "image" for part in message["content"])
+        if message["role"] == "user" and not text.strip() and not has_image and number > 1:
+            raise RecordError("empty_question", f"turn {number}: the question is empty")
+
+
+def _place_images(messages: list[dict[str, Any]], images: list[str | bytes]) -> list[str | bytes]:
+    """Images in reading order; a row with images and no placeholder gets them before its first question."""
+    places = [part for message in messages for part in message["content"] if part["type"] == "image"]
+    inline = [part.pop("image") for part in places if "image" in part]
+    if inline:
+        if images or len(inline) != len(places):
+            raise RecordError("placeholders_do_not_match", "some images are inside the content parts and some are not")
+        return inline
+    if images and not places:
+        first = next(message for message in messages if message["role"] == "user")
+        first["content"] = [{"type": "image"} for _ in images] + first["content"]
+    elif len(places) != len(images):
+        kind = "placeholder_without_image" if not images else "placeholders_do_not_match"
+        raise RecordError(kind, f"{len(places)} placeholders {PLACEHOLDER} for {len(images)} images")
+    return images

@@ -6,10 +6,8 @@ disk: worker processes and ranks share the pages. Caller: `data.dataset`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +16,11 @@ import pyarrow as pa
 from filelock import FileLock
 
 from llava_compete.data.config import SourceSection
+from llava_compete.data.readers import read_rows, source_digest
 from llava_compete.data.records import Conversation, RecordError, parse_row
 from llava_compete.errors import UserError
 
-_FORMAT = "1"  # part of the cache key: raise when the columns or the meaning of a row change
+_FORMAT = "2"  # part of the cache key: raise when the columns or the meaning of a row change
 _SCHEMA = pa.schema(
     {
         "id": pa.string(),
@@ -42,12 +41,9 @@ class SourceTable(NamedTuple):
 
 
 def load_source(section: SourceSection, cache_dir: Path | None = None) -> SourceTable:
-    """Open the table of a source, converting the file first if this content was never seen."""
-    if not section.path.is_file():
-        raise UserError(f"data source {section.name!r}: {section.path}: no such file")
-    with section.path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    """Open the table of a source, converting its files first if this content was never seen."""
     folder = cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "llava_compete"
+    digest = source_digest(section.path, memory=folder / "digests")
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / f"{digest[:32]}-{_FORMAT}.arrow"
     with FileLock(f"{table}.lock"):
@@ -62,21 +58,6 @@ def load_source(section: SourceSection, cache_dir: Path | None = None) -> Source
     if len(rows) == 0:
         raise UserError(f"data source {section.name!r}: {section.path} holds no rows")
     return SourceTable(section, rows, digest)
-
-
-def read_rows(path: Path) -> Iterator[Any]:
-    """Rows of a LLaVA JSON or JSONL file."""
-    try:
-        if path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as file:
-                yield from (json.loads(line) for line in file if line.strip())
-            return
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a list of rows, found {type(rows).__name__}")
-    yield from rows
 
 
 def to_columns(conversation: Conversation) -> dict[str, Any]:
@@ -94,14 +75,17 @@ def to_columns(conversation: Conversation) -> dict[str, Any]:
 
 
 def _convert(section: SourceSection, target: Path) -> None:
-    bad: list[RecordError] = []
+    bad, num_bad = "", 0
     batch: list[dict[str, Any]] = []
     with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
         for number, row in enumerate(read_rows(section.path)):
             try:
+                if isinstance(row, RecordError):
+                    raise row
                 batch.append(to_columns(parse_row(row, default_id=str(number))))
             except RecordError as error:
-                bad.append(error)
+                bad = bad or f"row {number}: {error}"
+                num_bad += 1
             if len(batch) == _ROWS_PER_BATCH:
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, _SCHEMA))
                 batch = []
@@ -109,6 +93,6 @@ def _convert(section: SourceSection, target: Path) -> None:
             writer.write_batch(pa.RecordBatch.from_pylist(batch, _SCHEMA))
     if bad:
         raise UserError(
-            f"data source {section.name!r}: {len(bad)} rows of {section.path} cannot be used, the first: {bad[0]} "
+            f"data source {section.name!r}: {num_bad} rows of {section.path} cannot be used, the first: {bad} "
             "(`llava-compete data check` lists all and can write the good ones)"
         )

@@ -18,7 +18,9 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("train",): ("train", "run one training stage from a YAML config"),
     ("upcycle",): ("upcycle", "turn the dense MLPs of a checkpoint into mixtures of experts"),
     ("eval",): ("eval", "evaluate a checkpoint with lmms-eval"),
+    ("compare",): ("compare", "compare evaluations: intervals, tests, forest plot"),
     ("report",): ("report", "summarise a finished quickstart: table, metrics.json, figures"),
+    ("perplexity",): ("perplexity", "perplexity and bits per byte of a language model on held-out text"),
     ("data", "demo"): ("data_demo", "build the demo data (real digits, rendered scenes) in LLaVA's format"),
     ("data", "tokenizer"): ("data_tokenizer", "train a byte-level BPE tokenizer on text"),
     ("data", "stdlib-text"): ("data_text", "build a text corpus from Python's standard library"),
@@ -62,11 +64,23 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line; `key=value` overrides may stand before, between and after options."""
+    parser = build_parser(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse closes a `*` positional at the first option that follows it; what comes later lands in `rest`.
+    if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") or "=" not in word for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = build_parser(argv).parse_args(argv)
+        arguments = parse(argv)
         return arguments.run(arguments) or 0
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")

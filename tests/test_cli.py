@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from llava_compete.cli import COMMANDS, GROUPS, build_parser, main
+from llava_compete.cli import COMMANDS, GROUPS, build_parser, main, parse
 
 
 @pytest.mark.parametrize("words", list(COMMANDS), ids=" ".join)
@@ -31,3 +31,12 @@ def test_module_runs_as_a_command() -> None:
     result = subprocess.run([sys.executable, "-m", "llava_compete.cli", "--help"], capture_output=True, text=True)
     assert result.returncode == 0
     assert "upcycle" in result.stdout
+
+
+def test_overrides_may_stand_anywhere() -> None:
+    arguments = parse(["train", "a.yaml", "seed=1", "--stage", "sft", "training.max_steps=2"])
+    assert arguments.overrides == ["seed=1", "training.max_steps=2"]
+    with pytest.raises(SystemExit, match="2"):
+        parse(["train", "a.yaml", "--stage", "sft", "stray"])
+    with pytest.raises(SystemExit, match="2"):
+        parse(["train", "a.yaml", "--unknown", "x=1"])

@@ -62,7 +62,6 @@ def build_arguments(
 
     values = {
         "logging_steps": 10,
-        "save_strategy": "no",
         "report_to": "tensorboard",
         "optim": "adamw_torch",
         "dataloader_pin_memory": on_gpu,

@@ -17,6 +17,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from transformers import set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils.logging import disable_progress_bar
 
 from llava_compete.console import setup_console
 from llava_compete.data.collator import Collator
@@ -47,6 +48,7 @@ def train(config: TrainConfig, *, allow_changed: bool = False) -> None:
         stack.enter_context(process_group(rank))
         config.output_dir.mkdir(parents=True, exist_ok=True)
         setup_console(config.output_dir / "run" / "console.log", rank.number)
+        disable_progress_bar()
         with all_or_none(rank, "output directory"):
             if rank.is_main:
                 stack.enter_context(checkpoints.output_lock(config.output_dir))
@@ -146,7 +148,7 @@ def _build_trainer(
         identity=identity,
         model=model,
         args=arguments,
-        data_collator=Collator(processor),
+        data_collator=Collator(processor, config.data.max_length if config.data.packing else None),
         train_dataset=data.train,
         eval_dataset=data.validation,
         processing_class=processor,

@@ -22,6 +22,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("report",): ("report", "summarise a finished quickstart: table, metrics.json, figures"),
     ("perplexity",): ("perplexity", "perplexity and bits per byte of a language model on held-out text"),
     ("data", "demo"): ("data_demo", "build the demo data (real digits, rendered scenes) in LLaVA's format"),
+    ("data", "check"): ("data_check", "check every row and image of a config's data before training"),
     ("data", "tokenizer"): ("data_tokenizer", "train a byte-level BPE tokenizer on text"),
     ("data", "stdlib-text"): ("data_text", "build a text corpus from Python's standard library"),
     ("study", "sample-efficiency"): ("study_sample_efficiency", "how fast the experts are found as data grow"),

@@ -3,7 +3,7 @@
 What the theory says (CompeteSMoE, arXiv 2505.13380, section 3, and for softmax gating Nguyen, Nguyen and Ho,
 "Demystifying softmax gating function in Gaussian mixture of experts", arXiv 2305.03288). Conditions: independent
 samples of a Gaussian mixture of k* distinct experts, bounded covariate, compact parameter space, exact maximum
-likelihood over mixtures of at most k experts, the number of gated experts not below the size of the crowded cells, experts
+likelihood over mixtures of at most k experts, as many experts gated as atoms share a crowded cell, experts
 strongly identifiable (the density and its derivatives by the atom's parameters up to the second order are linearly
 independent functions). Then, up to logarithms, the experts' parameters converge at
 

@@ -1,0 +1,40 @@
+"""Perplexity and bits per byte of a language model on held-out text, beside bigram models of the same split.
+
+The text is that of the checkpoint's own pre-training run, or of another config (--config). Writes perplexity.json
+into the checkpoint's directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("checkpoint", type=Path, help="model directory of stage pretrain_lm")
+    parser.add_argument("--config", type=Path, help="config whose data section to use (default: the run's own)")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows at a time (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, print, write."""
+    from llava_compete.config import parse_config, read_yaml
+    from llava_compete.data.text_config import TextSection
+    from llava_compete.model.checkpoint import load_checkpoint
+    from llava_compete.study.perplexity import measure
+
+    path = arguments.config or arguments.checkpoint / "run" / "config.yaml"
+    section = parse_config(TextSection, read_yaml(path).get("data", {}), source=f"{path}: data")
+    model, processor = load_checkpoint(arguments.checkpoint)
+    found = measure(model, processor.tokenizer, section, arguments.batch_size)
+    (arguments.checkpoint / "perplexity.json").write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")
+    sys.stdout.write(
+        f"held-out text, {found.tokens:,} tokens, {found.text_bytes:,} bytes\n"
+        f"  model                perplexity {found.perplexity:8.2f}   bits per byte {found.bits_per_byte:.3f}\n"
+        f"  bigram of its tokens                       bits per byte {found.token_bigram_bits_per_byte:.3f}\n"
+        f"  bigram of bytes                            bits per byte {found.byte_bigram_bits_per_byte:.3f}\n"
+    )

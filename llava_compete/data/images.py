@@ -30,16 +30,14 @@ class BadImageError(UserError):
 def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:
     """Decode a path or the bytes of a file to an RGB image; `name` stands for bytes in messages.
 
-    Raises `BadImageError` with kind image_missing, image_unreadable, image_truncated, image_too_large or
-    image_zero_size.
+    The result's `info["source_mode"]` is the file's Pillow mode. Raises `BadImageError` with kind image_missing,
+    image_is_a_folder, image_empty, image_unreadable, image_truncated or image_too_large.
     """
     label = name or (str(source) if not isinstance(source, bytes) else "embedded image")
     if isinstance(source, bytes):
-        if not source:
-            raise BadImageError("image_zero_size", f"{label}: no bytes")
-        stream: io.BytesIO | str | Path = io.BytesIO(source)
+        stream: io.BytesIO | Path = io.BytesIO(source)
     else:
-        stream = source
+        stream = Path(source)
     try:
         with warnings.catch_warnings():
             # Pillow warns about large pictures, odd EXIF and palettes; size is checked below, the rest is harmless.
@@ -49,14 +47,20 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
                 if width * height > MAX_PIXELS:
                     raise BadImageError("image_too_large", f"{label}: {width}×{height} pixels, at most {MAX_PIXELS:,}")
                 image.load()
-                return to_rgb(ImageOps.exif_transpose(image))
+                upright = to_rgb(ImageOps.exif_transpose(image))
+                upright.info = {"source_mode": image.mode}
+                return upright
     except BadImageError:
         raise
     except FileNotFoundError as error:
         raise BadImageError("image_missing", f"{label}: no such image file") from error
     except Image.DecompressionBombError as error:
         raise BadImageError("image_too_large", f"{label}: {error}") from error
-    except (UnidentifiedImageError, IsADirectoryError, PermissionError) as error:
+    except IsADirectoryError as error:
+        raise BadImageError("image_is_a_folder", f"{label}: a folder, not an image file") from error
+    except (UnidentifiedImageError, PermissionError) as error:
+        if source == b"" or (isinstance(stream, Path) and stream.stat().st_size == 0):
+            raise BadImageError("image_empty", f"{label}: the file has no bytes") from error
         raise BadImageError("image_unreadable", f"{label}: not an image that Pillow can open ({error})") from error
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
         kind = "image_truncated" if "truncated" in str(error).lower() else "image_unreadable"

@@ -40,9 +40,14 @@ class SourceTable(NamedTuple):
     digest: str
 
 
+def cache_folder(cache_dir: Path | None) -> Path:
+    """Where tables and remembered digests lie."""
+    return cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "llava_compete"
+
+
 def load_source(section: SourceSection, cache_dir: Path | None = None) -> SourceTable:
     """Open the table of a source, converting its files first if this content was never seen."""
-    folder = cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "llava_compete"
+    folder = cache_folder(cache_dir)
     digest = source_digest(section.path, memory=folder / "digests")
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / f"{digest[:32]}-{_FORMAT}.arrow"

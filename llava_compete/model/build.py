@@ -23,7 +23,7 @@ from llava_compete.model.processing import LlavaCompeteProcessor
 from llava_compete.model.projector import Projector
 from llava_compete.model.tokenizer import add_image_token
 from llava_compete.model.tower import VisionTower
-from llava_compete.model.tower_registry import resolve_tower
+from llava_compete.model.tower_registry import load_pretrained, resolve_tower
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 
@@ -59,6 +59,15 @@ def build_model(
     image_processor = None if config.tower is None else LlavaCompeteImageProcessor.from_tower(config.tower)
     processor = LlavaCompeteProcessor(image_processor, tokenizer, num_image_tokens=config.num_image_tokens)
     return model.train(), processor
+
+
+def build_processor(section: ModelSection, tokenizer: Any = None) -> LlavaCompeteProcessor:
+    """The processor of a new model, without the model: for checks of the data before training."""
+    text_config = text_config_of(section)
+    tokenizer = _tokenizer(section, tokenizer, text_config)
+    config = build_config(section, None, text_config, tokenizer)
+    image_processor = None if config.tower is None else LlavaCompeteImageProcessor.from_tower(config.tower)
+    return LlavaCompeteProcessor(image_processor, tokenizer, num_image_tokens=config.num_image_tokens)
 
 
 def text_config_of(section: ModelSection) -> PreTrainedConfig:
@@ -123,9 +132,9 @@ def _join(section: ModelSection, config: LlavaCompeteConfig, tokenizer: Any) -> 
             model.projector = Projector(
                 config.projector_config["type"], config.tower.feature_width, config.text_config.hidden_size
             )
-    if config.tower is not None:
+    if model.vision_tower is not None and section.vision_tower is not None:
         new_parts.append("projector")
-        if config.tower.pretrained is None:
+        if not load_pretrained(model.vision_tower, section.vision_tower):
             new_parts.append("vision_tower (no pretrained weights named)")
     _fit_vocabulary(model, tokenizer)
     logger.info("new parts with random weights: %s", ", ".join(new_parts) or "none")
@@ -134,11 +143,15 @@ def _join(section: ModelSection, config: LlavaCompeteConfig, tokenizer: Any) -> 
 
 def _fit_vocabulary(model: LlavaCompeteForConditionalGeneration, tokenizer: Any) -> None:
     """Grow the embeddings where the tokenizer has more tokens than the language model."""
-    size = model.get_input_embeddings().weight.shape[0]
+    size = _vocabulary(model)
     if len(tokenizer) > size:
         logger.info("vocabulary grows from %d to %d for the tokenizer's new tokens", size, len(tokenizer))
         model.language_model.resize_token_embeddings(len(tokenizer))
-        model.config.text_config.vocab_size = model.get_input_embeddings().weight.shape[0]
+        model.config.text_config.vocab_size = _vocabulary(model)
+
+
+def _vocabulary(model: LlavaCompeteForConditionalGeneration) -> int:
+    return int(model.get_input_embeddings().get_parameter("weight").shape[0])
 
 
 def _tokenizer(section: ModelSection, trained: Any, text_config: PreTrainedConfig) -> Any:

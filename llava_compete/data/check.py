@@ -1,0 +1,151 @@
+"""Is this data fit to train on? Every row, every image, in parallel, before a GPU is rented.
+
+Each problem has a kind (`row_checks.PROBLEMS`), an error or a warning; nothing is dropped silently: good and bad rows
+can be handed to a sink, the bad ones with their reasons. Caller: `llava-compete data check`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+from llava_compete.data.config import DataSection, SourceSection
+from llava_compete.data.readers import read_rows, source_digest
+from llava_compete.data.row_checks import PROBLEMS, RowFacts, TextSide, check_row
+from llava_compete.data.tables import cache_folder
+
+CHUNK_ROWS = 64
+FIRST_RECORDS = 3
+
+
+class Problem(NamedTuple):
+    """One thing found in one row."""
+
+    kind: str
+    source: str
+    row: int
+    id: str
+    message: str
+
+
+@dataclass
+class SourceReport:
+    """Totals over the rows of one source; token numbers are of rows that encode, after the cut."""
+
+    digest: str
+    rows: int = 0
+    good_rows: int = 0
+    images: int = 0
+    text_only_rows: int = 0
+    turns: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    image_tokens: int = 0
+    max_tokens: int = 0
+
+
+@dataclass
+class CheckReport:
+    """The result of `check_data`."""
+
+    sources: dict[str, SourceReport] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, list[Problem]] = field(default_factory=dict)
+
+    @property
+    def num_errors(self) -> int:
+        return sum(count for kind, count in self.counts.items() if PROBLEMS[kind][0])
+
+    def add(self, problem: Problem) -> None:
+        self.counts[problem.kind] += 1
+        shown = self.first.setdefault(problem.kind, [])
+        if len(shown) < FIRST_RECORDS:
+            shown.append(problem)
+
+
+RowSink = Callable[[SourceSection, Any, list[Problem]], None]
+
+
+def check_data(
+    section: DataSection,
+    text_side: TextSide | None,
+    workers: int = 2,
+    progress: Callable[[int], Any] = lambda rows: None,
+    sink: RowSink | None = None,
+) -> CheckReport:
+    """Check all rows of all sources. `sink` is called with every raw row and its problems (none: a good row)."""
+    report = CheckReport()
+    memory = cache_folder(section.cache_dir) / "digests"
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("fork"), initializer=_start_worker, initargs=(text_side, section.max_length)
+    ) as pool:
+        for source in section.sources:
+            totals = report.sources[source.name] = SourceReport(digest=source_digest(source.path, memory))
+            seen: dict[bytes, bytes] = {}
+            for number, (raw, facts) in enumerate(_rows_and_facts(pool, workers, source)):
+                found = [Problem(kind, source.name, number, facts.id, text) for kind, text in facts.problems]
+                found += _duplicates(seen, facts, source.name, number)
+                for problem in found:
+                    report.add(problem)
+                _add_up(totals, facts, good=not any(PROBLEMS[problem.kind][0] for problem in found))
+                if sink is not None:
+                    sink(source, raw, found)
+                progress(1)
+    return report
+
+
+def _rows_and_facts(pool: ProcessPoolExecutor, workers: int, source: SourceSection) -> Iterator[tuple[Any, RowFacts]]:
+    """Rows in file order with their facts; a few chunks are under way at a time."""
+    rows = enumerate(read_rows(source.path))
+    waiting: deque[tuple[list[tuple[int, Any]], Future[list[RowFacts]]]] = deque()
+    while True:
+        chunk = list(islice(rows, CHUNK_ROWS))
+        if chunk:
+            waiting.append((chunk, pool.submit(_check_chunk, source, chunk)))
+        while waiting and (not chunk or len(waiting) > 2 * workers):
+            checked, future = waiting.popleft()
+            yield from zip((raw for _, raw in checked), future.result(), strict=True)
+        if not chunk:
+            return
+
+
+def _duplicates(seen: dict[bytes, bytes], facts: RowFacts, source: str, number: int) -> list[Problem]:
+    key = hashlib.blake2b(facts.id.encode(), digest_size=8).digest()
+    earlier = seen.setdefault(key, facts.content_hash)
+    if earlier is facts.content_hash:
+        return []
+    kind = "duplicate_row" if earlier == facts.content_hash else "duplicate_id"
+    return [Problem(kind, source, number, facts.id, PROBLEMS[kind][1])]
+
+
+def _add_up(totals: SourceReport, facts: RowFacts, good: bool) -> None:
+    totals.rows += 1
+    totals.good_rows += good
+    totals.images += facts.images
+    totals.text_only_rows += good and facts.images == 0
+    totals.turns += facts.turns
+    totals.tokens += facts.tokens
+    totals.supervised_tokens += facts.supervised
+    totals.image_tokens += facts.image_tokens
+    totals.max_tokens = max(totals.max_tokens, facts.tokens)
+
+
+# --- in the workers ---------------------------------------------------------------------------------------------
+
+_text_side: TextSide | None = None
+_max_length = 0
+
+
+def _start_worker(text_side: TextSide | None, max_length: int) -> None:
+    global _text_side, _max_length
+    _text_side, _max_length = text_side, max_length
+
+
+def _check_chunk(source: SourceSection, chunk: list[tuple[int, Any]]) -> list[RowFacts]:
+    return [check_row(source, raw, number, _text_side, _max_length) for number, raw in chunk]

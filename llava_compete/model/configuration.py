@@ -26,12 +26,12 @@ class LlavaCompeteConfig(PreTrainedConfig):
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}  # noqa: RUF012
 
     vision_config: dict[str, Any] | None = None
-    projector_config: dict[str, Any] | None = None
-    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    projector_config: Any = None
+    text_config: Any = None
     moe: dict[str, Any] | None = None
     image_token_id: int | None = None
     stage: str = "initial"
-    parents: list[str] | None = None
+    parents: Any = None
     competition_at_inference: bool = False
     tie_word_embeddings: bool = False
 

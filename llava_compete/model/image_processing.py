@@ -66,7 +66,7 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
         square = self._square(to_rgb(image))
         values = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
         # A table of the 256 possible values: the same float32 arithmetic as on the whole image, once.
-        table = (values - np.float32(self.mean)) / np.float32(self.std)
+        table = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         array = np.asarray(square)
         return np.stack([table[:, channel][array[..., channel]] for channel in range(3)])
 

@@ -126,11 +126,13 @@ class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
         block = SparseMoeBlock(moe, name=name, state=self.routing, **shape)
         # The block initialises itself; the language model's own rule must not run over its parameters.
         for module in block.modules():
-            module._is_hf_initialized = True
+            module._is_hf_initialized = True  # type: ignore[assignment]
         return block
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: tower, projector and MoE blocks are initialised where they are built."""
+        """Tower, projector and MoE blocks are initialised where they are built; a load leaves only buffers to fill."""
+        if isinstance(module, VisionTower):
+            module.restore_buffers()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -202,6 +204,7 @@ class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
     @property
     def vision_tower_dtype(self) -> torch.dtype:
         """Precision that the tower's first layer computes in."""
+        assert self.vision_tower is not None
         return next(parameter.dtype for parameter in self.vision_tower.parameters() if parameter.is_floating_point())
 
     def _dummy_image_features(self, device: torch.device) -> Tensor:
@@ -265,6 +268,7 @@ class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
         record = self.training if output_routing is None else output_routing
         with self._routing_mode(), self.routing.recording() if record else nullcontext():
             if inputs_embeds is None:
+                assert input_ids is not None
                 inputs_embeds = self._embed(input_ids, pixel_values, num_sequences_in_batch)
             if self.routing.is_recording:
                 self._begin_language(attention_mask, sequence_ids, inputs_embeds, num_sequences_in_batch)
@@ -344,7 +348,8 @@ class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
         layers: dict[str, list[str]] = {}
         for name in self.routing.records:
             layers.setdefault(name.split(".")[0], []).append(name)
-        aux_losses, terms = {}, {}
+        aux_losses: dict[str, Tensor] = {}
+        terms: dict[str, Any] = {}
         for part, names in layers.items():
             records = [self.routing.records[name] for name in names]
             device = records[0].aux_loss.device

@@ -52,9 +52,19 @@ class VisionTower(nn.Module):
         self.grid = _grid(self.trunk)
 
     @property
-    def blocks(self) -> nn.Module:
+    def blocks(self) -> Any:
         """The transformer blocks, in order; each has an `mlp`."""
         return trunk_blocks(self.trunk)
+
+    def restore_buffers(self) -> None:
+        """Compute again what the architecture defines and no checkpoint stores (rotary tables of EVA towers)."""
+        stored = self.trunk.state_dict()
+        buffers = {name: buffer for name, buffer in self.trunk.named_buffers() if name not in stored}
+        if not buffers or any(buffer.is_meta for buffer in buffers.values()):
+            return
+        fresh = dict(build_trunk(self.config.embed_dim, self.config.vision_cfg, self.config.quick_gelu).named_buffers())
+        for name, buffer in buffers.items():
+            buffer.copy_(fresh[name])
 
     @property
     def tokens_per_tile(self) -> int:
@@ -84,7 +94,7 @@ class VisionTower(nn.Module):
         for scale in self.config.scales:
             stop = start + len(pixel_values) * scale * scale
             maps.append(self._merge(patches[start:stop], scale))
-            classes.append(prefix[start:stop].unflatten(0, (-1, scale * scale)).mean(1))
+            classes.append(prefix[start:stop, :1].unflatten(0, (-1, scale * scale)).mean(1))
             start = stop
         features = torch.cat(maps, dim=-1)
         if self.config.select == "cls_patch":
@@ -121,7 +131,7 @@ class VisionTower(nn.Module):
         return F.avg_pool2d(whole, scale).flatten(2).transpose(1, 2)
 
 
-def build_trunk(embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bool) -> nn.Module:
+def build_trunk(embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bool) -> Any:
     """Only the visual part of an open_clip architecture (the text tower is never made), without pretrained weights."""
     from open_clip.model import CLIPVisionCfg, _build_vision_tower
     from open_clip.timm_model import TimmModel
@@ -131,22 +141,32 @@ def build_trunk(embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bool) ->
         parsed = CLIPVisionCfg(**{**vision_cfg, "timm_model_pretrained": False})
     except TypeError as error:
         raise UserError(f"vision_tower.config.vision_cfg: {error}") from error
-    if parsed.timm_model_name is None:
-        size, patch = parsed.image_size, parsed.patch_size
-        if isinstance(size, int) and isinstance(patch, int) and size % patch:
-            raise UserError(f"vision tower: image size {size} is not a multiple of its patch size {patch}")
+    size = parsed.image_size
+    if parsed.timm_model_name is None and isinstance(size, int) and isinstance(parsed.patch_size, int):
+        _check_grid(size, parsed.patch_size)
     with _quiet():
-        visual = _build_vision_tower(embed_dim, parsed, quick_gelu)
-    trunk = visual.trunk if isinstance(visual, TimmModel) else visual
-    if not isinstance(trunk, VisionTransformer) and not hasattr(trunk, "blocks"):
-        raise UserError(
-            f"vision tower {parsed.timm_model_name or type(trunk).__name__}: not a vision transformer, so it has "
-            "no blocks to choose a layer from. Choose a ViT, such as ViT-L-14-336-quickgelu or ViT-SO400M-14-SigLIP"
-        )
+        try:
+            visual = _build_vision_tower(embed_dim, parsed, quick_gelu)
+        except RuntimeError as error:
+            raise UserError(f"vision tower {parsed.timm_model_name}: {error}") from error
+        trunk = visual.trunk if isinstance(visual, TimmModel) else visual
+        if not isinstance(trunk, VisionTransformer) and not hasattr(trunk, "blocks"):
+            raise UserError(
+                f"vision tower {parsed.timm_model_name or type(trunk).__name__}: not a vision transformer, so it has "
+                "no blocks to choose a layer from. Choose a ViT, such as ViT-L-14-336-quickgelu or ViT-SO400M-14-SigLIP"
+            )
+        if isinstance(visual, TimmModel) and isinstance(size, int) and size != trunk.patch_embed.img_size[0]:
+            _check_grid(size, trunk.patch_embed.patch_size[0])
+            trunk.set_input_size(img_size=size)
     return trunk
 
 
-def trunk_blocks(trunk: nn.Module) -> nn.Module:
+def _check_grid(size: int, patch: int) -> None:
+    if size % patch:
+        raise UserError(f"vision tower: image size {size} is not a multiple of its patch size {patch}")
+
+
+def trunk_blocks(trunk: Any) -> Any:
     """The sequence of transformer blocks of either kind of trunk."""
     return trunk.transformer.resblocks if hasattr(trunk, "transformer") else trunk.blocks
 
@@ -158,7 +178,7 @@ def feature_block(num_blocks: int, feature_layer: int) -> int:
     return feature_layer % num_blocks
 
 
-def cut_trunk(trunk: nn.Module, num_blocks: int) -> None:
+def cut_trunk(trunk: Any, num_blocks: int) -> None:
     """Keep the first blocks only, and make `trunk(x)` return the last kept block's output.
 
     The call goes through the trunk's own `__call__`, since ZeRO-3 gathers a module's parameters in its hooks.
@@ -178,7 +198,7 @@ def cut_trunk(trunk: nn.Module, num_blocks: int) -> None:
     )
 
 
-def block_feed_forward(block: nn.Module) -> FeedForward:
+def block_feed_forward(block: Any) -> FeedForward:
     """Shape of the dense MLP of a block of either kind of trunk."""
     mlp = block.mlp
     up = mlp.c_fc if hasattr(mlp, "c_fc") else mlp.fc1 if hasattr(mlp, "fc1") else None
@@ -197,21 +217,21 @@ def tower_facts(
         trunk = build_trunk(embed_dim, vision_cfg, quick_gelu)
     blocks = trunk_blocks(trunk)
     rows, columns = _grid(trunk)
-    num_prefix = _num_prefix_tokens(trunk)
-    if select == "cls_patch" and num_prefix == 0:
+    native = hasattr(trunk, "transformer")
+    if select == "cls_patch" and not (native or trunk.has_class_token):
         raise UserError("vision_tower.select: found 'cls_patch', but this tower has no class token; use 'patch'")
-    tokens = rows * columns + (num_prefix if select == "cls_patch" else 0)
-    width = block_feed_forward(blocks[0]).hidden_size
-    patch = trunk.patch_size[0] if hasattr(trunk, "transformer") else trunk.patch_embed.patch_size[0]
+    tokens = rows * columns + (select == "cls_patch")
+    width = trunk.class_embedding.shape[0] if native else trunk.embed_dim
+    patch = trunk.patch_size[0] if native else trunk.patch_embed.patch_size[0]
     return TowerFacts(width, tokens, feature_block(len(blocks), feature_layer) + 1, rows * patch)
 
 
-def _grid(trunk: nn.Module) -> tuple[int, int]:
+def _grid(trunk: Any) -> tuple[int, int]:
     grid = trunk.grid_size if hasattr(trunk, "transformer") else trunk.patch_embed.grid_size
     return int(grid[0]), int(grid[1])
 
 
-def _num_prefix_tokens(trunk: nn.Module) -> int:
+def _num_prefix_tokens(trunk: Any) -> int:
     return 1 if hasattr(trunk, "transformer") else int(trunk.num_prefix_tokens)
 
 

@@ -96,7 +96,8 @@ def parse_config(cls: type[ConfigT], content: dict[str, Any], source: str) -> Co
 
 
 def _explain(cls: type[BaseModel], item: Any) -> str:
-    location = [str(part) for part in item["loc"]]
+    # Tags of discriminated unions are written <tag> and are no part of the key.
+    location = [str(part) for part in item["loc"] if not str(part).startswith("<")]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
         valid = _keys_at(cls, location[:-1])

@@ -18,17 +18,18 @@ from llava_compete.errors import UserError
 
 @dataclass(frozen=True)
 class LanguageFamily:
-    """Where the gated MLP (down(act(gate(x)) * up(x))) of a model type lives.
+    """Where the MLP of a model type lives: gated, down(act(gate(x)) * up(x)), or plain, down(act(up(x))).
 
     layers: path of the decoder layers below the causal LM.
-    mlp: name of the MLP in a layer, with linear layers `gate_proj` and `up_proj`, or with `gate_up_proj` holding the
-        gate's rows and then the up projection's where `fused`, and `down_proj`.
+    mlp: name of the MLP in a layer, with linear layers `gate_proj` (only if `gated`) and `up_proj`, or with
+        `gate_up_proj` holding the gate's rows and then the up projection's where `fused`, and `down_proj`.
     activation: the config key that names the activation.
     bias: the config key that says whether its linear layers have a bias, where the family has a choice.
     """
 
     layers: str = "model.layers"
     mlp: str = "mlp"
+    gated: bool = True
     fused: bool = False
     activation: str = "hidden_act"
     bias: str | None = None
@@ -37,6 +38,7 @@ class LanguageFamily:
 FAMILIES: dict[str, LanguageFamily] = {
     "llama": LanguageFamily(bias="mlp_bias"),
     "mistral": LanguageFamily(),
+    "arcee": LanguageFamily(gated=False, bias="mlp_bias"),
     "qwen2": LanguageFamily(),
     "qwen3": LanguageFamily(),
     "phi3": LanguageFamily(fused=True),
@@ -68,6 +70,6 @@ def feed_forward_options(config: PreTrainedConfig) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "activation": getattr(config, family.activation),
-        "gated": True,
+        "gated": family.gated,
         "bias": bool(family.bias and getattr(config, family.bias)),
     }

@@ -79,40 +79,49 @@ def check_data(
     progress: Callable[[int], Any] = lambda rows: None,
     sink: RowSink | None = None,
 ) -> CheckReport:
-    """Check all rows of all sources. `sink` is called with every raw row and its problems (none: a good row)."""
+    """Check all rows of all sources in `workers` processes (0: in this one).
+
+    `sink` is called with every raw row and its problems (none: a good row), in file order.
+    """
     report = CheckReport()
     memory = cache_folder(section.cache_dir) / "digests"
-    with ProcessPoolExecutor(
-        workers, mp_context=get_context("fork"), initializer=_start_worker, initargs=(text_side, section.max_length)
-    ) as pool:
-        for source in section.sources:
-            totals = report.sources[source.name] = SourceReport(digest=source_digest(source.path, memory))
-            seen: dict[bytes, bytes] = {}
-            for number, (raw, facts) in enumerate(_rows_and_facts(pool, workers, source)):
-                found = [Problem(kind, source.name, number, facts.id, text) for kind, text in facts.problems]
-                found += _duplicates(seen, facts, source.name, number)
-                for problem in found:
-                    report.add(problem)
-                _add_up(totals, facts, good=not any(PROBLEMS[problem.kind][0] for problem in found))
-                if sink is not None:
-                    sink(source, raw, found)
-                progress(1)
+    for source in section.sources:
+        totals = report.sources[source.name] = SourceReport(digest=source_digest(source.path, memory))
+        seen: dict[bytes, bytes] = {}
+        rows = _checked_rows(source, text_side, section.max_length, workers)
+        for number, (raw, facts) in enumerate(rows):
+            found = [Problem(kind, source.name, number, facts.id, text) for kind, text in facts.problems]
+            found += _duplicates(seen, facts, source.name, number)
+            for problem in found:
+                report.add(problem)
+            _add_up(totals, facts, good=not any(PROBLEMS[problem.kind][0] for problem in found))
+            if sink is not None:
+                sink(source, raw, found)
+            progress(1)
     return report
 
 
-def _rows_and_facts(pool: ProcessPoolExecutor, workers: int, source: SourceSection) -> Iterator[tuple[Any, RowFacts]]:
-    """Rows in file order with their facts; a few chunks are under way at a time."""
+def _checked_rows(
+    source: SourceSection, text_side: TextSide | None, max_length: int, workers: int
+) -> Iterator[tuple[Any, RowFacts]]:
+    """Rows in file order with their facts; with processes, a few chunks are under way at a time."""
     rows = enumerate(read_rows(source.path))
+    if workers == 0:
+        for number, raw in rows:
+            yield raw, check_row(source, raw, number, text_side, max_length)
+        return
     waiting: deque[tuple[list[tuple[int, Any]], Future[list[RowFacts]]]] = deque()
-    while True:
-        chunk = list(islice(rows, CHUNK_ROWS))
-        if chunk:
-            waiting.append((chunk, pool.submit(_check_chunk, source, chunk)))
-        while waiting and (not chunk or len(waiting) > 2 * workers):
-            checked, future = waiting.popleft()
-            yield from zip((raw for _, raw in checked), future.result(), strict=True)
-        if not chunk:
-            return
+    # Forked workers share the tokenizer; nothing here has started threads that hold locks.
+    with ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (source, text_side, max_length)) as pool:
+        while True:
+            chunk = list(islice(rows, CHUNK_ROWS))
+            if chunk:
+                waiting.append((chunk, pool.submit(_check_chunk, chunk)))
+            while waiting and (not chunk or len(waiting) > 2 * workers):
+                checked, future = waiting.popleft()
+                yield from zip((raw for _, raw in checked), future.result(), strict=True)
+            if not chunk:
+                return
 
 
 def _duplicates(seen: dict[bytes, bytes], facts: RowFacts, source: str, number: int) -> list[Problem]:
@@ -138,14 +147,16 @@ def _add_up(totals: SourceReport, facts: RowFacts, good: bool) -> None:
 
 # --- in the workers ---------------------------------------------------------------------------------------------
 
-_text_side: TextSide | None = None
-_max_length = 0
+# Set once in each worker process: sending a tokenizer with every chunk would cost more than the check.
+_job: tuple[SourceSection, TextSide | None, int] | None = None
 
 
-def _start_worker(text_side: TextSide | None, max_length: int) -> None:
-    global _text_side, _max_length
-    _text_side, _max_length = text_side, max_length
+def _start_worker(source: SourceSection, text_side: TextSide | None, max_length: int) -> None:
+    global _job
+    _job = (source, text_side, max_length)
 
 
-def _check_chunk(source: SourceSection, chunk: list[tuple[int, Any]]) -> list[RowFacts]:
-    return [check_row(source, raw, number, _text_side, _max_length) for number, raw in chunk]
+def _check_chunk(chunk: list[tuple[int, Any]]) -> list[RowFacts]:
+    assert _job is not None
+    source, text_side, max_length = _job
+    return [check_row(source, raw, number, text_side, max_length) for number, raw in chunk]

@@ -23,8 +23,11 @@ class BadImageError(UserError):
     """An image that cannot be used; `kind` is the checker's name for the problem."""
 
     def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(kind, message)  # both, so that it can be sent between processes
         self.kind = kind
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:

@@ -29,8 +29,11 @@ class RecordError(UserError):
     """A row that cannot be used; `kind` is the checker's name for the problem."""
 
     def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(kind, message)  # both, so that it can be sent between processes
         self.kind = kind
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 class Conversation(NamedTuple):

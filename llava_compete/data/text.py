@@ -156,6 +156,11 @@ class TextRows(Dataset):
     def __len__(self) -> int:
         return self.num_rows
 
+    @property
+    def counters(self) -> dict[str, int]:
+        """Rows left out, by reason: text has no such rows."""
+        return {}
+
     def __getitem__(self, number: int) -> dict[str, Any]:
         stream, row = number % self.section.shards, number // self.section.shards
         if self._streams is None or self._process != os.getpid() or self._streams.rows[stream] > row:

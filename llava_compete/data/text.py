@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -241,6 +242,7 @@ class HeldOutRows(Dataset):
             )
         self.tokens_RN = torch.tensor(tokens[: rows * context]).view(rows, context)
         self.documents_RN = torch.tensor(documents[: rows * context]).view(rows, context)
+        self.modalities = np.zeros(rows, dtype=np.int8)  # no row has images
 
     def __len__(self) -> int:
         return len(self.tokens_RN)

@@ -1,31 +1,28 @@
 """One conversation to token ids and labels, in one pass.
 
-The chat template is rendered once; its generation marks say which characters the model must learn. Ids of a training
-row begin with exactly the ids of the prompt at generation time, because text is always cut where an answer begins.
+The chat template is rendered once; its generation marks say which characters the model must learn. The text is cut
+there before it is tokenised, so a training row begins with exactly the ids of the prompt at generation time.
 
-- Special tokens inside anybody's text stay text: they are marked before rendering and tokenised as plain characters.
+- The string of a special token inside anybody's text stays text: it is marked before rendering and tokenised as plain
+  characters.
 - An image is a content part `{"type": "image"}`; the template writes one image token for it, which becomes
   `tokens_per_image` ids. A literal "<image>" in a text is text like any other.
 
-Callers: `data.dataset`, `data.check`, and `LlavaCompeteProcessor` for prompts.
+Callers: `data.dataset`, `data.check`; anything that builds a prompt may call it with `add_generation_prompt`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from llava_compete.data.pieces import PieceEncoder, piece_encoder
 from llava_compete.errors import UserError
 
 IGNORE_INDEX = -100
-# Private-use characters around a special token's string in a text; they are dropped from texts beforehand.
-_OPEN, _CLOSE = "\uf8f0", "\uf8f1"
-_ANCHOR = "\n"
-
 Message = dict[str, Any]
 
 
@@ -45,6 +42,10 @@ class EncodedConversation(NamedTuple):
     num_images: int
 
 
+class EncodingError(UserError):
+    """A conversation that the tokenizer's chat template cannot express."""
+
+
 def encode_conversation(
     tokenizer: Any,
     messages: Sequence[Message],
@@ -56,29 +57,34 @@ def encode_conversation(
     """Render `messages` with the tokenizer's template and tokenise once; see the module's docstring.
 
     `messages` have a role and a content: a string, or parts `{"type": "text", "text"}` and `{"type": "image"}`.
-    Raises `UserError` if the template cannot render them or does not write each image once.
+    Raises `EncodingError` if the template cannot render them or does not write each image once.
     """
-    text, spans = _render(tokenizer, messages, add_generation_prompt)
+    encoder = piece_encoder(tokenizer)
+    text, spans = _render(tokenizer, encoder, messages, add_generation_prompt)
     image_id = tokenizer.convert_tokens_to_ids(image_token)
     input_ids: list[int] = []
     labels: list[int] = []
     turn_ends: list[TurnEnd] = []
-    images = 0
-    for piece, supervised in _pieces(text, spans, _glues_spaces(tokenizer)):
-        ids: list[int] = []
-        for token in _encode_marked(tokenizer, piece, first=not input_ids):
-            if token == image_id and not supervised:
-                images += 1
-                ids.extend([token] * tokens_per_image)
-            else:
-                ids.append(token)
-        input_ids += ids
-        labels += ids if supervised else [IGNORE_INDEX] * len(ids)
-        if supervised:
-            turn_ends.append(TurnEnd(len(input_ids), images))
+    images = position = 0
+
+    def add(piece: str, before: str, learnt: bool) -> None:
+        nonlocal images
+        ids = encoder.encode(piece, before)
+        if not learnt and image_id in ids:
+            images += ids.count(image_id)
+            ids = [same for token in ids for same in ([token] * tokens_per_image if token == image_id else [token])]
+        input_ids.extend(ids)
+        labels.extend(ids if learnt else [IGNORE_INDEX] * len(ids))
+
+    for start, end in spans:
+        add(text[position:start], text[:position][-1:], learnt=False)
+        add(text[start:end], text[:start][-1:], learnt=True)
+        turn_ends.append(TurnEnd(len(input_ids), images))
+        position = end
+    add(text[position:], text[:position][-1:], learnt=False)
     expected = sum(part["type"] == "image" for message in messages for part in content_parts(message))
     if images != expected:
-        raise UserError(f"the chat template writes {images} image tokens for {expected} images")
+        raise EncodingError(f"the chat template writes {images} image tokens ({image_token}) for {expected} images")
     return EncodedConversation(input_ids, labels, turn_ends, images)
 
 
@@ -88,114 +94,55 @@ def content_parts(message: Message) -> Sequence[dict[str, Any]]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
+def cut_to_length(encoded: EncodedConversation, max_length: int) -> EncodedConversation | None:
+    """Cut after the last answer that ends within `max_length` tokens; None if not even the first one does.
+
+    Image spans lie before an answer's end, so none is ever cut.
+    """
+    fitting = [end for end in encoded.turn_ends if end.position <= max_length]
+    if not fitting:
+        return None
+    if len(encoded.input_ids) <= max_length:
+        return encoded
+    position, images = fitting[-1]
+    return EncodedConversation(encoded.input_ids[:position], encoded.labels[:position], fitting, images)
+
+
 def stop_token_ids(tokenizer: Any) -> list[int]:
     """Ids that end an answer: the template's end-of-turn token, and the tokenizer's eos."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     encoded = encode_conversation(tokenizer, messages)
     if not encoded.turn_ends:
         raise UserError("the chat template has no generation markers around the assistant's turn")
-    ids = {encoded.input_ids[encoded.turn_ends[-1].position - 1]}
-    return sorted(ids | ({tokenizer.eos_token_id} - {None}))
+    last = encoded.input_ids[encoded.turn_ends[-1].position - 1]
+    return sorted({last} | ({tokenizer.eos_token_id} - {None}))
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
-    special = _special_pattern(tuple(tokenizer.added_tokens_encoder))
-    marked = [{**message, "content": _mark(message["content"], special)} for message in messages]
+def _render(
+    tokenizer: Any, encoder: PieceEncoder, messages: Sequence[Message], add_generation_prompt: bool
+) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered text and the characters of it that the model learns, as (start, end)."""
+    marked = []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str):
+            marked.append({**message, "content": encoder.mark(content)})
+            continue
+        parts = [
+            {"type": "text", "text": encoder.mark(part["text"])} if part["type"] == "text" else {"type": "image"}
+            for part in content
+        ]
+        marked.append({**message, "content": parts})
+    # A missing bos or eos is an empty string, so that a template can just write it.
     special_tokens = {"bos_token": "", "eos_token": "", **tokenizer.special_tokens_map}
     try:
         texts, spans = render_jinja_template(
             conversations=[marked],
             chat_template=tokenizer.chat_template,
             return_assistant_tokens_mask=True,
-            add_generation_prompt=generation_prompt,
+            add_generation_prompt=add_generation_prompt,
             **special_tokens,
         )
-    except Exception as error:  # a template may raise anything; what it says is for the user
-        raise UserError(f"the chat template cannot render this conversation: {error}") from error
+    except jinja2.TemplateError as error:
+        raise EncodingError(f"the chat template cannot render this conversation: {error}") from error
     return texts[0], spans[0]
-
-
-def _mark(content: Any, special: re.Pattern[str]) -> Any:
-    if isinstance(content, str):
-        plain = content.replace(_OPEN, "").replace(_CLOSE, "")
-        return special.sub(f"{_OPEN}\\g<0>{_CLOSE}", plain)
-    return [
-        {**part, "text": _mark(part["text"], special)} if part["type"] == "text" else {"type": part["type"]}
-        for part in content
-    ]
-
-
-@lru_cache
-def _special_pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
-    longest_first = sorted((token for token in tokens if not token.isspace()), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-
-
-def _pieces(text: str, spans: list[tuple[int, int]], glue_spaces: bool) -> Iterator[tuple[str, bool]]:
-    """Cut the rendered text at both ends of each answer: (piece, whether it is learnt), empty ones left out."""
-    position = 0
-    carried = ""  # a space that SentencePiece spells as part of the next word
-    for start, end in spans:
-        before, carried = text[position:start], ""
-        if glue_spaces and before.endswith(" "):
-            before, carried = before[:-1], " "
-        if before:
-            yield before, False
-        yield carried + text[start:end], True
-        position = end
-    rest = text[position:]
-    if glue_spaces and not rest.endswith("\n") and rest.endswith(" "):
-        rest = rest[:-1]
-    if rest:
-        yield rest, False
-
-
-def _encode_marked(tokenizer: Any, piece: str, first: bool) -> Iterator[int]:
-    """Ids of one piece; strings between the marks are encoded as plain text."""
-    for index, part in enumerate(re.split(f"[{_OPEN}{_CLOSE}]", piece)):
-        if not part:
-            continue
-        if index % 2:
-            yield from _encode_plain(tokenizer, part)
-        else:
-            yield from _encode_after_anchor(tokenizer, part) if not (first and index == 0) else _encode(tokenizer, part)
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-def _encode_after_anchor(tokenizer: Any, text: str) -> list[int]:
-    """Encode text from the middle of a sequence: SentencePiece would put a space before it."""
-    if not _glues_spaces(tokenizer):
-        return _encode(tokenizer, text)
-    anchor = _encode(tokenizer, _ANCHOR)
-    ids = _encode(tokenizer, _ANCHOR + text)
-    return ids[len(anchor) :] if ids[: len(anchor)] == anchor else _encode(tokenizer, text)
-
-
-def _encode_plain(tokenizer: Any, text: str) -> list[int]:
-    """Encode the string of a special token as ordinary characters."""
-    # Cut after the first character, no added token can match; a special token inside the rest still could.
-    ids = _encode_after_anchor(tokenizer, text[0])
-    if len(text) > 1:
-        ids = (
-            ids + _encode_plain(tokenizer, text[1:])
-            if _has_special(tokenizer, text[1:])
-            else ids + (_encode_after_anchor(tokenizer, text[1:]))
-        )
-    return ids
-
-
-def _has_special(tokenizer: Any, text: str) -> bool:
-    return _special_pattern(tuple(tokenizer.added_tokens_encoder)).search(text) is not None
-
-
-def _glues_spaces(tokenizer: Any) -> bool:
-    """Whether this tokenizer puts a space before a text (SentencePiece style), found out once."""
-    cached = tokenizer.__dict__.get("_llava_compete_glues_spaces")
-    if cached is None:
-        with_anchor = _encode(tokenizer, _ANCHOR + "a")
-        cached = with_anchor[len(_encode(tokenizer, _ANCHOR)) :] != _encode(tokenizer, "a")
-        tokenizer.__dict__["_llava_compete_glues_spaces"] = cached
-    return cached

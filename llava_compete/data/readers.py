@@ -1,14 +1,16 @@
 """Raw rows of a source, whatever its format: one row at a time, so that no file is ever whole in memory.
 
-`.json` (one list), `.jsonl`, `.parquet`, and folders of parquet files or of webdataset-like tars (`datasets` reads
-those: files of one base name are a row, `.json` holds the turns and image files the images). Also the digest of a
+`.json` (one list), `.jsonl`, `.parquet`, and folders of parquet files or of webdataset-like tars
+(files of one base name are a row, `.json` holds the turns and image files the images). Also the digest of a
 source's content, remembered by path, size and time. Callers: `data.tables`, `data.check`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -139,14 +141,35 @@ def _parquet(file: Path) -> Iterator[Any]:
 
 
 def _tar(file: Path) -> Iterator[Any]:
-    """Rows of a tar: `KEY.json` with the turns, `KEY.jpg` (or KEY.0.jpg, KEY.1.jpg …) with the images."""
-    import datasets
+    """Rows of a tar: `KEY.json` with the turns, `KEY.jpg` (or KEY.0.jpg, KEY.1.jpg …) with the images, side by side.
 
-    rows = datasets.load_dataset("webdataset", data_files=[str(file)], split="train", streaming=True).decode(False)
-    for row in rows:
-        content = row.get("json")
-        if not isinstance(content, dict):
-            yield RecordError("no_conversation", f"{file}: {row.get('__key__')} has no .json file with the turns")
-            continue
-        images = [row[name] for name in sorted(row) if name.rsplit(".", 1)[-1] in _IMAGE_SUFFIXES and row[name]]
-        yield {"id": row["__key__"], **content, **({"image": images} if images else {})}
+    Read by hand: `datasets` refuses a tar in which some rows have an image and some have none.
+    """
+    try:
+        with tarfile.open(file) as tar:
+            files = ((_key_and_suffix(member.name), tar.extractfile(member)) for member in tar if member.isfile())
+            named = ((*name, stream.read()) for name, stream in files if stream is not None)
+            for key, group in itertools.groupby(named, key=lambda entry: entry[0]):
+                yield _tar_row(file, key, {suffix: content for _, suffix, content in group})
+    except (tarfile.TarError, EOFError, OSError) as error:
+        yield RecordError("not_json", f"{file}: the tar breaks off here: {error}")
+
+
+def _key_and_suffix(name: str) -> tuple[str, str]:
+    folder, slash, base = name.rpartition("/")
+    key, _, suffix = base.partition(".")
+    return folder + slash + key, suffix
+
+
+def _tar_row(file: Path, key: str, parts: dict[str, bytes]) -> Any:
+    images = [parts[name] for name in sorted(parts) if name.rsplit(".", 1)[-1].lower() in _IMAGE_SUFFIXES]
+    try:
+        content = json.loads(parts["json"])
+    except KeyError:
+        return RecordError("no_conversation", f"{file}: {key} has no .json file with the turns")
+    except ValueError as error:
+        return RecordError("not_json", f"{file}: {key}.json: {error}")
+    if not isinstance(content, dict):
+        return content
+    embedded = [{"bytes": image, "path": None} for image in images]
+    return {"id": key.rsplit("/", 1)[-1], **content, **({"image": embedded} if embedded else {})}

@@ -24,15 +24,24 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Template(NamedTuple):
-    """Control tokens that a tokenizer must have, and the model types whose family the template is."""
+    """Control tokens that a tokenizer must have, and the `model_type`s that the template may belong to."""
 
     control_tokens: tuple[str, ...] = ()
     model_types: tuple[str, ...] = ()
 
 
+# Several families share a model type (Llama 2, Vicuna, Llama 3 and SmolLM are all "llama"): the first row whose
+# control tokens the tokenizer has is the right one, so rows without such tokens come last.
 TEMPLATES: dict[str, Template] = {
-    "plain": Template(),
+    "llama3": Template(("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), ("llama",)),
+    "smollm": Template(("<|im_start|>", "<|im_end|>"), ("llama", "smollm3")),
     "chatml": Template(("<|im_start|>", "<|im_end|>"), ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")),
+    "phi3": Template(("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"), ("phi3", "phimoe")),
+    "gemma": Template(("<start_of_turn>", "<end_of_turn>"), ("gemma", "gemma2", "gemma3", "gemma3_text")),
+    "mistral": Template((), ("mistral", "mixtral", "ministral")),
+    "vicuna_v1": Template((), ("llama",)),
+    "llava_llama_2": Template(),
+    "plain": Template(),
 }
 
 
@@ -69,7 +78,7 @@ def ensure_generation_markers(tokenizer: Any, model_type: str) -> int:
     """
     if tokenizer.chat_template and has_generation_markers(tokenizer.chat_template):
         return 0
-    name = family_template(model_type)
+    name = family_template(model_type, tokenizer)
     had = "has no generation markers" if tokenizer.chat_template else "is missing"
     log.warning("the tokenizer's chat template %s: using %r, ours for model type %r", had, name, model_type)
     return set_chat_template(tokenizer, name)
@@ -80,10 +89,11 @@ def has_generation_markers(template: str) -> bool:
     return _GENERATION.search(template) is not None
 
 
-def family_template(model_type: str) -> str:
-    """Name of the template for a language model's `model_type`."""
+def family_template(model_type: str, tokenizer: Any) -> str:
+    """Name of our template for a language model's `model_type`, told apart by the tokenizer's control tokens."""
+    vocabulary = tokenizer.get_vocab()
     for name, template in TEMPLATES.items():
-        if model_type in template.model_types:
+        if model_type in template.model_types and all(token in vocabulary for token in template.control_tokens):
             return name
     raise UserError(
         f"no chat template is known for model type {model_type!r}: set `chat_template` to one of {', '.join(TEMPLATES)}"

@@ -1,0 +1,262 @@
+"""Sources to batches: formats, mixtures, held-out rows, failing rows, packing."""
+
+import io
+import json
+import tarfile
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_model
+from tokenizers_for_tests import make_tokenizer
+
+from llava_compete.config import parse_config
+from llava_compete.data.collator import Collator
+from llava_compete.data.config import DataSection
+from llava_compete.data.dataset import build_datasets
+from llava_compete.data.encoding import IGNORE_INDEX
+from llava_compete.data.readers import read_rows, source_digest
+from llava_compete.data.records import RecordError, parse_row
+from llava_compete.errors import UserError
+
+
+class Resize:
+    """Stands in for an image processor: 4 × 4 pixels."""
+
+    def preprocess(self, images):
+        return {"pixel_values": np.stack([np.asarray(i.resize((4, 4)), np.float32).transpose(2, 0, 1) for i in images])}
+
+
+@pytest.fixture
+def processor():
+    tokenizer = make_tokenizer("byte_bpe", "chatml")
+    return SimpleNamespace(tokenizer=tokenizer, image_processor=Resize(), num_image_tokens=6)
+
+
+def png(color="red"):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def row(row_id, image="a.png", answer="Red."):
+    question = "What color?" if image is None else "<image>\nWhat color?"
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": row_id, **({} if image is None else {"image": image}), "conversations": turns}
+
+
+@pytest.fixture
+def source(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+
+    def write(rows, name="rows"):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(rows))
+        return {"name": name, "path": path}
+
+    return write
+
+
+def section(tmp_path, *sources, **options):
+    return DataSection(sources=list(sources), cache_dir=tmp_path / "cache", **options)
+
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "text", "text": "First"}, {"type": "image"}, {"type": "image"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "Two, an <image> each."}]},
+]
+
+
+def test_all_spellings_of_a_row_agree():
+    parts = parse_row({"id": 7, "images": ["a", "b"], "messages": MESSAGES}, "0")
+    llava = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "First<image>\n<image>"},
+        {"from": "gpt", "value": "Two, an <image> each."},
+    ]
+    assert parse_row({"id": "7", "image": ["a", "b"], "conversations": llava}, "0") == parts
+    inline = json.loads(json.dumps(MESSAGES))
+    for part, image in zip(inline[1]["content"][1:], ("a", "b"), strict=True):
+        part["image"] = image
+    assert parse_row({"id": 7, "messages": inline}, "0") == parts
+    assert parts.messages[2]["content"] == [{"type": "text", "text": "Two, an <image> each."}]
+
+
+def test_formats_give_the_same_rows(tmp_path, processor):
+    (tmp_path / "a.png").write_bytes(png())
+    rows = [row("0"), row("1", None), row("2")]
+    (tmp_path / "list.json").write_text("\ufeff " + json.dumps(rows, indent=1))
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    embedded = [{**item, "image": {"bytes": png(), "path": None} if "image" in item else None} for item in rows]
+    pq.write_table(pa.Table.from_pylist(embedded), tmp_path / "table.parquet")
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
+        for item in rows:
+            files = {"json": json.dumps({key: item[key] for key in ("id", "conversations")}).encode()}
+            for suffix, content in (files | ({"png": png()} if "image" in item else {})).items():
+                info = tarfile.TarInfo(f"{item['id']}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    read = {}
+    for name in ("list.json", "lines.jsonl", "table.parquet", "tars"):
+        bundle = build_datasets(section(tmp_path, {"name": "s", "path": tmp_path / name}), processor, 0)
+        read[name] = [bundle.train[index] for index in range(len(bundle.train))]
+    for items in read.values():
+        for item, expected in zip(items, read["list.json"], strict=True):
+            assert item["sample_id"] == expected["sample_id"]
+            assert torch.equal(item["input_ids"], expected["input_ids"])
+            assert (item["pixel_values"] is None) == (expected["pixel_values"] is None)
+            assert item["pixel_values"] is None or torch.equal(item["pixel_values"], expected["pixel_values"])
+
+
+def test_a_long_list_is_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("llava_compete.data.readers._CHUNK", 7)
+    rows = [row(str(index), answer="x" * index) for index in range(40)]
+    path = tmp_path / "rows.json"
+    for indent in (None, 2):
+        path.write_text(json.dumps(rows, indent=indent))
+        assert list(read_rows(path)) == rows
+    path.write_text(json.dumps([1, 23, "a"]) + "\n")
+    assert list(read_rows(path)) == [1, 23, "a"]
+    path.write_text("[]")
+    assert list(read_rows(path)) == []
+    path.write_text(json.dumps(rows)[:-50])
+    assert isinstance(list(read_rows(path))[-1], RecordError)
+
+
+def test_items_and_batches(tmp_path, source, processor):
+    bundle = build_datasets(section(tmp_path, source([row("0"), row("1", None), row("2")])), processor, 0)
+    items = [bundle.train[index] for index in range(3)]
+    assert [item["modality"] for item in items] == [1, 0, 1] == bundle.train.modalities.tolist()
+    batch = Collator(processor)(items)
+    assert batch["pixel_values"].shape == (2, 3, 4, 4)
+    assert batch["attention_mask"].sum(1).tolist() == [item["length"] for item in items]
+    image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert (batch["input_ids"] == image_id).sum(1).tolist() == [6, 0, 6]
+    assert (batch["labels"] != IGNORE_INDEX).sum(1).tolist() == [(item["labels"] >= 0).sum() for item in items]
+    assert "pixel_values" not in Collator(processor)(items[1:2])
+
+
+def test_a_rank_without_rows_gets_a_filler(processor):
+    batch = Collator(processor)([])
+    assert (batch["labels"] == IGNORE_INDEX).all()
+    assert (batch["sequence_ids"] == -1).all()
+    assert batch["sample_ids"] == []
+
+
+def test_mixture_weights_caps_and_names(tmp_path, source, processor):
+    rows = [row(str(index), None) for index in range(40)]
+    mixture = tmp_path / "mixture.yaml"
+    first, second = source(rows, "first"), source(rows, "second")
+    mixture.write_text(
+        f"sources:\n  - {{name: first, path: {first['path']}, weight: 1.5}}\n"
+        f"  - {{name: second, path: {second['path']}, max_rows: 7}}\n"
+    )
+    data = DataSection(sources=str(mixture), cache_dir=tmp_path / "cache")
+    bundle = build_datasets(data, processor, 0)
+    assert bundle.stats["rows"] == {"first": 60, "second": 7}
+    names = [bundle.train[index]["sample_id"] for index in range(len(bundle.train))]
+    assert sum(name.startswith("second/") for name in names) == len({*names[60:]}) == 7
+    again, other = build_datasets(data, processor, 0), build_datasets(data, processor, 1)
+    assert bundle.digest == again.digest != other.digest
+    with pytest.raises(UserError, match="two sources are called 'first'"):
+        parse_config(DataSection, {"sources": [first, first]}, "config.yaml")
+    with pytest.raises(UserError, match="did you mean 'weight'"):
+        parse_config(DataSection, {"sources": [{**first, "wheight": 2}]}, "config.yaml")
+
+
+def test_held_out_rows_are_chosen_by_id(tmp_path, source, processor):
+    rows = [row(f"row-{index}", None) for index in range(400)]
+    options = {"validation_fraction": 0.1}
+    few = build_datasets(section(tmp_path, source(rows[:200], "few"), **options), processor, 0)
+    many = build_datasets(section(tmp_path, source(rows, "many"), **options), processor, 1)
+
+    def ids(dataset):
+        return {dataset[index]["sample_id"].split("/")[1] for index in range(len(dataset))}
+
+    assert ids(few.validation) < ids(many.validation)
+    assert not ids(many.train) & ids(many.validation)
+    assert 20 < len(many.validation) < 60
+    assert len(many.train) + len(many.validation) == 400
+
+
+def test_a_bad_image_stops_the_run_or_is_counted_and_replaced(tmp_path, source, processor):
+    rows = [row("0"), row("1", "gone.png"), row("2")]
+    bundle = build_datasets(section(tmp_path, source(rows)), processor, 0)
+    with pytest.raises(UserError, match=r"row rows/1: .*gone.png: no such image file"):
+        bundle.train[1]
+    skipping = build_datasets(section(tmp_path, source(rows), on_bad_image="skip", max_bad_images=1), processor, 0)
+    assert skipping.train[1]["sample_id"] == "rows/2"
+    assert skipping.train.counters == {"data/rejected": 0, "data/bad_images": 1}
+    with pytest.raises(UserError, match=r"more than data\.max_bad_images=1"):
+        skipping.train[1]
+
+
+def test_rows_beyond_the_limit_are_counted_and_stop_the_run(tmp_path, source, processor):
+    rows = [row("0", None), row("1", None, answer="long " * 100), row("2", None)]
+    bundle = build_datasets(section(tmp_path, source(rows), max_length=60), processor, 0)
+    assert bundle.train[1]["sample_id"] == "rows/2"
+    assert bundle.train.counters["data/rejected"] == 1
+    with pytest.raises(UserError, match=r"2 rows keep no answer within data\.max_length=60"):
+        bundle.train[1]
+
+
+def test_counters_see_what_worker_processes_count(tmp_path, source, processor):
+    rows = [row(str(index), None if index % 2 else "gone.png") for index in range(8)]
+    bundle = build_datasets(section(tmp_path, source(rows), on_bad_image="skip"), processor, 0)
+    loader = torch.utils.data.DataLoader(bundle.train, batch_size=4, num_workers=2, collate_fn=Collator(processor))
+    assert len(list(loader)) == 2
+    assert bundle.train.counters["data/bad_images"] == 4
+
+
+def test_missing_empty_and_broken_sources_are_one_clear_line(tmp_path, source, processor):
+    with pytest.raises(UserError, match=r"gone\.json: no such file"):
+        build_datasets(section(tmp_path, {"name": "s", "path": tmp_path / "gone.json"}), processor, 0)
+    with pytest.raises(UserError, match="holds no rows"):
+        build_datasets(section(tmp_path, source([])), processor, 0)
+    with pytest.raises(UserError, match=r"1 rows .* the first: row 1: .*empty.*data check"):
+        build_datasets(section(tmp_path, source([row("0", None), row("1", None, answer="")])), processor, 0)
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(UserError, match=r"found '\.txt', expected"):
+        source_digest(tmp_path / "a.txt", tmp_path)
+
+
+def test_a_table_is_converted_once_and_again_when_the_content_changes(tmp_path, source, processor):
+    first = build_datasets(section(tmp_path, source([row("0", None)])), processor, 0)
+    tables = sorted((tmp_path / "cache").glob("*.arrow"))
+    build_datasets(section(tmp_path, source([row("0", None)])), processor, 0)
+    assert sorted((tmp_path / "cache").glob("*.arrow")) == tables
+    changed = build_datasets(section(tmp_path, source([row("0", None, answer="Blue.")])), processor, 0)
+    assert changed.digest != first.digest
+    assert len(list((tmp_path / "cache").glob("*.arrow"))) == 2
+
+
+def test_packing_keeps_every_loss(tmp_path, source):
+    """A MoE model's loss terms over packed rows are those over padded rows, images included."""
+    model, processor = tiny_model(moe={"language": {"num_experts": 3, "num_experts_per_tok": 2}})
+    rows = [row(str(i), "a.png" if i % 2 else None, answer="red " * (1 + 3 * i)) for i in range(6)]
+    bundle = build_datasets(section(tmp_path, source(rows)), processor, 0)
+    items = [bundle.train[index] for index in range(6)]
+    padded, packed = Collator(processor)(items), Collator(processor, pack_to=128)(items)
+    assert len(packed["input_ids"]) < len(padded["input_ids"])
+    assert sorted(packed["sample_ids"]) == sorted(padded["sample_ids"])
+    assert packed["input_ids"].shape[1] <= 128
+    model.train()
+    results = []
+    for batch in (padded, packed):
+        batch.pop("sample_ids")
+        out = model(**batch)
+        model.zero_grad()
+        out.loss.backward()
+        results.append((out, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    (one, one_grads), (two, two_grads) = results
+    torch.testing.assert_close(one.lm_loss, two.lm_loss)
+    for name, value in one.loss_terms.items():
+        torch.testing.assert_close(value, two.loss_terms[name], msg=name)
+    for left, right in zip(one_grads, two_grads, strict=True):
+        torch.testing.assert_close(left, right, atol=1e-6, rtol=1e-4)

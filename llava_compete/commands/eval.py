@@ -80,7 +80,8 @@ def print_table(summary: dict[str, Any], directory: Path) -> None:
     table = Table("task", "score", "chance", "questions", title="Evaluation", title_justify="left")
     for name, task in summary["tasks"].items():
         chance = f"{task['chance']:.3f}" if "chance" in task else ""
-        table.add_row(name, f"{task['accuracy']:.3f}", chance, str(task["n"]))
+        score = "" if task["accuracy"] is None else f"{task['accuracy']:.3f}"
+        table.add_row(name, score, chance, str(task["n"]))
     console = Console()
     console.print(table)
     console.print(f"Written: {directory}/summary.json")

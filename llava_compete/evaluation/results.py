@@ -7,12 +7,15 @@ knows those files. Per-sample lines written here are what `evaluation.compare` j
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from llava_compete.errors import UserError
 from llava_compete.evaluation.scores import score_samples, weighted_mean
+
+log = logging.getLogger(__name__)
 
 
 def read_run(raw: Path, tasks: list[str]) -> dict[str, dict[str, Any]]:
@@ -24,15 +27,17 @@ def read_run(raw: Path, tasks: list[str]) -> dict[str, dict[str, Any]]:
     prefix = files[0].name.removesuffix("_results.json")
     found = {}
     for task in tasks:
-        samples_file = files[0].with_name(f"{prefix}_samples_{task}.jsonl")
         members = results.get("group_subtasks", {}).get(task) or [task]
-        samples_files = [files[0].with_name(f"{prefix}_samples_{member}.jsonl") for member in members]
-        missing = [file.name for file in samples_files if not file.is_file()]
+        samples_files = {member: files[0].with_name(f"{prefix}_samples_{member}.jsonl") for member in members}
+        missing = [file.name for file in samples_files.values() if not file.is_file()]
         if task not in results["results"] or missing:
-            raise UserError(f"{raw}: lmms-eval wrote no result or no samples ({samples_file.name}) for task {task!r}")
-        lines = [line for file in samples_files for line in file.read_text(encoding="utf-8").splitlines()]
-        # Ranks write one after another; documents are put back in order.
-        samples = sorted((json.loads(line) for line in lines), key=lambda sample: sample["doc_id"])
+            raise UserError(f"{raw}: lmms-eval wrote no result or no samples of {task!r} (missing: {missing})")
+        samples = []
+        for member, file in samples_files.items():
+            lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+            # Ranks write one after another; documents are put back in order.
+            ordered = sorted(lines, key=lambda sample: sample["doc_id"])
+            samples += [{**sample, "member": member} for sample in ordered] if len(members) > 1 else ordered
         config = results["configs"].get(task, {})
         found[task] = {
             "metrics": _numbers(results["results"][task]),
@@ -45,16 +50,20 @@ def read_run(raw: Path, tasks: list[str]) -> dict[str, dict[str, Any]]:
 
 def write_task(directory: Path, task: str, run: dict[str, Any], facts: dict[str, Any], state: dict[str, Any]) -> None:
     """Write samples/TASK.jsonl and then tasks/TASK.json, whose presence says that the task is finished."""
-    units = score_samples(task, run["samples"])
+    try:
+        units = score_samples(task, run["samples"])
+    except UserError as error:  # its metrics are kept, but it cannot be compared sample by sample
+        log.warning("%s; only the metrics of lmms-eval are kept", error)
+        units = []
     samples_file = directory / "samples" / f"{task}.jsonl"
     samples_file.parent.mkdir(parents=True, exist_ok=True)
     with samples_file.open("w", encoding="utf-8") as file:
         for unit in units:
             file.write(json.dumps(unit._asdict(), ensure_ascii=False) + "\n")
     summary = {
-        "accuracy": weighted_mean(units),
+        "accuracy": weighted_mean(units) if units else None,
         **({"chance": facts["chance"], "blind": facts["blind"]} if "chance" in facts else {}),
-        "n": len(units),
+        "n": len(units) or len(run["samples"]),
         "by_type": _by_type(units),
         "metrics": run["metrics"],
         "generation": run["generation"],

@@ -1,16 +1,24 @@
 """One score for each independent unit of a benchmark, such that their weighted mean is the benchmark's score.
 
 lmms-eval's per-sample lines differ by task; everything that follows (summaries, bootstrap, tests) needs plain numbers.
-A unit is a question, or, where a benchmark scores several questions together, that group.
+A unit is a question, or, where a benchmark scores several questions together, that group. A new benchmark whose lines
+hold a number, or a dictionary with a `score`, needs nothing here.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from llava_compete.errors import UserError
+
+Sample = dict[str, Any]
+# Entries of a per-sample line that lmms-eval itself writes.
+_NOT_SCORES = {
+    "doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash", "input",
+    "input_media", "member",
+}  # fmt: skip
 
 
 class Unit(NamedTuple):
@@ -39,65 +47,118 @@ def weighted_mean(units: Iterable[Unit]) -> float:
     return sum(unit.score * unit.weight for unit in units) / sum(unit.weight for unit in units)
 
 
-def score_samples(task: str, samples: list[dict[str, Any]]) -> list[Unit]:
-    """Units of a task from lmms-eval's per-sample lines."""
+def score_samples(task: str, samples: list[Sample]) -> list[Unit]:
+    """Units of a task from lmms-eval's per-sample lines; lines without a score (left to a judge) are a `UserError`."""
     if not samples:
         raise UserError(f"task {task!r}: no samples")
     return _UNITS.get(task, _each_sample)(task, samples)
 
 
-def _each_sample(task: str, samples: list[dict[str, Any]]) -> list[Unit]:
+def _each_sample(task: str, samples: list[Sample]) -> list[Unit]:
     """A unit a document, scored by the first of its entries that is a score."""
     units = []
     for sample in samples:
         entry = next((sample[key] for key in sample if key not in _NOT_SCORES and _is_score(sample[key])), None)
         if entry is None:
             raise UserError(f"task {task!r}, document {sample['doc_id']}: no per-sample score among {sorted(sample)}")
-        kind = entry.get("type") if isinstance(entry, dict) else None
-        name = entry.get("id", sample["doc_id"]) if isinstance(entry, dict) else sample["doc_id"]
-        units.append(Unit(str(name), _value(entry), 1.0, kind, _answer(sample), str(sample.get("target"))))
+        details = entry if isinstance(entry, dict) else {"score": entry}
+        name = str(details.get("id", sample["doc_id"]))
+        if "member" in sample:  # a task of a group, whose documents are numbered on their own
+            name = f"{sample['member']}/{name}"
+        kind = details.get("type", sample.get("member"))
+        units.append(Unit(name, float(details["score"]), 1.0, kind, _answer(sample), str(sample.get("target"))))
     return units
 
 
-def _by_image_and_category(task: str, samples: list[dict[str, Any]]) -> list[Unit]:
-    """MME: two questions an image; an image counts its accuracy and whether both are right, each category alike."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+def _mme(task: str, samples: list[Sample]) -> list[Unit]:
+    """Two questions an image: a unit is an image, half its accuracy and half whether both are right; the 14 categories
+    count alike. The mean is (perception + cognition) / 2800."""
+    groups: dict[tuple[str, str], list[Sample]] = defaultdict(list)
     for sample in samples:
-        entry = sample.get("mme_perception_score") or sample["mme_cognition_score"]
+        entry = _mme_entry(sample)
         groups[entry["category"], entry["question_id"]].append(sample)
-    images_in: dict[str, int] = defaultdict(int)
-    for category, _ in groups:
-        images_in[category] += 1
+    images = Counter(category for category, _ in groups)
     units = []
     for (category, name), members in groups.items():
-        scores = [(member.get("mme_perception_score") or member["mme_cognition_score"])["score"] for member in members]
-        mean = sum(scores) / len(scores)
-        score = (mean + float(all(scores))) / 2
-        units.append(Unit(f"{category}/{name}", score, 1 / images_in[category], category, *_joined(members)))
+        scores = [_mme_entry(member)["score"] for member in members]
+        score = (sum(scores) / len(scores) + float(all(scores))) / 2
+        units.append(_joined(f"{category}/{name}", score, 1 / images[category], category, members))
     return units
 
 
-def _joined(members: list[dict[str, Any]]) -> tuple[str, str]:
-    return "\n".join(map(_answer, members)), "\n".join(str(member.get("target")) for member in members)
+def _mme_entry(sample: Sample) -> dict[str, Any]:
+    return sample.get("mme_perception_score") or sample["mme_cognition_score"]
 
 
-_UNITS: dict[str, Callable[[str, list[dict[str, Any]]], list[Unit]]] = {"mme": _by_image_and_category}
-# Entries of a per-sample line that lmms-eval itself writes.
-_NOT_SCORES = {
-    "doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash", "input",
-    "input_media",
-}  # fmt: skip
+def _mmbench(task: str, samples: list[Sample]) -> list[Unit]:
+    """A question counts if it is right under all rotations of its options; lmms-eval's rules read the letter."""
+    import pandas as pd
+    from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator
+
+    groups: dict[int, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        groups[sample["gpt_eval_score"]["index"] % 1_000_000].append(sample)
+    units = []
+    for index, members in sorted(groups.items()):
+        rows = [member["gpt_eval_score"] for member in members]
+        answers = {row["index"]: row["answer"] for row in rows}
+        right = mmbench_evaluator.eval_sub_data(pd.DataFrame(rows), answers, static_only=True)
+        units.append(_joined(str(index), float(right), 1.0, rows[0]["category"], members))
+    return units
+
+
+def _mmmu(task: str, samples: list[Sample]) -> list[Unit]:
+    """Lines hold the parsed answer; lmms-eval's own function says whether it is right."""
+    from lmms_eval.tasks.mmmu.utils import evaluate_mmmu
+
+    units = []
+    for sample in samples:
+        entry = sample["mmmu_acc"]
+        _, found = evaluate_mmmu([entry])
+        units.append(_joined(entry["id"], float(found["acc"]), 1.0, entry["subdomain"], [sample]))
+    return units
+
+
+def _mmstar(task: str, samples: list[Sample]) -> list[Unit]:
+    """The score is the mean over finer categories, whatever their sizes."""
+    sizes = Counter(sample["average"]["l2_category"] for sample in samples)
+    return [
+        _joined(str(entry["question_id"]), float(entry["score"]), 1 / sizes[entry["l2_category"]],
+                entry["l2_category"], [sample])
+        for sample in samples for entry in [sample["average"]]
+    ]  # fmt: skip
+
+
+def _seedbench_2_plus(task: str, samples: list[Sample]) -> list[Unit]:
+    """Lines hold the letter that was read and the right one."""
+    units = []
+    for sample in samples:
+        entry = sample["seedbench_2_plus_all"]
+        right = entry["pred"].lower().strip() == entry["answer"].lower().strip()
+        units.append(_joined(str(entry["question_id"]), float(right), 1.0, None, [sample]))
+    return units
+
+
+_UNITS: dict[str, Callable[[str, list[Sample]], list[Unit]]] = {
+    "mme": _mme,
+    "mmbench_en_dev": _mmbench,
+    "mmbench_en_dev_static": _mmbench,
+    "mmmu_val": _mmmu,
+    "mmstar": _mmstar,
+    "seedbench_2_plus": _seedbench_2_plus,
+}
+
+
+def _joined(name: str, score: float, weight: float, kind: str | None, members: list[Sample]) -> Unit:
+    answers = "\n".join(map(_answer, members))
+    return Unit(name, score, weight, kind, answers, "\n".join(str(member.get("target")) for member in members))
 
 
 def _is_score(entry: Any) -> bool:
     return isinstance(entry, int | float) or (isinstance(entry, dict) and isinstance(entry.get("score"), int | float))
 
 
-def _value(entry: Any) -> float:
-    return float(entry["score"] if isinstance(entry, dict) else entry)
-
-
-def _answer(sample: dict[str, Any]) -> str:
+def _answer(sample: Sample) -> str:
     answer = sample.get("filtered_resps", "")
     while isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]

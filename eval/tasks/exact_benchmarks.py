@@ -1,0 +1,29 @@
+"""Scores without a judge for two benchmarks whose lmms-eval tasks ask one (named by the *_exact.yaml files here)."""
+
+import re
+
+
+def hallusion(doc, results):
+    """HallusionBench: the first word says yes or no; `gt_answer` is "1" for yes."""
+    word = re.match(r"\W*(yes|no)\b", results[0].lower())
+    score = float(word is not None and (word[1] == "yes") == (str(doc["gt_answer"]) == "1"))
+    name = "_".join(str(doc[key]) for key in ("category", "subcategory", "set_id", "figure_id", "question_id"))
+    return {"accuracy": {"score": score, "type": doc["subcategory"], "id": name}}
+
+
+def mathvista(doc, results):
+    """MathVista: the benchmark's own normalisation of the answer as it stands."""
+    from lmms_eval.tasks.mathvista.utils import mathvista_evaluator
+
+    text = results[0].strip()
+    if doc["question_type"] == "multi_choice":
+        letter = re.match(r"\(?([A-Z])\)?(?:[.:\s]|$)", text)
+        text = f"({letter[1]})" if letter else text
+    else:
+        numbers = re.findall(r"-?\d+(?:,\d{3})*(?:\.\d+)?", text)
+        text = numbers[-1].replace(",", "") if numbers else text
+    found = mathvista_evaluator.normalize_extracted_answer(
+        text, doc["choices"], doc["question_type"], doc["answer_type"], doc["precision"]
+    )
+    score = float(found is not None and mathvista_evaluator.safe_equal(found, doc["answer"]))
+    return {"accuracy": {"score": score, "type": doc["question_type"], "id": str(doc["pid"])}}

@@ -7,12 +7,13 @@ next to their own code. `training` holds Hugging Face `TrainingArguments` under 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from llava_compete.config import StrictConfig
 from llava_compete.data.config import DataSection
+from llava_compete.data.text_config import TextSection
 from llava_compete.model.config import ModelSection
 from llava_compete.moe.config import MoeConfig
 from llava_compete.train.arguments import check_names
@@ -45,6 +46,18 @@ class Guards(StrictConfig):
     collapse_patience: int = Field(default=3, ge=1)
 
 
+def _kind_of_data(value: Any) -> str:
+    """Conversations name `sources`, text names `train`."""
+    is_text = "train" in value if isinstance(value, dict) else isinstance(value, TextSection)
+    return "<text>" if is_text else "<conversations>"
+
+
+Data = Annotated[
+    Annotated[DataSection, Tag("<conversations>")] | Annotated[TextSection, Tag("<text>")],
+    Discriminator(_kind_of_data),
+]
+
+
 class TrainConfig(StrictConfig):
     """The whole of one stage's YAML."""
 
@@ -53,7 +66,7 @@ class TrainConfig(StrictConfig):
     model: ModelSection
     moe: MoeConfig | Literal[False] | None = Field(default=None, union_mode="left_to_right")
     """Settings laid over the checkpoint's; `false` says that `sft` of a dense checkpoint is meant (a baseline)."""
-    data: DataSection
+    data: Data
     trainable: dict[Part, PartTraining]
     training: dict[str, Any] = Field(default_factory=dict)
     deepspeed: str | None = "zero2"
@@ -82,6 +95,13 @@ class TrainConfig(StrictConfig):
     def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
         check_names(value)
         return value
+
+    @model_validator(mode="after")
+    def _data_fits_the_stage(self) -> TrainConfig:
+        if isinstance(self.data, TextSection) != (self.stage == "pretrain_lm"):
+            kind = "text (train: ...)" if self.stage == "pretrain_lm" else "conversations (sources: ...)"
+            raise ValueError(f"data: stage {self.stage} trains on {kind}")
+        return self
 
     @model_validator(mode="after")
     def _something_trains(self) -> TrainConfig:

@@ -22,6 +22,10 @@ from llava_compete.errors import UserError
 TIMEOUT = timedelta(minutes=30)
 
 
+class SharedError(UserError):
+    """An error that all ranks know of; only rank 0 says it."""
+
+
 class Rank(NamedTuple):
     """Who this process is."""
 
@@ -97,7 +101,7 @@ class _MainFirst:
 
 @contextmanager
 def all_or_none(rank: Rank, what: str) -> Iterator[None]:
-    """A `UserError` of one rank inside becomes the same error on all; only rank 0 is left to say it.
+    """A `UserError` of one rank inside becomes a `SharedError` on all.
 
     Other exceptions are bugs and leave at once: the launcher then ends the other ranks.
     """
@@ -110,7 +114,7 @@ def all_or_none(rank: Rank, what: str) -> Iterator[None]:
     dist.all_gather_object(messages, message)
     for index, found in enumerate(messages):
         if found is not None:
-            raise UserError(found if index == 0 else f"rank {index}: {what}: {found}")
+            raise SharedError(found if index == 0 else f"rank {index}: {what}: {found}")
 
 
 def _free_port() -> int:

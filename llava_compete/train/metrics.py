@@ -59,14 +59,16 @@ class StepMetrics:
             store.clear()
         return culprits
 
-    def collect(self) -> dict[str, Any]:
-        """Reduce over ranks, reset, and return plain numbers (expert loads as lists). Every rank must call it."""
+    def collect(self, counters: Mapping[str, float]) -> dict[str, Any]:
+        """Reduce over ranks, reset, and return plain numbers (expert loads as lists). Every rank must call it.
+
+        counters: further host numbers of this rank to sum over ranks, such as rejected rows.
+        """
         names = sorted(self._terms)
         layers = list(self._routing)
         values = [self._terms[name].reshape(1) for name in names]
         values += [self._routing[layer].vector() for layer in layers]
-        if not values:
-            return {}
+        values.append(torch.tensor(list(counters.values()), dtype=torch.float64))
         flat = torch.cat([value.to(self.device, torch.float64) for value in values])
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(flat)
@@ -79,6 +81,7 @@ class StepMetrics:
             size = self._routing[layer].vector().numel()
             result.update(_by_layer(layer, RoutingMetrics.from_vector(numbers[offset : offset + size])))
             offset += size
+        result.update(zip(counters, numbers[offset:].tolist(), strict=True))
         self._terms.clear()
         self._steps_with.clear()
         self._routing.clear()

@@ -20,19 +20,19 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
 from llava_compete.console import setup_console
-from llava_compete.data.collator import Collator
-from llava_compete.data.dataset import DataBundle, build_datasets
-from llava_compete.data.sampler import GlobalBatchSampler
 from llava_compete.errors import UserError
 from llava_compete.manifest import write_manifest
 from llava_compete.moe.config import MoeConfig
 from llava_compete.train import checkpoints, trainable
 from llava_compete.train.arguments import build_arguments
-from llava_compete.train.callbacks import CompetitionCallback, StepCallback, StopOnSignal, WatchCallback
+from llava_compete.train.callbacks import CompetitionCallback, StepCallback, StopOnSignal
 from llava_compete.train.config import DEEPSPEED_DIR, TrainConfig
 from llava_compete.train.distributed import Rank, all_or_none, main_first, process_group, this_rank
+from llava_compete.train.feed import Feed, build_feed
+from llava_compete.train.preflight import check_space, preflight
 from llava_compete.train.start import start_model
 from llava_compete.train.trainer import StageTrainer
+from llava_compete.train.watch import WatchCallback
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ def train(config: TrainConfig, *, allow_changed: bool = False) -> None:
         if finished:
             logger.info("%s: stage %s has finished already", config.output_dir, config.stage)
             return
+        preflight(rank, config.output_dir)
         _run(config, rank, allow_changed)
 
 
@@ -83,16 +84,17 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> None:
     set_seed(config.seed)
     with all_or_none(rank, "model"), main_first(rank):
         # Built whole on every rank, never under zero.Init: DeepSpeed shards it afterwards (design rule 6).
+        sharding = getattr(arguments, "hf_deepspeed_config", None)  # set by TrainingArguments only with DeepSpeed
         unset_hf_deepspeed_config()
         model, processor, moe = start_model(config, rank)
-        if arguments.hf_deepspeed_config is not None:
-            set_hf_deepspeed_config(arguments.hf_deepspeed_config)
+        if sharding is not None:
+            set_hf_deepspeed_config(sharding)
         trainable.apply(model, config.trainable)
-        if arguments.hf_deepspeed_config is not None and arguments.hf_deepspeed_config.is_zero3():
+        if sharding is not None and sharding.is_zero3():
             # Without this ZeRO-3 hangs or is wrong where a module's parameters are used outside its own call.
             set_z3_leaf_modules(model, model.zero3_leaf_modules)
     with all_or_none(rank, "data"), main_first(rank):
-        data = build_datasets(config.data, processor, config.seed)
+        data = build_feed(config, rank, arguments, processor)
     trainer = _build_trainer(config, rank, arguments, model, processor, data)
     competition = CompetitionCallback(trainer, moe)
     steps = StepCallback(trainer, competition)
@@ -101,6 +103,9 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> None:
         trainer.add_callback(callback)
     with all_or_none(rank, "checkpoint"):
         checkpoint = _checkpoint_to_resume(config, rank, trainer.identity, allow_changed)
+        if rank.is_main:
+            rows = _trainable_rows(config, trainer)
+            check_space(config.output_dir, sum(r.parameters for r in rows), sum(r.trainable_parameters for r in rows))
     if rank.is_main:
         _describe(config, trainer, data, moe)
     started = time.perf_counter()
@@ -125,30 +130,25 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> None:
 
 
 def _build_trainer(
-    config: TrainConfig, rank: Rank, arguments: Any, model: Any, processor: Any, data: DataBundle
+    config: TrainConfig, rank: Rank, arguments: Any, model: Any, processor: Any, data: Feed
 ) -> StageTrainer:
-    micro = arguments.per_device_train_batch_size
-    global_batch = micro * arguments.gradient_accumulation_steps * rank.world_size
-    sampler = GlobalBatchSampler(
-        data.train.lengths, data.train.modalities, global_batch, micro, rank.world_size, rank.number, config.seed
-    )
     identity = {
         "stage": config.stage,
         "seed": config.seed,
         "data_digest": data.digest,
         "world_size": rank.world_size,
-        "per_device_train_batch_size": micro,
+        "per_device_train_batch_size": arguments.per_device_train_batch_size,
         "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
         "max_steps": arguments.max_steps,
         "num_train_epochs": arguments.num_train_epochs,
     }
     trainer = StageTrainer(
         config=config,
-        batch_sampler=sampler,
+        batch_sampler=data.batch_sampler,
         identity=identity,
         model=model,
         args=arguments,
-        data_collator=Collator(processor, config.data.max_length if config.data.packing else None),
+        data_collator=data.collator,
         train_dataset=data.train,
         eval_dataset=data.validation,
         processing_class=processor,
@@ -172,14 +172,8 @@ def _checkpoint_to_resume(
     return complete[-1]
 
 
-def _describe(config: TrainConfig, trainer: StageTrainer, data: DataBundle, moe: MoeConfig | None) -> None:
-    arguments = trainer.args
-    rows = trainable.table(
-        trainer.model,
-        config.trainable,
-        learning_rate=arguments.learning_rate,
-        weight_decay=arguments.weight_decay,
-    )
+def _describe(config: TrainConfig, trainer: StageTrainer, data: Feed, moe: MoeConfig | None) -> None:
+    arguments, rows = trainer.args, _trainable_rows(config, trainer)
     identity = trainer.identity
     logger.info(
         "%s: %d rows, global batch %d = %d x %d x %d (ranks x micro-batch x accumulation), %s",
@@ -195,6 +189,13 @@ def _describe(config: TrainConfig, trainer: StageTrainer, data: DataBundle, moe:
         seeds={"seed": config.seed, **({"competition": moe.seed} if moe else {})},
         data_digest=data.digest,
         extra={"identity": identity, "trainable": [row._asdict() for row in rows], "data": data.stats},
+    )
+
+
+def _trainable_rows(config: TrainConfig, trainer: StageTrainer) -> list[trainable.PartRow]:
+    arguments = trainer.args
+    return trainable.table(
+        trainer.model, config.trainable, learning_rate=arguments.learning_rate, weight_decay=arguments.weight_decay
     )
 
 

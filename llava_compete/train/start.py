@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_compete.data.config import DataSection
 from llava_compete.data.tables import load_source
+from llava_compete.data.text_config import TextSection
+from llava_compete.data.text_sources import read_source
 from llava_compete.errors import UserError
 from llava_compete.model.build import build_model
 from llava_compete.model.checkpoint import read_config
@@ -17,6 +20,8 @@ from llava_compete.model.tokenizer import train_byte_level_bpe
 from llava_compete.moe.config import MoeConfig
 from llava_compete.train.config import TrainConfig
 from llava_compete.train.distributed import Rank
+
+_TOKENIZER_DOCUMENTS = 200_000
 
 
 def start_model(config: TrainConfig, rank: Rank) -> tuple[Any, Any, MoeConfig | None]:
@@ -46,8 +51,11 @@ def _tokenizer(config: TrainConfig, rank: Rank) -> Any:
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def _texts(section: DataSection) -> Iterator[str]:
-    """Every text of the stage's data, for the tokenizer."""
+def _texts(section: DataSection | TextSection) -> Iterator[str]:
+    """Every text of the stage's data, for the tokenizer; of endless text the beginning."""
+    if isinstance(section, TextSection):
+        yield from itertools.islice(read_source(section.train), _TOKENIZER_DOCUMENTS)
+        return
     for source in section.sources:
         for row in load_source(source, section.cache_dir).rows:
             for message in json.loads(row["messages"]):

@@ -9,6 +9,7 @@ split into ranks and micro-batches.
 from __future__ import annotations
 
 import math
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from llava_compete.errors import UserError
 from llava_compete.model.build import save_checkpoint
 from llava_compete.train import checkpoints, counts, trainable
 from llava_compete.train.config import TrainConfig
+from llava_compete.train.evaluation import validation_loss
 from llava_compete.train.metrics import StepMetrics, scalars
 
 
@@ -44,6 +47,7 @@ class StageTrainer(Trainer):
 
     def __init__(self, *, config: TrainConfig, batch_sampler: Any, identity: dict[str, Any], **kwargs: Any) -> None:
         self.optimizer: Any = None
+        self.control: Any = None
         super().__init__(**kwargs)
         self.config = config
         self.batch_sampler = batch_sampler
@@ -73,7 +77,13 @@ class StageTrainer(Trainer):
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor]:
         """Fetch the step's micro-batches and count tokens and sequences over all ranks."""
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        try:
+            batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        except UserError as error:
+            # From a worker process it arrives wrapped in that process's traceback.
+            raise UserError(
+                str(error).strip().splitlines()[-1].removeprefix("llava_compete.errors.UserError: ")
+            ) from error
         self.step_counts = counts.gather(batches, device, stop=self.stop_requested)
         self._loss_before_step = self._tr_loss.clone()
         return batches, self.step_counts.supervised_tokens
@@ -95,6 +105,28 @@ class StageTrainer(Trainer):
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As the Trainer's; running out of memory says what did not fit and which settings make it smaller."""
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise UserError(self._out_of_memory(inputs)) from error
+
+    def _out_of_memory(self, inputs: dict[str, Any]) -> str:
+        rows, length = inputs["input_ids"].shape
+        images = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
+        competing = sorted(self.core_model.routing.competing)
+        return (
+            f"out of memory in step {self.state.global_step + 1}: micro-batch of {rows} rows, padded to {length} "
+            f"tokens, {images} images{', competition in ' + ', '.join(competing) if competing else ''}. Halve "
+            f"training.per_device_train_batch_size (now {self.args.per_device_train_batch_size}) and double "
+            f"training.gradient_accumulation_steps (now {self.args.gradient_accumulation_steps}); then "
+            "training.activation_checkpointing=true, moe.<part>.competition_chunk_tokens, a smaller data.max_length, "
+            f"deepspeed=zero3 or zero3_offload (now {self.config.deepspeed})"
+        )
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -103,9 +135,6 @@ class StageTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The model's own loss, its terms and routing records put aside for the log."""
-        if not model.training:
-            outputs = model(**inputs)
-            return (outputs.loss, outputs) if return_outputs else outputs.loss
         assert self.step_counts is not None
         outputs = model(
             **inputs, num_items_in_batch=num_items_in_batch, num_sequences_in_batch=self.step_counts.sequences
@@ -142,10 +171,28 @@ class StageTrainer(Trainer):
         """Add loss terms and routing metrics to a training log line; `record` keeps all of it for the writer."""
         self.record = dict(logs)
         if "loss" in logs:
-            metrics = self.step_metrics.collect()
+            metrics = self.step_metrics.collect(self.train_dataset.counters)
+            metrics |= {f"learning_rate/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
+            metrics["memory_gib"] = _peak_memory_gib(self.args.device)
             self.record |= metrics
             logs = {**logs, **scalars(metrics)}
         super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss on the held-out rows, over tokens and ranks."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        metrics = validation_loss(
+            self.model_wrapped,
+            dataset,
+            self.data_collator,
+            batch_size=self.args.per_device_eval_batch_size,
+            device=self.args.device,
+        )
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     # ---- checkpoints: written beside, then renamed ----
 
@@ -175,3 +222,10 @@ class StageTrainer(Trainer):
 def _barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """Peak of this process: on the GPU what torch held there, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

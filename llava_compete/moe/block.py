@@ -58,8 +58,9 @@ class SparseMoeBlock(nn.Module):
             gated=gated,
             bias=bias,
             hidden_dropout=hidden_dropout,
-            output_dropout=output_dropout,
         )
+        # After the weighted sum, as a dense block drops its output: it commutes with the sum over experts.
+        self.output_dropout = nn.Dropout(output_dropout) if output_dropout else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -84,7 +85,7 @@ class SparseMoeBlock(nn.Module):
             record = self._record(routing, result, groups)
             if self.state.is_recording:
                 self.state.records[self.name] = record
-        return output_TO.view(*hidden_states.shape[:-1], output_TO.shape[-1])
+        return self.output_dropout(output_TO).view(*hidden_states.shape[:-1], output_TO.shape[-1])
 
     def _groups(self, num_tokens: int) -> TokenGroups | None:
         """How this forward's tokens group, or None where nothing reads statistics."""

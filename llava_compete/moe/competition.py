@@ -2,11 +2,12 @@
 
 Affinity s_i = mean over output coordinates of softplus(y_i) (or another activation, or the L2 norm), in float32
 whatever the dtype of y, without a float32 copy of y. CompeteSMoE (arXiv 2505.13380, section 3.1); for `experts.py`.
-Suffixes: T tokens, E experts, K winners, O outputs.
+Suffixes: T tokens, E experts, K winners, I hidden, O outputs, P winning (token, expert) pairs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llava_compete.moe.grouped import Pairs, expert_slices, linear_into
 from llava_compete.moe.losses import token_diversity
 from llava_compete.moe.routers import spread_non_finite, top_experts
 
@@ -26,73 +28,100 @@ class CompetitionResult(NamedTuple):
 
 
 class _Affinity(NamedTuple):
-    """Affinity of float32 [T, O] outputs, and d(affinity)/d(outputs) given outputs and affinity [T, 1]."""
+    """Of float32 outputs y [T, O]: the affinity [T], and its slope d(affinity)/dy times O [T, O] given it as [T, 1]."""
 
     value: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor, Tensor], Tensor]
 
 
+def softplus_mean(y_TO: Tensor) -> Tensor:
+    """mean of log(1 + e^y) = max(y, 0) + log(1 + e^-|y|), with one logarithm for up to 32 factors in [1, 2]."""
+    factors_TO = y_TO.abs().neg_().exp_().add_(1)
+    group = math.gcd(y_TO.shape[-1], 32)
+    logs_T = factors_TO.unflatten(-1, (-1, group)).prod(-1).log_().sum(-1)
+    return (y_TO.clamp_min(0).sum(-1) + logs_T) / y_TO.shape[-1]
+
+
 def _silu_slope(y_TO: Tensor, _: Tensor) -> Tensor:
     gate_TO = y_TO.sigmoid()
-    return gate_TO * (1 + y_TO * (1 - gate_TO)) / y_TO.shape[-1]
+    return gate_TO * (1 + y_TO * (1 - gate_TO))
 
 
 def _sigmoid_slope(y_TO: Tensor, _: Tensor) -> Tensor:
     gate_TO = y_TO.sigmoid()
-    return gate_TO * (1 - gate_TO) / y_TO.shape[-1]
+    return gate_TO * (1 - gate_TO)
 
 
 AFFINITIES: dict[str, _Affinity] = {
-    "softplus": _Affinity(lambda y: F.softplus(y).mean(-1), lambda y, _: y.sigmoid() / y.shape[-1]),
-    "relu": _Affinity(lambda y: y.relu().mean(-1), lambda y, _: (y > 0).to(y.dtype) / y.shape[-1]),
+    "softplus": _Affinity(softplus_mean, lambda y, _: y.sigmoid()),
+    "relu": _Affinity(lambda y: y.relu().mean(-1), lambda y, _: (y > 0).to(y.dtype)),
     "silu": _Affinity(lambda y: F.silu(y).mean(-1), _silu_slope),
     "sigmoid": _Affinity(lambda y: y.sigmoid().mean(-1), _sigmoid_slope),
-    "l2": _Affinity(lambda y: y.norm(dim=-1), lambda y, s: y / s.masked_fill(s == 0, 1)),
+    "l2": _Affinity(lambda y: y.norm(dim=-1), lambda y, s: y * (y.shape[-1] / s.masked_fill(s == 0, 1))),
 }
 
 
-class _Contest(torch.autograd.Function):
-    """(y [E, T, O], affinity name, K) -> affinity [T, E], winners [T, K], their outputs [T, K, O].
-
-    One node for the three, so that backward makes one gradient of y's size: the affinity's, written expert by expert,
-    with the winners' added in place.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y_ETO: Tensor, affinity: str, num_winners: int) -> tuple[Tensor, Tensor, Tensor]:
-        affinity_TE = torch.stack([_affinity(affinity, y_TO) for y_TO in y_ETO.unbind()], dim=1)
-        winners_TK = top_experts(spread_non_finite(affinity_TE), num_winners)
-        tokens_T1 = torch.arange(y_ETO.shape[1], device=y_ETO.device)[:, None]
-        ctx.save_for_backward(y_ETO, affinity_TE, winners_TK)
-        ctx.affinity = affinity
-        ctx.mark_non_differentiable(winners_TK)
-        return affinity_TE, winners_TK, y_ETO[winners_TK, tokens_T1]
-
-    @staticmethod
-    def backward(ctx: Any, grad_s_TE: Tensor, _: Tensor, grad_won_TKO: Tensor) -> tuple[Tensor, None, None]:
-        y_ETO, affinity_TE, winners_TK = ctx.saved_tensors
-        slope = AFFINITIES[ctx.affinity].slope
-        grad_ETO = torch.empty_like(y_ETO)
-        for expert, y_TO in enumerate(y_ETO.unbind()):
-            column_T1 = affinity_TE[:, expert, None]
-            grad_ETO[expert] = slope(y_TO.float(), column_T1) * grad_s_TE[:, expert, None]
-        tokens_T1 = torch.arange(y_ETO.shape[1], device=y_ETO.device)[:, None]
-        # (winner, token) pairs are distinct, so gather, add and put needs no accumulating scatter.
-        grad_ETO[winners_TK, tokens_T1] = grad_ETO[winners_TK, tokens_T1] + grad_won_TKO
-        return grad_ETO, None, None
-
-
-def _affinity(name: str, y_TO: Tensor) -> Tensor:
+def affinity(name: str, y_TO: Tensor) -> Tensor:
+    """Affinity [T] in float32 of one expert's outputs; not finite where an output is not."""
     y_TO = y_TO.float()
     # -inf is 0 to softplus: without the second term a broken expert would just lose.
     return AFFINITIES[name].value(y_TO) + 0 * y_TO.sum(-1)
 
 
-def contest(y_ETO: Tensor, affinity: str, num_winners: int) -> CompetitionResult:
-    """Let all experts' outputs [E, T, O] compete for each token; the winners' are weighted by raw affinity."""
-    affinity_TE, winners_TK, won_TKO = _Contest.apply(y_ETO, affinity, num_winners)
+class _DownAndContest(torch.autograd.Function):
+    """Hidden states [T, E, I] -> affinity [T, E], winners [T, K] and the winners' outputs [T, K, O].
+
+    One node, so that each expert's affinity is taken while its outputs are in cache, and the backward pass makes the
+    gradient of one expert's outputs at a time: affinity's everywhere, plus the winners' where this expert won.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, h_TEI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, name: str, num_winners: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num_tokens, num_experts = h_TEI.shape[:2]
+        y_ETO = h_TEI.new_empty(num_experts, num_tokens, weight_EOI.shape[1])
+        affinity_TE = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=h_TEI.device)
+        for expert, y_TO in enumerate(y_ETO.unbind()):
+            linear_into(h_TEI[:, expert], weight_EOI[expert], None if bias_EO is None else bias_EO[expert], y_TO)
+            affinity_TE[:, expert] = affinity(name, y_TO)
+        winners_TK = top_experts(spread_non_finite(affinity_TE), num_winners)
+        ctx.save_for_backward(h_TEI, weight_EOI, y_ETO, affinity_TE, winners_TK)
+        ctx.name, ctx.has_bias = name, bias_EO is not None
+        ctx.mark_non_differentiable(winners_TK)
+        rows_TK = winners_TK * num_tokens + torch.arange(num_tokens, device=h_TEI.device)[:, None]
+        won_TKO = y_ETO.flatten(0, 1).index_select(0, rows_TK.flatten()).unflatten(0, rows_TK.shape)
+        return affinity_TE, winners_TK, won_TKO
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_affinity_TE: Tensor, _: Tensor, grad_won_TKO: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        h_TEI, weight_EOI, y_ETO, affinity_TE, winners_TK = ctx.saved_tensors
+        slope = AFFINITIES[ctx.name].slope
+        grad_h_TEI, grad_weight_EOI = torch.empty_like(h_TEI), torch.empty_like(weight_EOI)
+        grad_bias_EO = weight_EOI.new_empty(weight_EOI.shape[:2]) if ctx.has_bias else None
+        grad_won_PO = grad_won_TKO.flatten(0, 1)
+        scale_TE = grad_affinity_TE / weight_EOI.shape[1]
+        pairs = Pairs.sort(winners_TK, weight_EOI.shape[0])
+        for expert, rows in expert_slices(pairs.ends_E):
+            grad_TO = slope(y_ETO[expert].float(), affinity_TE[:, expert, None]).mul_(scale_TE[:, expert, None])
+            grad_TO.index_add_(0, pairs.token_P[rows], grad_won_PO.index_select(0, pairs.order_P[rows]).float())
+            grad_TO = grad_TO.to(weight_EOI.dtype)
+            torch.mm(grad_TO, weight_EOI[expert], out=grad_h_TEI[:, expert])
+            torch.mm(grad_TO.t(), h_TEI[:, expert], out=grad_weight_EOI[expert])
+            if grad_bias_EO is not None:
+                torch.sum(grad_TO, 0, out=grad_bias_EO[expert])
+        return grad_h_TEI, grad_weight_EOI, grad_bias_EO, None, None
+
+
+def compete(
+    h_TEI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, name: str, num_winners: int
+) -> CompetitionResult:
+    """Let all experts (hidden states h, down projection) compete for each token; winners are weighted by affinity."""
+    affinity_TE, winners_TK, won_TKO = _DownAndContest.apply(h_TEI, weight_EOI, bias_EO, name, num_winners)
     weights_TK = winning_weights(affinity_TE, winners_TK)
-    output_TO = (won_TKO * weights_TK.to(won_TKO.dtype).unsqueeze(-1)).sum(1)
+    output_TO = torch.einsum("tko,tk->to", won_TKO, weights_TK.to(won_TKO.dtype))
     return CompetitionResult(output_TO, affinity_TE, winners_TK, token_diversity(won_TKO))
 
 

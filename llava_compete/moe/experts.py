@@ -17,9 +17,9 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from llava_compete.errors import UserError
-from llava_compete.moe.competition import CompetitionResult, contest
+from llava_compete.moe.competition import CompetitionResult, compete
 from llava_compete.moe.config import MoeLayerConfig
-from llava_compete.moe.grouped import AllExpertsDown, AllExpertsUp, Dispatch, Permute, grouped_linear
+from llava_compete.moe.grouped import AllExpertsUp, Combine, Dispatch, Pairs, grouped_linear
 
 
 def activation_function(name: str) -> nn.Module:
@@ -32,12 +32,13 @@ def activation_function(name: str) -> nn.Module:
 class PackedExperts(nn.Module):
     """`up_proj` [E, I, D] or `gate_up_proj` [E, 2I, D], `down_proj` [E, O, I], and `*_bias` if the dense MLP has them.
 
-    `hidden_dropout` acts after the activation (and gate), `output_dropout` after the down projection.
+    `hidden_dropout` acts after the activation (and gate).
     """
 
     # What transformers' experts functions read of the module.
     is_transposed = False
     is_concatenated = True
+    has_post_expert_norm = False
     _is_expert_parallel = False
 
     def __init__(
@@ -51,7 +52,6 @@ class PackedExperts(nn.Module):
         gated: bool,
         bias: bool,
         hidden_dropout: float = 0.0,
-        output_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_experts = config.num_experts
@@ -64,9 +64,6 @@ class PackedExperts(nn.Module):
         if hidden_dropout and not gated:  # transformers' functions apply a plain expert's `act_fn` and nothing else
             self.act_fn = nn.Sequential(self.act_fn, nn.Dropout(hidden_dropout))
         self.gate_dropout = nn.Dropout(hidden_dropout) if hidden_dropout and gated else nn.Identity()
-        # transformers' hook after each expert's output; it need not be a norm.
-        self.has_post_expert_norm = output_dropout > 0
-        self.post_expert_norm = nn.Dropout(output_dropout) if output_dropout else nn.Identity()
 
         rows = 2 * intermediate_size if gated else intermediate_size
         self.up_name = "gate_up_proj" if gated else "up_proj"
@@ -119,8 +116,7 @@ class PackedExperts(nn.Module):
 
     def _compete_chunk(self, weights: _Weights, x_TD: Tensor) -> CompetitionResult:
         h_TEI = weights.activate(AllExpertsUp.apply(x_TD, weights.up, weights.up_bias))
-        y_ETO = self.post_expert_norm(AllExpertsDown.apply(h_TEI, weights.down_proj, weights.down_proj_bias))
-        return contest(y_ETO, self.affinity, self.num_winners)
+        return compete(h_TEI, weights.down_proj, weights.down_proj_bias, self.affinity, self.num_winners)
 
 
 class _Weights:
@@ -135,7 +131,7 @@ class _Weights:
         self.down_proj_bias = None if down_bias is None else down_bias.to(dtype)
         self.num_experts = experts.num_experts
         self.has_gate, self.has_bias = experts.has_gate, experts.has_bias
-        self.has_post_expert_norm, self.post_expert_norm = experts.has_post_expert_norm, experts.post_expert_norm
+        self.has_post_expert_norm = experts.has_post_expert_norm
         self.is_transposed, self.is_concatenated = experts.is_transposed, experts.is_concatenated
         self._is_expert_parallel = experts._is_expert_parallel
         self.act_fn, self.gate_dropout = experts.act_fn, experts.gate_dropout
@@ -150,16 +146,11 @@ class _Weights:
 
 def _eager(weights: Any, x_TD: Tensor, selected_experts_TK: Tensor, routing_weights_TK: Tensor) -> Tensor:
     """Chosen experts by one sort and one matrix product an expert; any O, tokens in a fixed order."""
-    num_chosen = selected_experts_TK.shape[1]
-    sorted_P, order_P = torch.sort(selected_experts_TK.reshape(-1), stable=True)
-    place_P = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(order_P.shape[0], device=order_P.device))
-    experts_E = torch.arange(weights.num_experts, device=sorted_P.device)
-    ends_E = torch.searchsorted(sorted_P, experts_E, right=True)
-    x_PD = Dispatch.apply(x_TD, order_P, place_P, num_chosen)
-    h_PI = weights.activate(grouped_linear(x_PD, weights.up, weights.up_bias, ends_E))
-    y_PO = weights.post_expert_norm(grouped_linear(h_PI, weights.down_proj, weights.down_proj_bias, ends_E))
-    y_TKO = Permute.apply(y_PO, place_P, order_P).unflatten(0, (-1, num_chosen))
-    return (y_TKO * routing_weights_TK.to(y_TKO.dtype).unsqueeze(-1)).sum(1)
+    pairs = Pairs.sort(selected_experts_TK, weights.num_experts)
+    x_PD = Dispatch.apply(x_TD, pairs)
+    h_PI = weights.activate(grouped_linear(x_PD, weights.up, weights.up_bias, pairs.ends_E))
+    y_PO = grouped_linear(h_PI, weights.down_proj, weights.down_proj_bias, pairs.ends_E)
+    return Combine.apply(y_PO, routing_weights_TK.to(y_PO.dtype), pairs)
 
 
 def _compute_dtype(x_TD: Tensor, parameter: Tensor) -> torch.dtype:

@@ -7,19 +7,37 @@ Called by `experts.py`. Suffixes: P rows sorted by expert, T tokens, E experts, 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
+class Pairs(NamedTuple):
+    """(token, choice) pairs sorted by expert; equal experts keep the order of tokens."""
+
+    order_P: Tensor  # flat index t * K + k of each sorted pair
+    token_P: Tensor
+    place_TK: Tensor  # where each pair went: the inverse of `order_P`
+    ends_E: Tensor  # expert e's pairs are ends[e - 1]:ends[e]
+
+    @classmethod
+    def sort(cls, selected_TK: Tensor, num_experts: int) -> Pairs:
+        experts_P, order_P = torch.sort(selected_TK.reshape(-1), stable=True)
+        positions_P = torch.arange(order_P.shape[0], device=order_P.device)
+        place_P = torch.empty_like(order_P).scatter_(0, order_P, positions_P)
+        experts_E = torch.arange(num_experts, device=order_P.device)
+        ends_E = torch.searchsorted(experts_P, experts_E, right=True)
+        return cls(order_P, order_P // selected_TK.shape[1], place_P.view(selected_TK.shape), ends_E)
+
+
 @torch.library.custom_op("llava_compete::grouped_linear", mutates_args=())
 def grouped_linear(x_PH: Tensor, weight_EMH: Tensor, bias_EM: Tensor | None, ends_E: Tensor) -> Tensor:
     """Rows `ends[e-1]:ends[e]` of x through expert e's linear map; an operator, so that torch.compile sees one node."""
     out_PM = x_PH.new_empty(x_PH.shape[0], weight_EMH.shape[1])
-    for expert, rows in _slices(ends_E):
-        _linear(x_PH[rows], weight_EMH[expert], None if bias_EM is None else bias_EM[expert], out_PM[rows])
+    for expert, rows in expert_slices(ends_E):
+        linear_into(x_PH[rows], weight_EMH[expert], None if bias_EM is None else bias_EM[expert], out_PM[rows])
     return out_PM
 
 
@@ -34,7 +52,7 @@ def _grouped_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x_PH, grad_weight_EMH = torch.empty_like(x_PH), torch.empty_like(weight_EMH)
     grad_bias_EM = grad_PM.new_empty(weight_EMH.shape[:2])
-    for expert, rows in _slices(ends_E):
+    for expert, rows in expert_slices(ends_E):
         torch.mm(grad_PM[rows], weight_EMH[expert], out=grad_x_PH[rows])
         torch.mm(grad_PM[rows].t(), x_PH[rows], out=grad_weight_EMH[expert])
         torch.sum(grad_PM[rows], 0, out=grad_bias_EM[expert])
@@ -60,13 +78,13 @@ def _grouped_gradients(ctx: Any, grad_PM: Tensor) -> tuple[Tensor, Tensor, Tenso
 grouped_linear.register_autograd(_grouped_gradients, setup_context=_save_grouped)
 
 
-def _slices(ends_E: Tensor) -> list[tuple[int, slice]]:
-    """(expert, its rows). The one place that reads values on the host: this path is the CPU's."""
+def expert_slices(ends_E: Tensor) -> list[tuple[int, slice]]:
+    """(expert, its rows). The one place that reads values on the host."""
     ends = ends_E.tolist()
     return [(expert, slice(start, end)) for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))]
 
 
-def _linear(x_PH: Tensor, weight_MH: Tensor, bias_M: Tensor | None, out_PM: Tensor) -> None:
+def linear_into(x_PH: Tensor, weight_MH: Tensor, bias_M: Tensor | None, out_PM: Tensor) -> None:
     if bias_M is None:
         torch.mm(x_PH, weight_MH.t(), out=out_PM)
     else:
@@ -91,52 +109,43 @@ class AllExpertsUp(torch.autograd.Function):
         return grad_TF @ weight_EMH.flatten(0, 1), (grad_TF.t() @ x_TH).view_as(weight_EMH), grad_bias_EM
 
 
-class AllExpertsDown(torch.autograd.Function):
-    """[T, E, H] through each expert's own [M, H] -> [E, T, M], without a transposed copy."""
-
-    @staticmethod
-    def forward(ctx: Any, h_TEH: Tensor, weight_EMH: Tensor, bias_EM: Tensor | None) -> Tensor:
-        ctx.save_for_backward(h_TEH, weight_EMH)
-        ctx.has_bias = bias_EM is not None
-        out_ETM = h_TEH.new_empty(weight_EMH.shape[0], h_TEH.shape[0], weight_EMH.shape[1])
-        for expert in range(weight_EMH.shape[0]):
-            _linear(h_TEH[:, expert], weight_EMH[expert], None if bias_EM is None else bias_EM[expert], out_ETM[expert])
-        return out_ETM
-
-    @staticmethod
-    def backward(ctx: Any, grad_ETM: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        h_TEH, weight_EMH = ctx.saved_tensors
-        grad_h_TEH, grad_weight_EMH = torch.empty_like(h_TEH), torch.empty_like(weight_EMH)
-        for expert in range(weight_EMH.shape[0]):
-            torch.mm(grad_ETM[expert], weight_EMH[expert], out=grad_h_TEH[:, expert])
-            torch.mm(grad_ETM[expert].t(), h_TEH[:, expert], out=grad_weight_EMH[expert])
-        return grad_h_TEH, grad_weight_EMH, grad_ETM.sum(1) if ctx.has_bias else None
-
-
 class Dispatch(torch.autograd.Function):
-    """[T, H] -> the rows of each (token, choice) pair in `order_P`; the gradient gathers, and so is deterministic."""
+    """[T, H] -> the row of each (token, choice) pair in `order_P`; the gradient gathers, and so is deterministic."""
 
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, order_P: Tensor, place_P: Tensor, num_chosen: int) -> Tensor:
-        ctx.save_for_backward(place_P)
-        ctx.num_chosen = num_chosen
-        return x_TH[order_P // num_chosen]
+    def forward(ctx: Any, x_TH: Tensor, pairs: Pairs) -> Tensor:
+        ctx.pairs = pairs
+        return x_TH.index_select(0, pairs.token_P)
 
     @staticmethod
-    def backward(ctx: Any, grad_PH: Tensor) -> tuple[Tensor, None, None, None]:
-        (place_P,) = ctx.saved_tensors
-        return grad_PH[place_P].unflatten(0, (-1, ctx.num_chosen)).sum(1), None, None, None
+    def backward(ctx: Any, grad_PH: Tensor) -> tuple[Tensor, None]:
+        return F.embedding_bag(ctx.pairs.place_TK, grad_PH, mode="sum"), None
 
 
-class Permute(torch.autograd.Function):
-    """Rows in the order `index_P`, of which `inverse_P` is the inverse permutation."""
-
-    @staticmethod
-    def forward(ctx: Any, x_PH: Tensor, index_P: Tensor, inverse_P: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_P)
-        return x_PH[index_P]
+class Combine(torch.autograd.Function):
+    """Sum over a token's choices of weight x row: one fused gather, where a product would write [T, K, O] first."""
 
     @staticmethod
-    def backward(ctx: Any, grad_PH: Tensor) -> tuple[Tensor, None, None]:
-        (inverse_P,) = ctx.saved_tensors
-        return grad_PH[inverse_P], None, None
+    def forward(ctx: Any, y_PO: Tensor, weights_TK: Tensor, pairs: Pairs) -> Tensor:
+        ctx.save_for_backward(y_PO, weights_TK)
+        ctx.pairs = pairs
+        return F.embedding_bag(pairs.place_TK, y_PO, per_sample_weights=weights_TK, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, Tensor, None]:
+        y_PO, weights_TK = ctx.saved_tensors
+        pairs: Pairs = ctx.pairs
+        grad_TO = grad_TO.contiguous()
+        grad_y_PO = grad_TO.index_select(0, pairs.token_P)
+        grad_y_PO.mul_(weights_TK.reshape(-1, 1).index_select(0, pairs.order_P))
+        return grad_y_PO, row_products(grad_TO, y_PO, pairs.place_TK), None
+
+
+def row_products(left_TO: Tensor, right_PO: Tensor, rows_TK: Tensor) -> Tensor:
+    """[T, K]: the inner product of row t of `left` with row `rows[t, k]` of `right`, without gathering those rows."""
+    num_tokens, num_chosen = rows_TK.shape
+    tokens_T = torch.arange(num_tokens, device=rows_TK.device)
+    products_P = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        left_TO, right_PO, rows_TK.reshape(-1), tokens_T * num_chosen, tokens_T.repeat_interleave(num_chosen), 0
+    )
+    return products_P.view(num_tokens, num_chosen)

@@ -17,10 +17,14 @@ from llava_compete.errors import UserError
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("train",): ("train", "run one training stage from a YAML config"),
     ("upcycle",): ("upcycle", "turn the dense MLPs of a checkpoint into mixtures of experts"),
+    ("merge",): ("merge", "merge LoRA adapters into a plain checkpoint"),
+    ("plan",): ("plan", "parameters, memory and FLOPs of a recipe, without running it"),
+    ("info",): ("info", "what a checkpoint is: parts, stage, parents, routers"),
     ("eval",): ("eval", "evaluate a checkpoint with lmms-eval"),
     ("compare",): ("compare", "compare evaluations: intervals, tests, forest plot"),
     ("report",): ("report", "summarise a finished quickstart: table, metrics.json, figures"),
     ("perplexity",): ("perplexity", "perplexity and bits per byte of a language model on held-out text"),
+    ("bench", "data"): ("bench_data", "samples/s of the data path, by step and against a plain loop"),
     ("data", "demo"): ("data_demo", "build the demo data (real digits, rendered scenes) in LLaVA's format"),
     ("data", "check"): ("data_check", "check every row and image of a config's data before training"),
     ("data", "tokenizer"): ("data_tokenizer", "train a byte-level BPE tokenizer on text"),
@@ -29,6 +33,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("study", "learning-curve"): ("study_learning_curve", "accuracy against the number of training samples"),
 }
 GROUPS = {
+    "bench": "measure the speed of a part",
     "data": "build, check and measure training data",
     "study": "studies of the claims on sample efficiency",
 }

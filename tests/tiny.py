@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -37,20 +38,22 @@ def _tokenizer_json() -> Any:
 
 def tiny_tokenizer() -> Any:
     """A byte-level BPE of about 320 tokens with the chatml template."""
-    import copy
-
     tokenizer = copy.deepcopy(_tokenizer_json())
     set_chat_template(tokenizer, "chatml")
     return tokenizer
 
 
 def tiny_section(
-    language: dict[str, Any] | None = None, tower: dict[str, Any] | None = TOWER, **tower_options: Any
+    language: dict[str, Any] | None = None,
+    tower: dict[str, Any] | None = TOWER,
+    projector: str = "mlp2x_gelu",
+    **tower_options: Any,
 ) -> ModelSection:
     """The `model:` section of a tiny model; `tower=None` makes it text-only."""
     return ModelSection.model_validate(
         {
             "vision_tower": None if tower is None else {"config": tower, **tower_options},
+            "projector": {"type": projector},
             "language_model": {"config": {**LANGUAGE, **(language or {})}},
             "tokenizer": {"train_on": "data"},
             "chat_template": "chatml",

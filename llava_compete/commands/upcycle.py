@@ -9,6 +9,7 @@ A checkpoint directory in, a checkpoint directory out, no training: the result a
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 
 from llava_compete.config import load_config
@@ -45,11 +46,12 @@ def run(arguments: argparse.Namespace) -> int:
     if config.model.checkpoint is None:
         raise UserError(f"{arguments.config}: missing key 'model.checkpoint', the dense checkpoint to upcycle")
     report = upcycle(config.model.checkpoint, config.output_dir, config.moe, config.seed)
-    table = Table("layer", "experts", "router", "dense", "all experts", "active")
-    for layer in report.layers:
-        table.add_row(
-            layer.name, layer.experts, layer.router, *(f"{n:,}" for n in (layer.dense, layer.total, layer.active))
-        )
+    table = Table("part", "layers", "experts", "router", "dense MLP", "all experts", "active a token")
+    for part, group in itertools.groupby(report.layers, key=lambda layer: layer.name.partition(".")[0]):
+        layers = list(group)
+        numbers = ", ".join(layer.name.partition(".")[2] for layer in layers)
+        counts = (sum(getattr(layer, key) for layer in layers) for key in ("dense", "total", "active"))
+        table.add_row(part, numbers, layers[0].experts, layers[0].router, *(f"{count:,}" for count in counts))
     console = Console(file=sys.stdout)
     console.print(table)
     console.print(

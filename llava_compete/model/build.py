@@ -50,7 +50,7 @@ def build_model(
         if moe is not None:
             apply_moe_settings(model, moe)
         return model.train(), processor
-    text_config = text_config_of(section)
+    text_config = text_config_of(section, offline=False)
     tokenizer = _tokenizer(section, tokenizer, text_config)
     config = build_config(section, moe, text_config, tokenizer)
     model = _join(section, config, tokenizer).to(dtype)
@@ -63,25 +63,36 @@ def build_model(
 
 def build_processor(section: ModelSection, tokenizer: Any = None) -> LlavaCompeteProcessor:
     """The processor of a new model, without the model: for checks of the data before training."""
-    text_config = text_config_of(section)
+    text_config = text_config_of(section, offline=False)
     tokenizer = _tokenizer(section, tokenizer, text_config)
     config = build_config(section, None, text_config, tokenizer)
     image_processor = None if config.tower is None else LlavaCompeteImageProcessor.from_tower(config.tower)
     return LlavaCompeteProcessor(image_processor, tokenizer, num_image_tokens=config.num_image_tokens)
 
 
-def text_config_of(section: ModelSection) -> PreTrainedConfig:
-    """The language model's config: inline values where given, else those of the named model."""
+def text_config_of(section: ModelSection, offline: bool) -> PreTrainedConfig:
+    """The language model's config.
+
+    A named model has its own; inline values beside the name must agree with it, and stand for it when `offline`.
+    """
     language = section.language_model
     assert language is not None
-    if language.config is not None:
+    if language.config is not None and (language.name is None or offline):
         values = dict(language.config)
         model_type = values.pop("model_type")
         try:
             return AutoConfig.for_model(model_type, **values)
         except ValueError as error:
             raise UserError(f"language_model.config: {str(error).splitlines()[0]}") from error
-    return AutoConfig.from_pretrained(language.name, trust_remote_code=section.trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(language.name, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"language_model.name: {language.name}: {str(error).splitlines()[0]}") from error
+    for key, value in (language.config or {}).items():
+        if getattr(config, key, None) != value:
+            found = getattr(config, key, None)
+            raise UserError(f"language_model.config.{key}: found {value!r}, but {language.name} has {found!r}")
+    return config
 
 
 def build_config(
@@ -113,6 +124,8 @@ def _join(section: ModelSection, config: LlavaCompeteConfig, tokenizer: Any) -> 
     """The model with every part's weights: pretrained where named, else random."""
     language: LanguageModelSection | None = section.language_model
     assert language is not None
+    if section.trust_remote_code and language.name is not None:
+        logger.warning("trust_remote_code: Python files of %s will run on this machine", language.name)
     new_parts = []
     if language.name is None:
         model = LlavaCompeteForConditionalGeneration(config)

@@ -89,11 +89,26 @@ def load_checkpoint(
     dtype: default that of the stored weights. `options` go to transformers' `from_pretrained`, such as
     `device_map`, `attn_implementation`, `quantization_config`.
     """
-    read_config(directory)
+    config = read_config(directory)
     read_weight_headers(directory)
+    if options.get("quantization_config") is not None:
+        _spare_from_quantization(options["quantization_config"], config)
     model = LlavaCompeteForConditionalGeneration.from_pretrained(directory, dtype=dtype or "auto", **options)
     processor = LlavaCompeteProcessor.from_pretrained(directory)
     return model.eval(), processor
+
+
+def _spare_from_quantization(quantization: Any, config: LlavaCompeteConfig) -> None:
+    """Keep bitsandbytes off what it cannot quantise, and say so.
+
+    It replaces linear layers: torch's attention in the tower reads its output projection's weight directly, and packed
+    experts are parameters and not layers.
+    """
+    if getattr(quantization, "llm_int8_skip_modules", None) is None:
+        quantization.llm_int8_skip_modules = ["vision_tower", "projector", "lm_head"]
+    if config.moe is not None:
+        parts = [part for part in ("vision", "projector", "language") if config.moe.get(part) is not None]
+        logger.warning("quantization: the packed experts of %s stay unquantised", ", ".join(parts))
 
 
 def save_checkpoint(

@@ -272,6 +272,8 @@ class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 inputs_embeds = self._embed(input_ids, pixel_values, num_sequences_in_batch)
             if self.routing.is_recording:
                 self._begin_language(attention_mask, sequence_ids, inputs_embeds, num_sequences_in_batch)
+            if use_cache is None and (self.training or sequence_ids is not None):
+                use_cache = False  # a cache would be waste, and it hides packed rows from transformers' masks
             if position_ids is None and past_key_values is None:
                 position_ids = _position_ids(attention_mask, sequence_ids)
             outputs = self.language_model(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import ProcessorMixin
+from transformers.image_processing_base import BatchFeature
 
 from llava_compete.errors import UserError
 
@@ -48,6 +49,66 @@ class LlavaCompeteProcessor(ProcessorMixin):
                 raise UserError(str(error)) from error
             raise
 
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = "auto",
+        add_generation_prompt: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers; with `tokenize`, ids are made as in training.
+
+        So a literal "<image>" or another control token in somebody's text is text, and cannot stand for an image.
+        """
+        asked = {key for key, value in kwargs.items() if value}
+        if not tokenize or chat_template is not None or asked - {"padding"}:
+            return super().apply_chat_template(
+                conversation,
+                chat_template,
+                tokenize=tokenize,
+                return_dict=return_dict,
+                return_tensors=return_tensors,
+                add_generation_prompt=add_generation_prompt,
+                **kwargs,
+            )
+        from llava_compete.data.encoding import encode_conversation
+
+        conversations, _ = self._normalize_conversations(conversation)
+        rows, images = [], []
+        for messages in conversations:
+            encoded = encode_conversation(
+                self.tokenizer,
+                messages,
+                tokens_per_image=self.num_image_tokens,
+                add_generation_prompt=add_generation_prompt,
+            )
+            given = [image for message in messages for image in _images_of(message)]
+            if encoded.num_images != len(given):
+                raise UserError(f"the conversation shows {encoded.num_images} images, but gives {len(given)}")
+            rows.append(encoded.input_ids)
+            images.extend(given)
+        tensors = None if return_tensors == "auto" else return_tensors
+        data = dict(self.tokenizer.pad({"input_ids": rows}, padding=len(rows) > 1))
+        if images:
+            data["pixel_values"] = self.image_processor(images)["pixel_values"]
+        inputs = BatchFeature(data, tensor_type=tensors)
+        return inputs if return_dict else inputs["input_ids"]
+
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The text that one image's placeholder becomes."""
         return self.image_token * self.num_image_tokens
+
+
+def _images_of(message: dict[str, Any]) -> list[Any]:
+    """The images that a message's content parts hold: Pillow, or where to find one."""
+    content = message["content"]
+    parts = [] if isinstance(content, str) else [part for part in content if part["type"] == "image"]
+    keys = ("image", "url", "path", "base64")
+    found = [next((part[key] for key in keys if part.get(key) is not None), None) for part in parts]
+    if any(image is None for image in found):
+        raise UserError("an image part of the conversation gives no image; expected one of the keys " + ", ".join(keys))
+    return found

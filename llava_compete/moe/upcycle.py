@@ -259,13 +259,13 @@ def _report(
     model: LlavaCompeteForConditionalGeneration,
 ) -> UpcycleReport:
     layers = []
-    for path, block in blocks.items():
+    for block in blocks.values():
         experts = sum(parameter.numel() for parameter in block.experts.parameters())
         router = sum(parameter.numel() for parameter in block.router.parameters())
         chosen, count = block.config.num_experts_per_tok, block.config.num_experts
         layers.append(
             UpcycledLayer(
-                name=f"{block.name} ({path})",
+                name=block.name,
                 experts=f"{chosen} of {count}",
                 router=block.config.router,
                 dense=experts // count,

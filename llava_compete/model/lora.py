@@ -1,0 +1,101 @@
+"""LoRA with peft on any part: attention, dense MLPs and packed experts; and merging it into a plain checkpoint.
+
+Called by training (`trainable: {language: lora}`), evaluation and `llava-compete merge`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llava_compete.errors import UserError
+from llava_compete.model.checkpoint import load_checkpoint, save_checkpoint
+from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
+from llava_compete.moe.experts import PackedExperts
+
+logger = logging.getLogger(__name__)
+
+PREFIXES = {"vision": "vision_tower.", "projector": "projector.", "language": "language_model."}
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Adapters of one part: rank, alpha (the update is scaled by alpha / rank) and dropout on the adapters' input."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+
+
+def add_adapters(model: LlavaCompeteForConditionalGeneration, parts: Mapping[str, LoraSettings]) -> Any:
+    """Wrap `model` so that the linear layers and packed experts of `parts` have adapters; returns peft's model.
+
+    Everything else is frozen by peft; routers and output heads get no adapter. All parts share one dropout, since
+    peft has one a configuration.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    modules: dict[str, LoraSettings] = {}
+    parameters: dict[str, LoraSettings] = {}
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        part = next((part for part, prefix in PREFIXES.items() if name.startswith(prefix)), None)
+        if part not in parts:
+            continue
+        if isinstance(module, PackedExperts):
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3:
+                    parameters[f"{name}.{key}"] = parts[part]
+        elif isinstance(module, nn.Linear | nn.MultiheadAttention) and module is not head:
+            modules[name] = parts[part]
+    # An attention module of torch is adapted as a whole: its output projection is not called on its own.
+    modules = {name: setting for name, setting in modules.items() if name.rpartition(".")[0] not in modules}
+    if not modules and not parameters:
+        raise UserError(f"lora: the model has no linear layers in {', '.join(parts)}")
+    dropouts = {setting.dropout for setting in parts.values()}
+    if len(dropouts) > 1:
+        raise UserError(f"lora_dropout: found {sorted(dropouts)}, expected the same for all parts")
+    dropout = dropouts.pop()
+    if dropout and parameters:
+        raise UserError(f"lora_dropout: found {dropout}, expected 0, since adapters of packed experts cannot have any")
+    targets = {**modules, **parameters}
+    config = LoraConfig(
+        target_modules=list(modules),
+        target_parameters=list(parameters) or None,
+        rank_pattern={name: setting.rank for name, setting in targets.items()},
+        alpha_pattern={name: setting.alpha for name, setting in targets.items()},
+        r=next(iter(targets.values())).rank,
+        lora_alpha=int(next(iter(targets.values())).alpha),
+        lora_dropout=dropout,
+    )
+    return get_peft_model(model, config)
+
+
+def merge_adapters(adapter: str | Path, output_dir: str | Path, checkpoint: str | Path | None = None) -> None:
+    """Write the plain checkpoint that answers as `checkpoint` with `adapter` does.
+
+    checkpoint: default the one that the adapter names as its base.
+    """
+    from peft import PeftModel
+
+    adapter, output_dir = Path(adapter), Path(output_dir)
+    path = adapter / ADAPTER_CONFIG
+    if not path.is_file():
+        raise UserError(f"{adapter}: not an adapter directory (it has no {ADAPTER_CONFIG})")
+    base = checkpoint or json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{path}: names no base checkpoint; give one with --checkpoint")
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise UserError(f"{output_dir}: not empty; choose another --out")
+    model, processor = load_checkpoint(base)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    merged.config.parents = [*model.config.parents, model.config.stage]
+    merged.config.stage = "merge"
+    save_checkpoint(merged, processor, output_dir)

@@ -1,0 +1,197 @@
+"""One micro-batch's forward and backward on the meta device: what it computes and what it keeps, in seconds.
+
+Nothing is estimated by formula that the model's own code can say: saved tensors are counted by autograd's hooks and
+products by torch's FLOP counter. Two things are replaced, because they depend on values or on the device: attention
+(counted as the flash kernel, which keeps no score matrix) and MoE blocks (same matrix products, any routing).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from llava_compete.model.language import decoder_layers
+from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
+from llava_compete.moe.block import SparseMoeBlock
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of one micro-batch: bytes kept for backward by each repeated layer and by the rest, and floating operations."""
+
+    layer_bytes: dict[str, int]
+    other_bytes: int
+    layer_input_bytes: int
+    flops: int
+
+    @property
+    def activations(self) -> int:
+        """Bytes kept without checkpointing."""
+        return sum(self.layer_bytes.values()) + self.other_bytes
+
+    @property
+    def checkpointed(self) -> int:
+        """Bytes with checkpointing: each layer's input, and one layer while it is recomputed."""
+        return self.layer_input_bytes + max(self.layer_bytes.values(), default=0) + self.other_bytes
+
+
+def simulate(
+    model: LlavaCompeteForConditionalGeneration, rows: int, length: int, images: int, competing: frozenset[str]
+) -> StepCost:
+    """Cost of a micro-batch of `rows` samples of `length` tokens with `images` images in all, on a meta-device model.
+
+    Counts with the model's `requires_grad` flags: frozen parts cost no backward. Layers in `competing` run all experts.
+    """
+    recorder = _SavedBytes(model)
+    counter = FlopCounterMode(display=False)
+    config = model.config
+    ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
+    mask = torch.zeros(1, 1, length, length, dtype=torch.bool, device="meta")
+    pixels = None
+    if images:
+        side = config.tower.image_size
+        pixels = torch.empty(images, 3, side, side, device="meta", dtype=model.vision_tower_dtype)
+    with counter, _stand_ins(competing), recorder:
+        output = model(
+            input_ids=ids,
+            attention_mask=mask,
+            pixel_values=pixels,
+            labels=ids,
+            num_items_in_batch=1,
+            output_routing=False,
+        )
+        output.loss.backward()
+    return StepCost(
+        layer_bytes=dict(recorder.layer_bytes),
+        other_bytes=recorder.other_bytes,
+        layer_input_bytes=recorder.input_bytes,
+        flops=counter.get_total_flops(),
+    )
+
+
+class _SavedBytes:
+    """Counts each storage saved for backward once, parameters apart, under the layer that saved it."""
+
+    def __init__(self, model: LlavaCompeteForConditionalGeneration) -> None:
+        self.layer_bytes: dict[str, int] = defaultdict(int)
+        self.other_bytes = 0
+        self.input_bytes = 0
+        self._scope: str | None = None
+        self._seen: set[int] = set()
+        self._kept: list[Any] = []
+        self._parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        self._layers = _named_layers(model)
+
+    def __enter__(self) -> _SavedBytes:
+        self._handles = []
+        for name, layer in self._layers.items():
+            self._handles.append(layer.register_forward_pre_hook(self._enter_layer(name), with_kwargs=True))
+            self._handles.append(layer.register_forward_hook(self._leave_layer))
+        self._hooks = saved_tensors_hooks(self._pack, lambda packed: packed)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._hooks.__exit__(*exception)
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter_layer(self, name: str) -> Any:
+        def hook(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            self._scope = name
+            tensor = positional[0] if positional else keywords["hidden_states"]
+            self.input_bytes += tensor.numel() * tensor.element_size() if torch.is_grad_enabled() else 0
+
+        return hook
+
+    def _leave_layer(self, *_: Any) -> None:
+        self._scope = None
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen and storage._cdata not in self._parameters:
+            self._seen.add(storage._cdata)
+            self._kept.append(storage)  # so that no later storage takes its address
+            size = storage.nbytes()
+            if self._scope is None:
+                self.other_bytes += size
+            else:
+                self.layer_bytes[self._scope] += size
+        return tensor
+
+
+def _named_layers(model: LlavaCompeteForConditionalGeneration) -> dict[str, nn.Module]:
+    layers: dict[str, nn.Module] = {}
+    if model.vision_tower is not None:
+        layers.update({f"vision.{index}": block for index, block in enumerate(model.vision_tower.blocks)})
+    decoder = decoder_layers(model.language_model, model.config.text_config)
+    layers.update({f"language.{index}": block for index, block in enumerate(decoder)})
+    return layers
+
+
+@contextlib.contextmanager
+def _stand_ins(competing: frozenset[str]) -> Iterator[None]:
+    def block_forward(self: SparseMoeBlock, hidden_states: Tensor) -> Tensor:
+        return _moe_products(self, hidden_states, self.name in competing)
+
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", _flash_attention),
+        mock.patch.object(SparseMoeBlock, "forward", block_forward),
+    ):
+        yield
+
+
+def _moe_products(block: SparseMoeBlock, hidden_states: Tensor, competes: bool) -> Tensor:
+    """The products of a router step (K experts a token) or of a competition (all E), with any routing."""
+    x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+    experts = block.experts
+    count = experts.num_experts if competes else experts.num_winners
+    logits = x_TD.float() @ x_TD.new_empty(x_TD.shape[1], experts.num_experts, dtype=torch.float32)
+    weights_TK = logits.softmax(-1)[:, : experts.num_winners].to(x_TD.dtype)
+    # A competition reads x in place; a router step gathers a copy of it for each chosen expert.
+    x_PD = x_TD.repeat(count, 1) if not competes else x_TD.expand(count, *x_TD.shape).reshape(-1, x_TD.shape[1])
+    up = F.linear(x_PD, experts.up[0], getattr(experts, f"{experts.up_name}_bias", [None])[0])
+    if experts.has_gate:
+        gate, up = up.chunk(2, dim=-1)
+        hidden = experts.act_fn(gate) * up
+    else:
+        hidden = experts.act_fn(up)
+    y_PO = F.linear(hidden, experts.down_proj[0], getattr(experts, "down_proj_bias", [None])[0])
+    y_KTO = y_PO.unflatten(0, (count, -1))[: experts.num_winners]
+    output = (y_KTO * weights_TK.T.unsqueeze(-1)).sum(0)
+    return output.reshape(*hidden_states.shape[:-1], output.shape[-1])
+
+
+class _FlashAttention(torch.autograd.Function):
+    """Keeps what a flash kernel keeps (q, k, v, output, one number a row) and costs its products."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = (query @ key.transpose(-1, -2)) @ value
+        rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, rows)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, _, _ = ctx.saved_tensors
+        scores = query @ key.transpose(-1, -2)  # recomputed, as flash attention does
+        through = gradients[0] @ value.transpose(-1, -2)
+        return through @ key, through.transpose(-1, -2) @ query, scores.transpose(-1, -2) @ gradients[0]
+
+
+def _flash_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Tensor:
+    if key.shape[-3] != query.shape[-3]:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    return _FlashAttention.apply(query, key, value)

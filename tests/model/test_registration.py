@@ -1,0 +1,72 @@
+"""Fresh processes: registration after `import llava_compete`, no need of DeepSpeed, and the pipeline call."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import tiny_model
+
+from llava_compete.model.build import save_checkpoint
+
+WITHOUT_DEEPSPEED = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("deepspeed", "peft", "datasets", "lmms_eval", "bitsandbytes", "flash_attn"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+"""
+ANSWER = """
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+directory = sys.argv[1]
+processor = AutoProcessor.from_pretrained(directory)
+model = AutoModelForImageTextToText.from_pretrained(directory).eval()
+messages = [{"role": "user", "content": [
+    {"type": "image", "image": Image.new("RGB", (30, 40), "red")}, {"type": "text", "text": "how many ?"}]}]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+ids = model.generate(**inputs, max_new_tokens=5)
+plain = processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+pipe = pipeline("image-text-to-text", model=directory)
+answer = pipe(text=messages, max_new_tokens=5, return_full_text=False)[0]["generated_text"]
+assert answer == plain, (answer, plain)
+print("answered")
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("saved")
+    save_checkpoint(*tiny_model(moe={"language": {}}), directory)
+    return directory
+
+
+def run(code: str, *arguments: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True, timeout=280
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+def test_loads_and_answers_without_deepspeed(saved: Path) -> None:
+    code = WITHOUT_DEEPSPEED + "import llava_compete\n" + ANSWER
+    assert "answered" in run(code, str(saved))
+
+
+@pytest.mark.parametrize(
+    "imports",
+    ["import llava_compete, transformers", "import transformers, llava_compete"],
+    ids=["before", "after"],
+)
+def test_any_import_order_registers(imports: str, saved: Path) -> None:
+    code = f"{imports}\nimport sys\nprint(transformers.AutoConfig.from_pretrained(sys.argv[1]).stage)"
+    assert run(code, str(saved)).strip() == "initial"
+
+
+def test_import_alone_is_light() -> None:
+    assert run("import llava_compete, llava_compete.cli, sys; print('torch' in sys.modules)").strip() == "False"

@@ -1,0 +1,193 @@
+"""Upcycling: the MoE checkpoint answers as its dense parent, for every router, family and part; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_forward import picture
+from tiny import LANGUAGE, tiny_model
+from transformers import AutoModelForCausalLM
+
+from llava_compete.cli import main
+from llava_compete.errors import UserError
+from llava_compete.model.build import load_checkpoint, save_checkpoint
+from llava_compete.model.language import FAMILIES
+from llava_compete.moe.block import moe_blocks
+from llava_compete.moe.config import ROUTERS, MoeConfig
+from llava_compete.moe.upcycle import upcycle
+
+SMALL = {key: value for key, value in LANGUAGE.items() if key not in ("model_type", "tie_word_embeddings")}
+# Per family a tiny config that its real models' options differ by.
+FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
+    "llama": {"mlp_bias": True, "tie_word_embeddings": True},
+    "mistral": {"sliding_window": 16},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 16, "tie_word_embeddings": True},
+    "phi3": {"pad_token_id": 0, "sliding_window": 64},
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16},
+    "smollm3": {"pad_token_id": 0, "no_rope_layers": [1, 0], "tie_word_embeddings": True},
+}
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    model, processor = tiny_model()
+    save_checkpoint(model, processor, tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def logits(directory: Path) -> torch.Tensor:
+    model, processor = load_checkpoint(directory)
+    inputs = processor(text=["a <image> red", "how many"], images=[picture()], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def test_every_family_has_a_test() -> None:
+    assert set(FAMILY_OPTIONS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_upcycled_equals_dense_and_plain_transformers(family: str, tmp_path: Path) -> None:
+    model, processor = tiny_model(language={**SMALL, "model_type": family, **FAMILY_OPTIONS[family]})
+    plain = AutoModelForCausalLM.from_config(model.config.text_config)
+    plain.load_state_dict(model.language_model.state_dict())
+    ids = processor.tokenizer(["how many shapes are there ?"], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model.eval()(input_ids=ids).logits, plain.eval()(input_ids=ids).logits)
+    save_checkpoint(model, processor, tmp_path / "dense")
+    upcycle(tmp_path / "dense", tmp_path / "moe", MoeConfig.model_validate({"language": {}, "projector": {}}))
+    torch.testing.assert_close(logits(tmp_path / "moe"), logits(tmp_path / "dense"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_router_and_part_equals_dense(router: str, dense: Path, tmp_path: Path) -> None:
+    moe = {part: {"router": router} for part in ("vision", "projector", "language")}
+    upcycle(dense, tmp_path / "moe", MoeConfig.model_validate(moe))
+    torch.testing.assert_close(logits(tmp_path / "moe"), logits(dense), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["vision", "projector", "language"])
+def test_each_part_alone_equals_dense_also_in_competition(part: str, dense: Path, tmp_path: Path) -> None:
+    upcycle(dense, tmp_path / "moe", MoeConfig.model_validate({part: {"num_experts": 3, "num_experts_per_tok": 1}}))
+    torch.testing.assert_close(logits(tmp_path / "moe"), logits(dense), rtol=0, atol=1e-5)
+    config = json.loads((tmp_path / "moe" / "config.json").read_text())
+    config["competition_at_inference"] = True
+    (tmp_path / "moe" / "config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(logits(tmp_path / "moe"), logits(dense), rtol=0, atol=1e-5)
+
+
+def test_layer_choice_report_and_history(dense: Path, tmp_path: Path) -> None:
+    moe = MoeConfig.model_validate({"vision": {"layers": [1]}, "language": {"layers": {"every": 2, "offset": 1}}})
+    report = upcycle(dense, tmp_path / "moe", moe)
+    model, _ = load_checkpoint(tmp_path / "moe")
+    assert list(moe_blocks(model)) == ["vision.1", "language.1"]
+    assert (model.config.stage, model.config.parents) == ("upcycle", ["initial"])
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert report.parameters_after == parameters
+    experts = sum(p.numel() for block in moe_blocks(model).values() for p in block.experts.parameters())
+    assert report.parameters_active == parameters - experts // 2
+    routers = sum(p.numel() for block in moe_blocks(model).values() for p in block.router.parameters())
+    assert report.parameters_before == parameters - experts * 3 // 4 - routers
+
+
+def test_experts_are_copies_and_routers_follow_the_seed(dense: Path, tmp_path: Path) -> None:
+    moe = MoeConfig.model_validate({"language": {}})
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        upcycle(dense, tmp_path / name, moe, seed=seed)
+    blocks = {name: moe_blocks(load_checkpoint(tmp_path / name)[0])["language.0"] for name in "abc"}
+    assert torch.equal(blocks["a"].router.weight, blocks["b"].router.weight)
+    assert not torch.equal(blocks["a"].router.weight, blocks["c"].router.weight)
+    assert float(blocks["a"].router.weight.detach().std()) == pytest.approx(0.02, rel=0.3)
+    parent = load_file(dense / "model.safetensors")
+    gate = parent["language_model.model.layers.0.mlp.gate_proj.weight"]
+    for expert in blocks["a"].experts.gate_up_proj:
+        assert torch.equal(expert[: len(gate)], gate)
+
+
+def test_shards_are_small_and_hold_everything_once(dense: Path, tmp_path: Path) -> None:
+    moe = MoeConfig.model_validate({"vision": {}, "language": {}})
+    upcycle(dense, tmp_path / "one", moe)
+    upcycle(dense, tmp_path / "many", moe, shard_bytes=64 * 1024)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    files = set(index["weight_map"].values())
+    assert len(files) > 3
+    for file in files:
+        with safe_open(tmp_path / "many" / file, framework="pt") as shard:
+            assert all(index["weight_map"][key] == file for key in shard.keys())  # noqa: SIM118
+        biggest = max(t.numel() * 4 for t in load_file(tmp_path / "many" / file).values())
+        assert (tmp_path / "many" / file).stat().st_size <= max(64 * 1024, biggest) + 4096
+    assert torch.equal(logits(tmp_path / "one"), logits(tmp_path / "many"))
+
+
+def test_half_precision_stays(dense: Path, tmp_path: Path) -> None:
+    model, processor = load_checkpoint(dense, dtype=torch.bfloat16)
+    save_checkpoint(model, processor, tmp_path / "half")
+    upcycle(tmp_path / "half", tmp_path / "moe", MoeConfig.model_validate({"language": {}}))
+    loaded, _ = load_checkpoint(tmp_path / "moe")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_refusals(dense: Path, tmp_path: Path) -> None:
+    moe = MoeConfig.model_validate({"language": {}})
+    upcycle(dense, tmp_path / "moe", moe)
+    with pytest.raises(UserError, match="already a mixture of experts"):
+        upcycle(tmp_path / "moe", tmp_path / "again", moe)
+    with pytest.raises(UserError, match="no part given"):
+        upcycle(dense, tmp_path / "none", MoeConfig())
+    with pytest.raises(UserError, match=r"moe\.language\.layers: found 5, expected numbers below 2"):
+        upcycle(dense, tmp_path / "none", MoeConfig.model_validate({"language": {"layers": [5]}}))
+    with pytest.raises(UserError, match="is the parent itself"):
+        upcycle(dense, dense, moe)
+    with pytest.raises(UserError, match="not empty"):
+        upcycle(dense, tmp_path, moe)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="model type 'llama', expected 'llava_compete'"):
+        upcycle(tmp_path / "other", tmp_path / "none", moe)
+    weights = load_file(dense / "model.safetensors")
+    del weights["language_model.model.layers.0.mlp.down_proj.weight"]
+    save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"no dense weight for language_model\.model\.layers\.0\.mlp"):
+        upcycle(dense, tmp_path / "none", moe)
+    assert not (tmp_path / "none").exists()
+
+
+def test_unknown_family_says_what_to_add(tmp_path: Path) -> None:
+    model, processor = tiny_model(language={"model_type": "olmo", "pad_token_id": 0})
+    save_checkpoint(model, processor, tmp_path / "dense")
+    with pytest.raises(UserError, match=r"no row for the language model family 'olmo'.*FAMILIES in .*language\.py"):
+        upcycle(tmp_path / "dense", tmp_path / "moe", MoeConfig.model_validate({"language": {}}))
+
+
+def test_linear_projector_cannot_be_a_mixture(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"moe\.projector: a linear projector has no feed-forward block"):
+        tiny_model(moe={"projector": {}}, projector="linear")
+
+
+def test_command_line(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "up.yaml"
+    config.write_text(
+        f"model: {{checkpoint: /nowhere}}\noutput_dir: {tmp_path}/x\nmoe: {{language: {{num_experts: 2}}}}\n"
+    )
+    out = tmp_path / "moe"
+    assert main(["upcycle", str(dense), "--out", str(out), "--config", str(config)]) == 0
+    printed = capsys.readouterr().out
+    assert "language" in printed
+    assert "active for a token" in printed
+    assert (out / "run" / "manifest.json").is_file()
+    assert main(["info", str(out), "--json", str(tmp_path / "info.json")]) == 0
+    facts = json.loads((tmp_path / "info.json").read_text())
+    assert (facts["stage"], facts["parents"]) == ("upcycle", ["initial"])
+    assert facts["moe"]["language"]["layers"] == [0, 1]
+    model, _ = load_checkpoint(out)
+    assert facts["parameters"]["total"] == sum(parameter.numel() for parameter in model.parameters())
+    assert main(["upcycle", "--config", str(config)]) == 2
+    assert "no such checkpoint directory" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.moe.schedule import CompetitionSchedule
 from llava_compete.train.distributed import SharedError
+from llava_compete.train.throughput import Flops, count_flops, device_peak, mfu
 from llava_compete.train.trainer import StageTrainer
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class StepCallback(TrainerCallback):
     """Closes each step: counts, times and throughput, non-finite steps, the agreement to stop on SIGTERM."""
 
     _window_tokens: int
+    _window_images: int
     _window_supervised: int
     _checksum: int
 
@@ -77,7 +79,9 @@ class StepCallback(TrainerCallback):
         self.trainer = trainer
         self.competition = competition
         self.bad_in_a_row = 0
-        self.tokens = self.supervised = self.samples = self.competition_steps = self.steps = 0
+        self._peak = device_peak(trainer.args.device)
+        self._flops: Flops | None = None
+        self.tokens = self.samples = 0
         self._reset_window()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -94,13 +98,11 @@ class StepCallback(TrainerCallback):
         self._times.setdefault(kind, []).append(time.perf_counter() - self._begun)
         self._layers.update(layers)
         self._window_tokens += counts.tokens
+        self._window_images += counts.images
         self._window_supervised += counts.num_supervised
         self._checksum = (self._checksum * 31 + counts.sample_checksum) % 2**32
         self.tokens += counts.tokens
-        self.supervised += counts.num_supervised
         self.samples += counts.samples
-        self.steps += 1
-        self.competition_steps += bool(layers)
         self._guard(state)
         if counts.stop:
             logger.warning("told to stop: saving at step %d", state.global_step)
@@ -131,6 +133,8 @@ class StepCallback(TrainerCallback):
             "sample_checksum": self._checksum,
             "competition_layers": sorted(self._layers),
         }
+        if self._peak is not None:
+            window["mfu"] = self._utilisation(seconds, self._peak)
         for kind, times in self._times.items():
             window[f"time/{kind}"] = sum(times) / len(times)
         steps = {kind: len(times) for kind, times in self._times.items()}
@@ -138,10 +142,17 @@ class StepCallback(TrainerCallback):
         self._reset_window()
         return window
 
+    def _utilisation(self, seconds: float, peak: float) -> float:
+        if self._flops is None:
+            length = max(self.tokens // max(self.samples, 1), 1)
+            self._flops = count_flops(self.trainer.core_model, length)
+        devices = self.trainer.args.world_size
+        return mfu(self._flops, self._window_tokens, self._window_images, seconds, peak, devices)
+
     def _reset_window(self) -> None:
         self._times: dict[str, list[float]] = {}
         self._layers: set[str] = set()
-        self._window_tokens = self._window_supervised = self._checksum = 0
+        self._window_tokens = self._window_supervised = self._window_images = self._checksum = 0
         self._mark = time.perf_counter()
 
 

@@ -24,6 +24,7 @@ from llava_compete.errors import UserError
 from llava_compete.manifest import write_manifest
 from llava_compete.moe.config import MoeConfig
 from llava_compete.train import checkpoints, trainable
+from llava_compete.train.adapters import with_adapters
 from llava_compete.train.arguments import build_arguments
 from llava_compete.train.callbacks import CompetitionCallback, StepCallback, StopOnSignal
 from llava_compete.train.config import DEEPSPEED_DIR, TrainConfig
@@ -89,10 +90,11 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> None:
         model, processor, moe = start_model(config, rank)
         if sharding is not None:
             set_hf_deepspeed_config(sharding)
-        trainable.apply(model, config.trainable)
         if sharding is not None and sharding.is_zero3():
             # Without this ZeRO-3 hangs or is wrong where a module's parameters are used outside its own call.
             set_z3_leaf_modules(model, model.zero3_leaf_modules)
+        model = with_adapters(model, config.trainable)
+        trainable.apply(model, config.trainable)
     with all_or_none(rank, "data"), main_first(rank):
         data = build_feed(config, rank, arguments, processor)
     trainer = _build_trainer(config, rank, arguments, model, processor, data)
@@ -201,7 +203,7 @@ def _trainable_rows(config: TrainConfig, trainer: StageTrainer) -> list[trainabl
 
 def _save_final(config: TrainConfig, trainer: StageTrainer, rank: Rank) -> None:
     staged = config.output_dir / checkpoints.STAGING / "final"
-    trainer.save_model(str(staged))
+    trainer.save_merged(staged, base=lambda: start_model(config, rank)[0])
     dist.barrier()
     if rank.is_main:
         checkpoints.install_model(staged, config.output_dir)

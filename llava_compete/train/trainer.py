@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -23,6 +24,7 @@ from transformers import Trainer
 from llava_compete.errors import UserError
 from llava_compete.model.build import save_checkpoint
 from llava_compete.train import checkpoints, counts, trainable
+from llava_compete.train.adapters import save_merged
 from llava_compete.train.config import TrainConfig
 from llava_compete.train.evaluation import validation_loss
 from llava_compete.train.metrics import StepMetrics, scalars
@@ -148,7 +150,7 @@ class StageTrainer(Trainer):
     @property
     def core_model(self) -> Any:
         """The LlavaCompete model inside peft's wrapper."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return self.model.get_base_model() if _has_adapters(self.model) else self.model
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         """The step's gradient norm; a non-finite one marks the step as bad and keeps it from the weights."""
@@ -213,10 +215,29 @@ class StageTrainer(Trainer):
             checkpoints.rotate(output_dir, self.args.save_total_limit)
         _barrier()
 
+    def save_merged(self, directory: Path, base: Any) -> None:
+        """The stage's result: the trained model, or `base()` with the trained adapters merged into it."""
+        if not _has_adapters(self.model):
+            self.save_model(str(directory))
+            return
+        engine = self.model_wrapped if self.is_deepspeed_enabled else self.model
+        state_dict = self.accelerator.get_state_dict(engine)
+        if self.args.should_save:
+            save_merged(base(), self.config.trainable, state_dict, self.processing_class, directory)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The self-contained model directory that the next stage and evaluation read."""
-        if self.args.should_save:
-            save_checkpoint(self.model, self.processing_class, Path(output_dir or self.args.output_dir), state_dict)
+        directory = Path(output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
+        if _has_adapters(self.model):
+            self.model.save_pretrained(directory, state_dict=state_dict)
+        else:
+            save_checkpoint(self.model, self.processing_class, directory, state_dict)
+
+
+def _has_adapters(model: Any) -> bool:
+    return isinstance(model, PeftModel)
 
 
 def _barrier() -> None:

@@ -3,6 +3,7 @@
   llava-compete eval CKPT --suite NAME            a suite of eval/suites (demo, quick, text, paper)
   llava-compete eval CKPT --tasks pope,mme        lmms-eval's tasks, or those of eval/tasks, by name
   llava-compete eval --config FILE [key=value...] settings from a YAML file, as scripts/eval.sh does
+  llava-compete eval prepare --suite NAME         fetch and verify data sets, while there is a network
 
 Results go to `eval` beside the checkpoint: summary.json, per-sample scores, lmms-eval's own files. A run that was
 stopped goes on with the tasks that are not finished.
@@ -11,6 +12,7 @@ stopped goes on with the tasks that are not finished.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     from llava_compete.evaluation.runner import evaluate
     from llava_compete.manifest import write_json
 
+    if arguments.checkpoint == "prepare":
+        return _prepare(arguments)
     overrides = list(arguments.overrides)
     options: dict[str, Any] = {
         name: value
@@ -70,6 +74,22 @@ def run(arguments: argparse.Namespace) -> int:
         write_json(config.directory / "routing.json", measure_routing(config))
     print_table(summary, config.directory)
     return 0
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from llava_compete.console import setup_console
+    from llava_compete.evaluation.config import EVAL_ROOT
+    from llava_compete.evaluation.prepare import prepare
+    from llava_compete.evaluation.suites import load_suite
+
+    if not arguments.suite and not arguments.tasks:
+        raise UserError("expected: llava-compete eval prepare --suite NAME or --tasks A,B")
+    setup_console()
+    tasks = arguments.tasks.split(",") if arguments.tasks else load_suite(arguments.suite).tasks
+    failed = [result for result in prepare(tasks, EVAL_ROOT / "tasks") if result.error]
+    for result in failed:
+        sys.stderr.write(f"error: {result.task}: {result.error}\n")
+    return 1 if failed else 0
 
 
 def print_table(summary: dict[str, Any], directory: Path) -> None:

@@ -75,7 +75,8 @@ def _differences(comparison: Comparison) -> list[str]:
 
 def _notes(comparison: Comparison) -> list[str]:
     last = list(comparison.rows)[-1]
-    apart, tied = [], []
+    apart: list[str] = []
+    tied: list[str] = []
     for name, difference in comparison.rows[last].differences.items():
         interval = difference.over_seeds or difference.over_questions
         (apart if interval.low > 0 or interval.high < 0 else tied).append(f"{name} ({difference.mean:+.2f})")

@@ -27,12 +27,12 @@ def read_run(raw: Path, tasks: list[str]) -> dict[str, dict[str, Any]]:
     prefix = files[0].name.removesuffix("_results.json")
     found = {}
     for task in tasks:
-        members = results.get("group_subtasks", {}).get(task) or [task]
+        members = _leaves(task, results.get("group_subtasks", {}))
         samples_files = {member: files[0].with_name(f"{prefix}_samples_{member}.jsonl") for member in members}
         missing = [file.name for file in samples_files.values() if not file.is_file()]
         if task not in results["results"] or missing:
             raise UserError(f"{raw}: lmms-eval wrote no result or no samples of {task!r} (missing: {missing})")
-        samples = []
+        samples: list[dict[str, Any]] = []
         for member, file in samples_files.items():
             lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
             # Ranks write one after another; documents are put back in order.
@@ -83,6 +83,11 @@ def finished(directory: Path, task: str, state: dict[str, Any]) -> dict[str, Any
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
     return content["summary"] if content["state"] == state else None
+
+
+def _leaves(task: str, members: dict[str, list[str]]) -> list[str]:
+    """The tasks of a group, whose members may be groups; a task alone is its own."""
+    return [leaf for member in members[task] for leaf in _leaves(member, members)] if members.get(task) else [task]
 
 
 def _by_type(units: list[Any]) -> dict[str, dict[str, float]]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_compete.errors import UserError
+from llava_compete.evaluation.catalogue import check_names, check_on_disk
 from llava_compete.evaluation.config import EvalConfig
 from llava_compete.evaluation.launch import run_lmms_eval
 from llava_compete.evaluation.results import finished, read_run, write_task
@@ -37,9 +38,11 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     checkpoint = checkpoint_facts(Path(config.checkpoint))
     tasks = config.tasks or load_suite(config.suite or "").tasks
     local = find_local_tasks(Path(config.include_path))
+    check_names(tasks, Path(config.include_path))
     for task in tasks:
         if task in local:
             check_local_data(local[task])
+    check_on_disk(tasks, Path(config.include_path))
     directory = config.directory
     digests = {task: local[task].digest for task in tasks if task in local}
     write_manifest(directory, config, seeds={"lmms_eval": 0}, data_digest=_combined(digests), extra={"tasks": digests})

@@ -56,7 +56,7 @@ def find_local_tasks(include_path: Path) -> dict[str, LocalTask]:
     """Tasks in a folder of YAMLs whose `data_files` are local; a file that is missing is reported when it is needed."""
     found = {}
     for path in sorted(include_path.rglob("*.yaml")):
-        content = _read_task(path)
+        content = read_task_yaml(path)
         data_files = (content.get("dataset_kwargs") or {}).get("data_files")
         if isinstance(content.get("task"), str) and data_files:
             files = tuple((path.parent / name).resolve() for name in _leaves(data_files))
@@ -84,12 +84,13 @@ class _TaskLoader(yaml.SafeLoader):
 _TaskLoader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
 
 
-def _read_task(path: Path) -> dict[str, Any]:
+def read_task_yaml(path: Path) -> dict[str, Any]:
+    """A task's YAML with its includes; functions stay names."""
     content = yaml.load(path.read_text(encoding="utf-8"), Loader=_TaskLoader) or {}
     include = content.pop("include", [])
     merged: dict[str, Any] = {}
     for name in reversed([include] if isinstance(include, str) else include):
-        merged.update(_read_task(path.parent / name))
+        merged.update(read_task_yaml(path.parent / name))
     return {**merged, **content}
 
 
@@ -100,7 +101,7 @@ def _leaves(value: Any) -> list[str]:
 
 
 def _digest(path: Path, files: tuple[Path, ...]) -> str:
-    digest = hashlib.sha256(json.dumps(_read_task(path), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(read_task_yaml(path), sort_keys=True).encode())
     for file in files:
         if file.is_file():
             digest.update(file.read_bytes())

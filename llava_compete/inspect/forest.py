@@ -27,7 +27,8 @@ class ForestRow(NamedTuple):
 def plot_forest(rows: Sequence[ForestRow], baseline: str, path: Path) -> None:
     """Draw `rows` from top to bottom in their order, a colour a method, a gap between benchmarks."""
     methods = list(dict.fromkeys(row.method for row in rows))
-    colors = dict(zip(methods, plt.colormaps["tab10"].colors, strict=False))
+    palette = plt.colormaps["tab10"]
+    colors = {method: palette(index % 10) for index, method in enumerate(methods)}
     figure, axis = plt.subplots(figsize=(8, 1.5 + ROW_INCHES * (len(rows) + len({row.benchmark for row in rows}))))
     height, heights, labels = 0.0, [], []
     previous = None
@@ -35,7 +36,7 @@ def plot_forest(rows: Sequence[ForestRow], baseline: str, path: Path) -> None:
         if previous is not None and row.benchmark != previous:
             height -= 1
         previous = row.benchmark
-        color = colors.get(row.method, "black")
+        color = colors[row.method]
         if row.over_seeds is not None:
             axis.plot(row.over_seeds, (height, height), color=color, linewidth=1)
         axis.plot(row.over_questions, (height, height), color=color, linewidth=4, alpha=0.5, solid_capstyle="butt")

@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# The router study: from one parent checkpoint, with the same data order and steps, dense training goes on beside all
+# seven routers, with several seeds; then evaluation and a paired comparison with intervals over questions and seeds.
+#   bash scripts/compare_routers.sh                 3 seeds on the demo, under an hour on 2 cores
+#   bash scripts/compare_routers.sh --quick         1 seed, few steps, under 10 minutes
+#   bash scripts/compare_routers.sh --seeds 5 --suite demo_hard --out outputs/hard training.max_steps=4000
+# Further KEY=VALUE go to every training run. Runs that are finished are kept: the same command goes on after a stop.
+# PARENT: a dense checkpoint to start from (default: trained first). JOBS: runs at a time (default: GPUs, else cores).
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=lib/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
+
+steps=400 seeds=3 limit=null SUITE=demo OUT=outputs/compare_routers CONFIG=configs/demo/sft.yaml
+UPCYCLE=configs/demo/upcycle.yaml overrides=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --quick) steps=100 seeds=1 limit=200 OUT=outputs/compare_routers_quick ;;
+    --seeds) seeds=$2 && shift ;;
+    --suite) SUITE=$2 && shift ;;
+    --config) CONFIG=$2 && shift ;;
+    --upcycle) UPCYCLE=$2 && shift ;;
+    --out) OUT=$2 && shift ;;
+    *=*) overrides+=("$1") ;;
+    *) die "scripts/compare_routers.sh: unknown argument '$1' (--quick, --seeds N, --suite S, --config F, --upcycle F, --out D, KEY=VALUE)" ;;
+  esac
+  shift
+done
+ensure_venv
+export PATH="$VENV/bin:$PATH" TOKENIZERS_PARALLELISM=false
+METHODS=(dense softmax sigmoid xmoe perturbed_cosine shared_softmax shared_sigmoid competition)
+
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+JOBS=${JOBS:-$((gpus > 0 ? gpus : $(nproc)))}
+mkdir -p "$OUT/logs"
+if [ "$gpus" -eq 0 ]; then
+  # Small runs side by side, one core each, use a CPU better than one run on all cores.
+  export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+fi
+
+if [ -z "${PARENT:-}" ]; then
+  PARENT=$OUT/parent
+  [ -f playground/data/demo/eval/meta.json ] || llava-compete data demo --out playground/data/demo
+  [ -f "$PARENT/config.json" ] || OMP_NUM_THREADS='' bash scripts/pretrain_align.sh output_dir="$PARENT"
+fi
+
+# One method with one seed: upcycle (unless dense), train in one process, evaluate.
+run_one() {
+  local method=$1 seed=$2 slot=$3
+  local directory=$OUT/$method/seed$seed
+  [ -f "$directory/eval/summary.json" ] && return 0
+  [ "$gpus" -eq 0 ] || export CUDA_VISIBLE_DEVICES=$((slot % gpus))
+  local start=$PARENT moe=(moe=false)
+  if [ "$method" != dense ]; then
+    start=$directory/upcycle moe=()
+    [ -f "$start/config.json" ] || llava-compete upcycle --config "$UPCYCLE" model.checkpoint="$PARENT" \
+      output_dir="$start" moe.language.router="$method" seed="$seed"
+  fi
+  [ -f "$directory/sft/config.json" ] || llava-compete train "$CONFIG" --stage sft model.checkpoint="$start" \
+    output_dir="$directory/sft" seed="$seed" deepspeed=none training.per_device_train_batch_size=32 \
+    training.max_steps="$steps" "${moe[@]}" "${overrides[@]}"
+  llava-compete eval --config configs/demo/eval.yaml checkpoint="$directory/sft" output_dir="$directory/eval" \
+    suite="$SUITE" limit="$limit" batch_size=100 processes=1
+}
+
+# Runs in rounds of JOBS; a failure ends the study with the log that says why.
+failed=() pids=() names=()
+collect() {
+  local index
+  for index in "${!pids[@]}"; do wait "${pids[$index]}" || failed+=("${names[$index]}"); done
+  pids=() names=()
+  [ ${#failed[@]} -eq 0 ] || die "failed: ${failed[*]} (see $OUT/logs/NAME.log); the same command goes on from here"
+}
+for ((seed = 0; seed < seeds; seed++)); do
+  for method in "${METHODS[@]}"; do
+    say "$method, seed $seed"
+    (run_one "$method" "$seed" "${#pids[@]}") >"$OUT/logs/$method-$seed.log" 2>&1 &
+    pids+=($!) names+=("$method-$seed")
+    [ ${#pids[@]} -lt "$JOBS" ] || collect
+  done
+done
+collect
+
+runs=()
+for method in "${METHODS[@]}"; do
+  runs+=("$method=$(seq -f "$OUT/$method/seed%g/eval" -s , 0 $((seeds - 1)))")
+done
+say "Comparison (baseline: softmax, the router without competition)"
+# The first run is the baseline.
+llava-compete compare "${runs[1]}" "${runs[0]}" "${runs[@]:2}" --out "$OUT/comparison"

@@ -18,12 +18,12 @@ def finished(tmp_path: Path) -> Path:
     for stage in ("pretrain_align", "sft"):
         (tmp_path / stage / "run").mkdir(parents=True)
         lines = [
-            {"step": 1, "loss": 2.0, "lm_loss": 1.9, "language/balance_loss": 1.0},
-            {"event": "end", "tokens": 100, "train_seconds": 2.0, "competition_steps": 3, "peak_memory_mb": 512.0},
+            {"step": 1, "loss": 2.0, "lm_loss": 1.9, "language/balance_loss": 1.0, "memory_gib": 0.5},
+            {"event": "end", "tokens": 100, "train_seconds": 2.0, "competition_steps": 3},
         ]
         (tmp_path / stage / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     (tmp_path / "eval").mkdir()
-    write_json(tmp_path / "eval" / "summary.json", {"tasks": {"demo": {"accuracy": 0.9, "chance": 0.1, "n": 4}}})
+    write_json(tmp_path / "eval" / "summary.json", {"tasks": {"demo": {"accuracy": 0.9, "chance": 0.1, "blind": 0.2, "n": 4}}})
     write_json(
         tmp_path / "eval" / "routing.json", {"router_agreement": 0.8, "expert_use": {"language.0": [0.5, 0.5]}}
     )
@@ -37,7 +37,7 @@ def test_report_writes_all_files(finished: Path) -> None:
     assert metrics["competition_steps"] == 3
     assert metrics["router_agreement"] == 0.8
     assert set(metrics["seconds"]) == set(STAGES)
-    assert "| demo | 0.900 | 0.100 | 4 |" in (finished / "report.md").read_text()
+    assert "| demo | 0.900 | 0.100 | 0.200 | 4 |" in (finished / "report.md").read_text()
     for figure in ("loss_terms.png", "expert_use.png"):
         assert (finished / figure).read_bytes().startswith(b"\x89PNG")
 

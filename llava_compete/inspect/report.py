@@ -65,7 +65,10 @@ def collect(directory: Path) -> dict[str, Any]:
         "competition_steps": logs["sft"].end["competition_steps"],
         "router_agreement": routing["router_agreement"],
         "expert_use": routing["expert_use"],
-        "training": {stage: log.end for stage, log in logs.items()},
+        "training": {
+            stage: {**log.end, "peak_memory_gib": max(step["memory_gib"] for step in log.steps)}
+            for stage, log in logs.items()
+        },
     }
 
 
@@ -91,14 +94,14 @@ def write_report(directory: Path) -> None:
 
 def _sections(metrics: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     tasks = [
-        [name, f"{task['accuracy']:.3f}", f"{task['chance']:.3f}", str(task["n"])]
+        [name, *(f"{task[key]:.3f}" for key in ("accuracy", "chance", "blind")), str(task["n"])]
         for name, task in metrics["tasks"].items()
     ]
     stages = []
     for name, seconds in metrics["seconds"].items():
         end = metrics["training"].get(name, {})
         speed = f"{end['tokens'] / end['train_seconds']:,.0f}" if end else ""
-        memory = f"{end['peak_memory_mb'] / 1024:.2f}" if end else ""
+        memory = f"{end['peak_memory_gib']:.2f}" if end else ""
         stages.append([name, f"{seconds:.0f}", speed, memory])
     experts = [
         [layer, " ".join(f"{share:.2f}" for share in shares)] for layer, shares in metrics["expert_use"].items()
@@ -108,7 +111,7 @@ def _sections(metrics: dict[str, Any]) -> list[tuple[str, list[str], list[list[s
         ["winners that the router finds (held out)", f"{metrics['router_agreement']:.3f}"],
     ]
     return [
-        ("Accuracy", ["task", "accuracy", "chance", "questions"], tasks),
+        ("Accuracy", ["task", "accuracy", "chance", "best blind answer by question type", "questions"], tasks),
         ("Stages", ["stage", "seconds", "tokens/s", "peak GiB a process"], stages),
         ("Routing", ["", ""], routing),
         ("Expert use (share of choices, held out)", ["layer", "experts"], experts),

@@ -1,0 +1,171 @@
+"""How fast rows become batches: samples/s by number of workers, time by step, and a plain per-row loop beside it.
+
+Caller: `llava-compete bench data`. Input is made on the spot: 640×480 JPEGs of photograph-like content,
+conversations of three turns and about 120 words, a byte-level BPE. The rival does what LLaVA's dataset does: the whole
+JSON in memory, one image after the other through transformers' image processor, labels from tokenising each turn again.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from transformers import CLIPImageProcessorPil
+
+from llava_compete.data.collator import Collator
+from llava_compete.data.config import DataSection, SourceSection
+from llava_compete.data.dataset import ConversationDataset, build_datasets
+from llava_compete.data.encoding import IGNORE_INDEX, encode_conversation
+from llava_compete.data.images import open_image
+from llava_compete.data.templates import set_chat_template
+from llava_compete.model.image_processing import LlavaCompeteImageProcessor
+from llava_compete.model.processing import LlavaCompeteProcessor
+from llava_compete.model.tokenizer import train_byte_level_bpe
+
+NUM_IMAGES = 64
+BATCH_SIZE = 16
+TARGET_SIZE = 224
+IMAGE_TOKENS = 256
+WORDS = ["the", "a", "red", "small", "wooden", "table", "with", "two", "people", "standing", "near", "an", "old", "car"]
+
+
+def run_bench(folder: Path, num_rows: int, workers: tuple[int, ...]) -> dict[str, Any]:
+    """Measure in `folder` (scratch). Rates are samples/s; steps are milliseconds a sample in one process."""
+    torch.set_num_threads(1)
+    rows = make_rows(folder, num_rows)
+    processor = processor_for(rows)
+    source = SourceSection(name="bench", path=folder / "rows.json")
+    section = DataSection(sources=[source], cache_dir=folder / "cache")
+    dataset = build_datasets(section, processor, seed=0).train
+    plain = PlainDataset(folder / "rows.json", processor)
+    collate = Collator(processor)
+    rates = {f"workers_{count}": _rate(dataset, collate, count) for count in workers}
+    rival = {f"workers_{count}": _rate(plain, collate, count) for count in workers}
+    return {
+        "rows": num_rows,
+        "samples_per_second": rates,
+        "plain_loop_samples_per_second": rival,
+        "milliseconds_by_step": steps(dataset, processor, collate),
+    }
+
+
+def make_rows(folder: Path, num_rows: int) -> list[dict[str, Any]]:
+    """Write images and LLaVA JSON; return the rows."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(NUM_IMAGES):
+        # Smooth structure plus some noise compresses to about 60 KB, like a photograph.
+        coarse = Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)).resize((640, 480))
+        noisy = np.asarray(coarse, np.int16) + rng.integers(-12, 12, (480, 640, 3))
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{index}.jpg", quality=90)
+    words = random.Random(0)
+
+    def text(count: int) -> str:
+        return " ".join(words.choices(WORDS, k=count)).capitalize() + "."
+
+    rows = []
+    for index in range(num_rows):
+        turns = []
+        for turn in range(3):
+            turns.append({"from": "human", "value": ("<image>\n" if turn == 0 else "") + text(10)})
+            turns.append({"from": "gpt", "value": text(30)})
+        rows.append({"id": str(index), "image": f"{index % NUM_IMAGES}.jpg", "conversations": turns})
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return rows
+
+
+def steps(dataset: ConversationDataset, processor: Any, collate: Collator, count: int = 100) -> dict[str, float]:
+    """Milliseconds a sample of each step, one after the other in this process."""
+    table = dataset.tables[0]
+    folder = table.section.path.parent
+    numbers = range(min(count, len(table.rows)))
+    read = _timed(lambda: [table.rows.data.fast_slice(number, 1).to_pylist()[0] for number in numbers])
+    images = _timed(lambda: [open_image(folder / row["images"][0]["path"]) for row in read[0]])
+    pixels = _timed(lambda: [processor.image_processor.preprocess([image]) for image in images[0]])
+    encode = _timed(
+        lambda: [
+            encode_conversation(processor.tokenizer, json.loads(row["messages"]), tokens_per_image=IMAGE_TOKENS)
+            for row in read[0]
+        ]
+    )
+    items = [dataset[number] for number in numbers]
+    batches = _timed(lambda: [collate(items[at : at + BATCH_SIZE]) for at in range(0, len(items), BATCH_SIZE)])
+    names = ("read", "decode", "resize", "tokenise", "collate")
+    return {
+        name: round(1000 * result[1] / len(numbers), 3)
+        for name, result in zip(names, (read, images, pixels, encode, batches), strict=True)
+    }
+
+
+class PlainDataset(Dataset):
+    """A per-row loop in the style of LLaVA's dataset, for comparison only."""
+
+    def __init__(self, path: Path, processor: LlavaCompeteProcessor) -> None:
+        self.rows = json.loads(path.read_text())
+        self.folder, self.tokenizer = path.parent, processor.tokenizer
+        self.image_id = processor.image_token_id
+        # transformers' processor as it comes: sizes and statistics of CLIP at 224 pixels.
+        self.image_processor = CLIPImageProcessorPil()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        image = Image.open(self.folder / row["image"]).convert("RGB")
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), (122, 116, 104))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        pixels = self.image_processor.preprocess(square, return_tensors="pt")["pixel_values"]
+        ids: list[int] = []
+        labels: list[int] = []
+        prompt = ""
+        for turn in row["conversations"]:
+            role = {"human": "user", "gpt": "assistant"}[turn["from"]]
+            prompt += f"<|im_start|>{role}\n{turn['value']}<|im_end|>\n"
+            whole = self.tokenizer(prompt).input_ids
+            new = whole[len(ids) :]
+            labels += new if role == "assistant" else [IGNORE_INDEX] * len(new)
+            ids = whole
+        at = ids.index(self.image_id)
+        ids[at : at + 1] = [self.image_id] * IMAGE_TOKENS
+        labels[at : at + 1] = [IGNORE_INDEX] * IMAGE_TOKENS
+        return {
+            "input_ids": torch.tensor(ids),
+            "labels": torch.tensor(labels),
+            "pixel_values": pixels,
+            "sample_id": row["id"],
+        }
+
+
+def processor_for(rows: list[dict[str, Any]]) -> LlavaCompeteProcessor:
+    """A tokenizer trained on the rows, and an image processor to 224 pixels that pads to a square as LLaVA does."""
+    texts = (turn["value"] for row in rows[:200] for turn in row["conversations"])
+    tokenizer = train_byte_level_bpe(texts, vocab_size=1000)
+    set_chat_template(tokenizer, "chatml")
+    image_processor = LlavaCompeteImageProcessor(size=TARGET_SIZE, resize_mode="pad")
+    return LlavaCompeteProcessor(image_processor, tokenizer, num_image_tokens=IMAGE_TOKENS)
+
+
+def _rate(dataset: Dataset, collate: Collator, workers: int) -> float:
+    """Samples/s over one epoch after the first batch, which waits for the workers to start."""
+    loader: DataLoader = DataLoader(dataset, BATCH_SIZE, num_workers=workers, collate_fn=collate)
+    batches: Iterator[Any] = iter(loader)
+    next(batches)
+    start = time.perf_counter()
+    samples = sum(len(batch["sample_ids"]) for batch in batches)
+    return round(samples / (time.perf_counter() - start), 1)
+
+
+def _timed(action: Callable[[], list[Any]]) -> tuple[list[Any], float]:
+    start = time.perf_counter()
+    result = action()
+    return result, time.perf_counter() - start

@@ -1,0 +1,36 @@
+"""Measure the data path: samples/s with 1 and 2 workers, time by step, and a plain per-row loop beside it.
+
+With --scale also a generated table of 665,000 rows: start-up time and memory of a worker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--rows", type=int, default=800, help="rows to read in each run (default: %(default)s)")
+    parser.add_argument("--scale", action="store_true", help="also measure a table of 665,000 rows (about 2 minutes)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure and print."""
+    from llava_compete.bench.data import make_rows, processor_for, run_bench
+    from llava_compete.bench.data_scale import run_scale
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = run_bench(Path(folder), arguments.rows, workers=(1, 2))
+        if arguments.scale:
+            processor = processor_for(make_rows(Path(folder), 200))
+            result["scale"] = run_scale(Path(folder), processor)
+    text = json.dumps(result, indent=2)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(text + "\n")
+    sys.stdout.write(text + "\n")

@@ -29,6 +29,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("bench", "train"): ("bench_train", "tokens/s, memory and overhead of dense, softmax and competition training"),
     ("data", "demo"): ("data_demo", "build the demo data (real digits, rendered scenes) in LLaVA's format"),
     ("data", "check"): ("data_check", "check every row and image of a config's data before training"),
+    ("data", "scenes-hard"): ("data_scenes_hard", "build the harder scene benchmark for comparing routers"),
     ("data", "tokenizer"): ("data_tokenizer", "train a byte-level BPE tokenizer on text"),
     ("data", "stdlib-text"): ("data_text", "build a text corpus from Python's standard library"),
     ("study", "sample-efficiency"): ("study_sample_efficiency", "how fast the experts are found as data grow"),

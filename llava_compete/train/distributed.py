@@ -90,13 +90,19 @@ class _MainFirst:
         self.rank = rank
 
     def __enter__(self) -> None:
-        if not self.rank.is_main:
-            dist.barrier()
+        if not self.rank.is_main and not self._share(None):
+            raise UserError("rank 0 failed")  # before the body, which would miss what rank 0 was to write
 
-    def __exit__(self, *_: object) -> None:
-        # Also when rank 0 failed: the others then fail alike, and all_or_none tells them so.
+    def __exit__(self, kind: object, *_: object) -> None:
         if self.rank.is_main:
-            dist.barrier()
+            self._share(kind is None)
+
+    @staticmethod
+    def _share(succeeded: bool | None) -> bool:
+        """Rank 0 tells the others whether its body went well."""
+        box = [succeeded]
+        dist.broadcast_object_list(box, src=0)
+        return bool(box[0])
 
 
 @contextmanager

@@ -52,10 +52,10 @@ run_stage() {
       --nproc_per_node "$processes" --master_addr "${MASTER_ADDR:?MASTER_ADDR is needed with NNODES}"
       --master_port "${MASTER_PORT:-29500}" --module)
   elif [ -n "${HOSTFILE:-}" ]; then
-    launcher=(deepspeed --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}" --no_local_rank --quiet --module)
+    launcher=(deepspeed --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}" --no_local_rank --log_level critical --module)
   else
     launcher=(deepspeed --num_gpus "$processes" --master_addr 127.0.0.1 --master_port "${MASTER_PORT:-$(free_port)}"
-      --no_local_rank --quiet --module)
+      --no_local_rank --log_level critical --module)
   fi
   stopped=no
   "${launcher[@]}" llava_compete.cli train "$config" --stage "$stage" "$@" &

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -23,16 +22,15 @@ from transformers.modeling_outputs import ModelOutput
 
 from llava_compete.errors import UserError
 from llava_compete.model.configuration import LlavaCompeteConfig
-from llava_compete.model.language import decoder_layers, family_of, feed_forward_options
+from llava_compete.model.functional import check_counts, language_loss, routing_losses, sample_positions
+from llava_compete.model.install import install_language_experts, install_vision_experts, make_projector
 from llava_compete.model.projector import Projector
-from llava_compete.model.tower import VisionTower, block_feed_forward
+from llava_compete.model.tower import VisionTower
 from llava_compete.moe.block import SparseMoeBlock, moe_blocks
-from llava_compete.moe.config import MoeConfig, MoeLayerConfig
+from llava_compete.moe.config import MoeConfig
 from llava_compete.moe.state import RoutingState, TokenGroups
 
 logger = logging.getLogger(__name__)
-
-IGNORE_INDEX = -100
 
 
 @dataclass
@@ -76,58 +74,14 @@ class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if config.tower is not None:
             self.vision_tower = VisionTower(config.tower)
             if moe.vision is not None:
-                self._install_vision_experts(moe.vision)
-            self.projector = self._make_projector(moe.projector)
+                install_vision_experts(self.vision_tower, moe.vision, self.routing)
+            self.projector = make_projector(config, moe.projector, self.routing)
         elif moe.vision is not None or moe.projector is not None:
             raise UserError("moe: vision and projector need a vision tower, and this model has none")
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         if moe.language is not None:
-            self._install_language_experts(moe.language)
+            install_language_experts(self.language_model, config.text_config, moe.language, self.routing)
         self.post_init()
-
-    # --- building ------------------------------------------------------------------------------------------------
-
-    def _install_vision_experts(self, moe: MoeLayerConfig) -> None:
-        assert self.vision_tower is not None
-        blocks = self.vision_tower.blocks
-        for index in _select(moe, len(blocks), "vision"):
-            shape = block_feed_forward(blocks[index])
-            blocks[index].mlp = self._moe_block(moe, f"vision.{index}", **shape._asdict(), gated=False, bias=True)
-
-    def _make_projector(self, moe: MoeLayerConfig | None) -> Projector:
-        tower, kind = self.config.tower, self.config.projector_config["type"]
-        hidden = self.config.text_config.hidden_size
-        if moe is None:
-            return Projector(kind, tower.feature_width, hidden)
-        _select(moe, 1, "projector")
-
-        def make_block(hidden_size: int, intermediate_size: int, output_size: int) -> nn.Module:
-            return self._moe_block(
-                moe,
-                "projector.0",
-                hidden_size=hidden_size,
-                intermediate_size=intermediate_size,
-                output_size=output_size,
-                activation="gelu",
-                gated=False,
-                bias=True,
-            )
-
-        return Projector(kind, tower.feature_width, hidden, make_block)
-
-    def _install_language_experts(self, moe: MoeLayerConfig) -> None:
-        text_config = self.config.text_config
-        layers = decoder_layers(self.language_model, text_config)
-        for index in _select(moe, len(layers), "language"):
-            block = self._moe_block(moe, f"language.{index}", **feed_forward_options(text_config))
-            setattr(layers[index], family_of(text_config).mlp, block)
-
-    def _moe_block(self, moe: MoeLayerConfig, name: str, **shape: Any) -> SparseMoeBlock:
-        block = SparseMoeBlock(moe, name=name, state=self.routing, **shape)
-        # The block initialises itself; the language model's own rule must not run over its parameters.
-        for module in block.modules():
-            module._is_hf_initialized = True  # type: ignore[assignment]
-        return block
 
     def _init_weights(self, module: nn.Module) -> None:
         """Tower, projector and MoE blocks are initialised where they are built; a load leaves only buffers to fill."""
@@ -231,7 +185,7 @@ class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             features = self.get_image_features(pixel_values, num_sequences).to(inputs_embeds.dtype)
             places = (input_ids == self.config.image_token_id).unsqueeze(-1)
-            _check_counts(places, features)
+            check_counts(places, features)
             return inputs_embeds.masked_scatter(places, features)
         if self.training:
             return inputs_embeds + self._dummy_image_features(input_ids.device).sum().to(inputs_embeds.dtype)
@@ -252,6 +206,7 @@ class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_routing: bool | None = None,
+        num_local_sequences: int | None = None,
         **kwargs: Any,
     ) -> LlavaCompeteOutput:
         """One forward.
@@ -261,6 +216,8 @@ class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
         sequence_ids: [B, N] for packed rows: which sample of the batch (0, 1, ...) a token belongs to, -1 padding.
         num_items_in_batch: supervised tokens of the whole optimizer step, over which lm_loss is a mean.
         num_sequences_in_batch: images ("vision", "projector") and samples ("language") of the whole optimizer step.
+        num_local_sequences: samples in this micro-batch, for packed rows; read off `sequence_ids` if not given, which
+            waits for the device.
         output_routing: leave records in `self.routing.records`; default: while training.
         """
         tokens = input_ids if input_ids is not None else inputs_embeds
@@ -271,11 +228,12 @@ class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 assert input_ids is not None
                 inputs_embeds = self._embed(input_ids, pixel_values, num_sequences_in_batch)
             if self.routing.is_recording:
-                self._begin_language(attention_mask, sequence_ids, inputs_embeds, num_sequences_in_batch)
+                count = (num_sequences_in_batch or {}).get("language")
+                self._begin_language(attention_mask, sequence_ids, inputs_embeds, count, num_local_sequences)
             if use_cache is None and (self.training or sequence_ids is not None):
                 use_cache = False  # a cache would be waste, and it hides packed rows from transformers' masks
             if position_ids is None and past_key_values is None:
-                position_ids = _position_ids(attention_mask, sequence_ids)
+                position_ids = sample_positions(attention_mask, sequence_ids)
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
                 # Packed rows are told apart by position ids that start again; a mask would hide that.
@@ -288,8 +246,8 @@ class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         lm_loss = None
         if labels is not None:
-            lm_loss = _language_loss(outputs.logits, labels, num_items_in_batch)
-        aux_losses, loss_terms = self._routing_losses() if record else ({}, {})
+            lm_loss = language_loss(outputs.logits, labels, num_items_in_batch)
+        aux_losses, loss_terms = routing_losses(self.routing.records) if record else ({}, {})
         loss = lm_loss
         for aux_loss in aux_losses.values():
             loss = None if loss is None else loss + aux_loss.to(loss.device)
@@ -316,20 +274,19 @@ class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None,
         sequence_ids: Tensor | None,
         inputs_embeds: Tensor,
-        num_sequences: dict[str, Any] | None,
+        num_sequences: Tensor | None,
+        num_local: int | None,
     ) -> None:
         """Group the text's tokens by sample."""
-        count = (num_sequences or {}).get("language")
         if sequence_ids is not None:
-            # Packed rows hold few samples; their number is a host value only when it is read here.
-            num_local = int(sequence_ids.max()) + 1
-            self.routing.begin("language", TokenGroups.from_ids(sequence_ids, num_local, count))
+            num_local = int(sequence_ids.max()) + 1 if num_local is None else num_local
+            self.routing.begin("language", TokenGroups.from_ids(sequence_ids, num_local, num_sequences))
             return
         mask = attention_mask
         if mask is None:
             mask = torch.ones(inputs_embeds.shape[:2], device=inputs_embeds.device)
         # With a cache the mask also covers the past, whose tokens do not run again.
-        self.routing.begin("language", TokenGroups.from_mask(mask[:, -inputs_embeds.shape[1] :], count))
+        self.routing.begin("language", TokenGroups.from_mask(mask[:, -inputs_embeds.shape[1] :], num_sequences))
 
     @contextmanager
     def _routing_mode(self) -> Iterator[None]:
@@ -344,23 +301,6 @@ class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
             yield
         finally:
             state.competing = scheduled
-
-    def _routing_losses(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """For each part the mean over its layers of the auxiliary loss and of each term (absent counts as 0)."""
-        layers: dict[str, list[str]] = {}
-        for name in self.routing.records:
-            layers.setdefault(name.split(".")[0], []).append(name)
-        aux_losses: dict[str, Tensor] = {}
-        terms: dict[str, Any] = {}
-        for part, names in layers.items():
-            records = [self.routing.records[name] for name in names]
-            device = records[0].aux_loss.device
-            aux_losses[part] = torch.stack([record.aux_loss.to(device) for record in records]).mean()
-            for record in records:
-                for term, value in record.losses.items():
-                    key = f"{part}/{term}"
-                    terms[key] = terms.get(key, 0) + value.detach().to(device) / len(records)
-        return aux_losses, terms
 
     # --- generation ----------------------------------------------------------------------------------------------
 
@@ -381,13 +321,6 @@ class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return input_ids, model_kwargs
 
 
-def _select(moe: MoeLayerConfig, num_layers: int, part: str) -> list[int]:
-    try:
-        return moe.select_layers(num_layers)
-    except ValueError as error:
-        raise UserError(f"moe.{part}.{error}") from error
-
-
 def _refuse_wrong_keys(path: str, info: dict[str, Any]) -> None:
     problems = []
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -397,37 +330,3 @@ def _refuse_wrong_keys(path: str, info: dict[str, Any]) -> None:
             problems.append(f"{kind.removesuffix('_keys')} {', '.join(keys[:3])}{more}")
     if problems:
         raise UserError(f"{path}: weights do not fit config.json: {'; '.join(problems)}")
-
-
-def _check_counts(places: Tensor, features: Tensor) -> None:
-    """As many placeholders as features; on an accelerator an asynchronous assertion, so that nothing waits."""
-    expected = features.shape[0] * features.shape[1]
-    count = places.sum()
-    if places.device.type == "cpu":
-        if int(count) != expected:
-            raise UserError(
-                f"the text has {int(count)} image placeholders, but {features.shape[0]} image(s) of "
-                f"{features.shape[1]} features make {expected}"
-            )
-    elif places.device.type != "meta":
-        torch._assert_async(count == expected, f"image placeholders in the text differ from {expected} image features")
-
-
-def _position_ids(attention_mask: Tensor | None, sequence_ids: Tensor | None) -> Tensor | None:
-    """Positions counted from each sample's first token, so that neither left padding nor packing shifts them."""
-    if sequence_ids is not None:
-        index = torch.arange(sequence_ids.shape[1], device=sequence_ids.device).expand_as(sequence_ids)
-        starts = F.pad(sequence_ids[:, 1:] != sequence_ids[:, :-1], (1, 0), value=True)
-        return index - torch.where(starts, index, 0).cummax(dim=1).values
-    if attention_mask is not None and attention_mask.ndim == 2:
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    return None
-
-
-def _language_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-    """Cross entropy of predicting token n+1 at n, summed, over `num_items` (default: the supervised tokens here)."""
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten().to(logits.device)
-    total = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    if num_items is None:
-        return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
-    return total / torch.as_tensor(num_items, device=total.device)

@@ -29,6 +29,7 @@ class FeedForward(NamedTuple):
     hidden_size: int
     intermediate_size: int
     activation: str
+    bias: bool
 
 
 class TowerFacts(NamedTuple):
@@ -206,7 +207,7 @@ def block_feed_forward(block: Any) -> FeedForward:
     norm = mlp.ln if hasattr(mlp, "ln") else getattr(mlp, "norm", nn.Identity())
     if up is None or activation is None or not isinstance(norm, nn.Identity):
         raise UserError(f"moe.vision: the tower's MLP {type(mlp).__name__} is not linear, activation, linear")
-    return FeedForward(up.in_features, up.out_features, _activation_name(activation))
+    return FeedForward(up.in_features, up.out_features, _activation_name(activation), up.bias is not None)
 
 
 def tower_facts(

@@ -160,7 +160,7 @@ def _on_any_rank(names: list[str]) -> list[str]:
     """Names given by any rank; called only where all ranks know that the step is bad."""
     everyone: list[list[str]] = [names] * dist.get_world_size()
     dist.all_gather_object(everyone, names)
-    return sorted(set().union(*everyone))
+    return list(dict.fromkeys(name for names in everyone for name in names))
 
 
 class StopOnSignal:

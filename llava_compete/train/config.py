@@ -107,4 +107,6 @@ class TrainConfig(StrictConfig):
     def _something_trains(self) -> TrainConfig:
         if all(part.mode == "frozen" for part in self.trainable.values()):
             raise ValueError("trainable: no part is trained; set one of vision, projector, language to full or lora")
+        if self.sample_steps and self.stage == "pretrain_lm":
+            raise ValueError("sample_steps: running text has no questions to answer; set 0")
         return self

@@ -43,12 +43,13 @@ class StepMetrics:
         """Close an optimizer step; a bad one is left out of the means.
 
         Returns:
-            names of the terms and layers that were not finite on this rank; empty for a good step.
+            what was not finite on this rank, empty for a good step: the first layer in forward order, then loss terms.
         """
-        culprits = []
+        culprits: list[str] = []
         if bad:
-            sums = {**self._step, **self._layer_aux}
-            culprits = [name for name, value in sums.items() if not bool(torch.isfinite(value).all())]
+            layers = [name for name, value in self._layer_aux.items() if not bool(torch.isfinite(value).all())]
+            culprits = [f"layer {name}" for name in layers[:1]]
+            culprits += [name for name, value in self._step.items() if not bool(torch.isfinite(value).all())]
         else:
             for name, value in self._step.items():
                 _add(self._terms, name, value)

@@ -33,7 +33,7 @@ from llava_compete.train.feed import Feed, build_feed
 from llava_compete.train.preflight import check_space, preflight
 from llava_compete.train.start import start_model
 from llava_compete.train.trainer import StageTrainer
-from llava_compete.train.watch import WatchCallback
+from llava_compete.train.watch import AnswersCallback, WatchCallback
 
 logger = logging.getLogger(__name__)
 
@@ -97,11 +97,15 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> None:
         trainable.apply(model, config.trainable)
     with all_or_none(rank, "data"), main_first(rank):
         data = build_feed(config, rank, arguments, processor)
+        if data.validation is None and (config.sample_steps or arguments.eval_strategy != "no"):
+            key = "sample_steps" if config.sample_steps else "training.eval_strategy"
+            raise UserError(f"{key}: needs held-out rows; set data.validation_fraction")
     trainer = _build_trainer(config, rank, arguments, model, processor, data)
     competition = CompetitionCallback(trainer, moe)
     steps = StepCallback(trainer, competition)
     watch = WatchCallback(trainer, steps, config.output_dir / "run" / "metrics.jsonl")
-    for callback in (competition, steps, watch):
+    answers = AnswersCallback(trainer, config.output_dir / "run" / "answers.jsonl")
+    for callback in (competition, steps, watch, answers):
         trainer.add_callback(callback)
     with all_or_none(rank, "checkpoint"):
         checkpoint = _checkpoint_to_resume(config, rank, trainer.identity, allow_changed)

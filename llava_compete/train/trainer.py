@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -28,6 +30,9 @@ from llava_compete.train.adapters import save_merged
 from llava_compete.train.config import TrainConfig
 from llava_compete.train.evaluation import validation_loss
 from llava_compete.train.metrics import StepMetrics, scalars
+
+# With less than this left, a failed write is taken for a full disk.
+FULL_DISK_BYTES = 64 * 2**20
 
 
 class StageLoader(DataLoader):
@@ -206,6 +211,16 @@ class StageTrainer(Trainer):
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # torch and safetensors hide the system's error in their own kinds.
+            free = shutil.disk_usage(self.args.output_dir).free
+            if free > FULL_DISK_BYTES:
+                raise
+            raise UserError(
+                f"{self.args.output_dir}: the disk is full ({free / 2**20:.0f} MiB free), checkpoint-"
+                f"{self.state.global_step} was not written; make room and run the same command again, it goes on from "
+                "the last complete checkpoint"
+            ) from error
         finally:
             self._saving = False
         _barrier()

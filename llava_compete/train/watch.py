@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llava_compete.train.callbacks import StepCallback
+from llava_compete.train.evaluation import greedy_answers, write_answers
 from llava_compete.train.metrics import expert_loads
 from llava_compete.train.trainer import StageTrainer
 
@@ -55,6 +56,8 @@ class WatchCallback(TrainerCallback):
         if "loss" in record:
             self._check_collapse(record)
             logger.info("%s", _console_line(record, state.max_steps))
+        elif "eval_loss" in record:
+            logger.info("step %d/%d  held-out loss %.4f", state.global_step, state.max_steps, record["eval_loss"])
         if "train_runtime" not in record:
             self._write(record)
 
@@ -83,6 +86,31 @@ class WatchCallback(TrainerCallback):
                     "step %d: router collapse in %s: expert %d got %.2f%% of tokens for %d logging steps",
                     *(record["step"], layer, low, 100 * load[low], guards.collapse_patience),
                 )
+
+
+class AnswersCallback(TrainerCallback):
+    """Every `sample_steps` steps, greedy answers to some held-out rows into `run/answers.jsonl`; all ranks generate."""
+
+    COUNT = 3
+
+    def __init__(self, trainer: StageTrainer, path: Path) -> None:
+        self.trainer = trainer
+        self.path = path
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        every = self.trainer.config.sample_steps
+        if not every or state.global_step % every:
+            return
+        answers = greedy_answers(
+            self.trainer.core_model,
+            self.trainer.eval_dataset,
+            self.trainer.processing_class,
+            count=self.COUNT,
+            device=args.device,
+            synced=bool(args.world_size > 1),
+        )
+        if state.is_world_process_zero:
+            write_answers(self.path, state.global_step, answers)
 
 
 def _console_line(record: dict[str, Any], max_steps: int) -> str:

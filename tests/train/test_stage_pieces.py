@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from stage_kit import stage_config
 from torch import nn
 
 from llava_compete.config import parse_config
 from llava_compete.errors import UserError
 from llava_compete.train import checkpoints, counts, trainable
 from llava_compete.train.config import DEEPSPEED_DIR, PartTraining, TrainConfig
-from stage_kit import stage_config
 
 
 def _parse(**changes: object) -> TrainConfig:

@@ -1,0 +1,42 @@
+"""Measure whole training steps: tokens/s and peak memory of dense, softmax and competition on the same model and data.
+
+Prints the overhead of competition over softmax routing and of softmax routing over a dense model with the same
+active parameters. On a GPU: as many of Phi-3.5-mini's layers as fit with their optimizer, in bf16, and the MFU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--repeats", type=int, default=15, help="steps of each case (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure and print."""
+    import torch
+
+    from llava_compete.bench.train import CPU_SHAPE, GPU_SHAPE, fit_layers, run_bench
+
+    shape, device = CPU_SHAPE, torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+        # Dense and both mixtures are held at once.
+        shape = GPU_SHAPE._replace(layers=fit_layers(GPU_SHAPE, torch.cuda.mem_get_info()[0] // 3))
+    result = run_bench(shape, device, arguments.repeats)
+    speeds, memory = result["tokens_per_second"], result["peak_mb"]
+    sys.stdout.write(f"{result['device']}, {shape.layers} layers, {shape.hidden}/{shape.intermediate}, {shape.dtype}\n")
+    for case, speed in speeds.items():
+        utilisation = f"  MFU {result['mfu'][case]:.0%}" if "mfu" in result else ""
+        sys.stdout.write(f"  {case:<12} {speed:>10,.0f} tokens/s  {memory[case]:>9,.0f} MB{utilisation}\n")
+    sys.stdout.write(f"competition over softmax  {result['competition_over_softmax']:+.1%}  (aim: at most 8%)\n")
+    sys.stdout.write(f"softmax over dense        {result['softmax_over_dense']:+.1%}  (aim: at most 15%)\n")
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

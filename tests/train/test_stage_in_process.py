@@ -1,0 +1,251 @@
+"""Whole stages in this process: one rank, no DeepSpeed, tiny models. The launched ones are in test_stage_launch.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from stage_kit import read_metrics, stage_config, tiny_moe, write_data
+
+from llava_compete.config import parse_config
+from llava_compete.errors import UserError
+from llava_compete.model.build import load_checkpoint
+from llava_compete.moe.upcycle import upcycle
+from llava_compete.train import callbacks, checkpoints, trainer
+from llava_compete.train.config import TrainConfig
+from llava_compete.train.run import train
+
+FRESH = {"moe": tiny_moe(), "deepspeed": None}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def _forget_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+
+
+def _run(content: dict[str, Any], **options: Any) -> Path:
+    config = parse_config(TrainConfig, content, source="test.yaml")
+    try:
+        train(config, **options)
+    finally:
+        # As in a new process: a group left over from the last run has gone.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+    return config.output_dir
+
+
+def _at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[Any], None]) -> None:
+    """Call `action(callback)` once, after optimizer step `step`."""
+    plain = callbacks.StepCallback.on_step_end
+    done = []
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **options: Any) -> None:
+        plain(self, args, state, control, **options)
+        if state.global_step == step and not done:
+            done.append(step)
+            action(self)
+
+    monkeypatch.setattr(callbacks.StepCallback, "on_step_end", on_step_end)
+
+
+def _assert_same_curve(left: Path, right: Path, tolerance: float = 1e-5) -> None:
+    pairs = list(zip(read_metrics(left), read_metrics(right), strict=True))
+    assert len(pairs) == 6
+    for one, other in pairs:
+        assert one["sample_checksum"] == other["sample_checksum"]
+        assert one["competition_layers"] == other["competition_layers"]
+        for key in ("loss", "lm_loss", "grad_norm", "language/aux_loss", "vision/aux_loss", "projector/aux_loss"):
+            assert one[key] == pytest.approx(other[key], rel=tolerance, abs=1e-9), (one["step"], key)
+
+
+def test_stages_one_after_the_other(data: Path, tmp_path: Path) -> None:
+    training = {"max_steps": 3, "logging_steps": 1}
+    dense = _run(stage_config("pretrain_align", data, tmp_path / "dense", training=training, deepspeed=None))
+    moe = parse_config(TrainConfig, stage_config("sft", data, tmp_path, moe=tiny_moe()), "x").moe
+    assert moe
+    upcycle(dense, tmp_path / "moe", moe, 0)
+    parent = {"checkpoint": str(tmp_path / "moe")}
+    tuned = _run(stage_config("sft", data, tmp_path / "sft", model=parent, training=training, deepspeed=None))
+
+    model, _ = load_checkpoint(tuned)
+    assert model.config.stage == "sft"
+    assert model.config.parents[-1] == "upcycle"
+    record = read_metrics(tuned)[-1]
+    assert record["step"] == 3
+    for key in ("loss", "lm_loss", "language/aux_loss", "learning_rate", "grad_norm", "tokens_per_second"):
+        assert isinstance(record[key], float)
+    assert len(record["expert_load/language.0"]) == 4
+    assert sum(record["expert_load/language.0"]) == pytest.approx(1.0)
+    assert record["dropped/language.0"] == 0
+    end = json.loads((tuned / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (end["event"], end["steps"]) == ("end", 3)
+    assert end["competition_steps"] >= 1
+    manifest = json.loads((tuned / "run" / "manifest.json").read_text())
+    assert manifest["identity"]["stage"] == "sft"
+    assert [row["part"] for row in manifest["trainable"]] == ["vision", "projector", "language"]
+
+    # A finished stage is left as it is.
+    before = (tuned / "model.safetensors").stat().st_mtime_ns
+    _run(stage_config("sft", data, tmp_path / "sft", model=parent, training=training, deepspeed=None))
+    assert (tuned / "model.safetensors").stat().st_mtime_ns == before
+
+    with pytest.raises(UserError, match=r"dense: a dense checkpoint, but sft trains a MoE; run upcycle first"):
+        _run(stage_config("sft", data, tmp_path / "no", model={"checkpoint": str(dense)}, deepspeed=None))
+    with pytest.raises(UserError, match=r"moe: has MoE blocks, but pft trains a dense model"):
+        _run(stage_config("pft", data, tmp_path / "no2", model=parent, deepspeed=None))
+    with pytest.raises(UserError, match=r"holds a finished 'sft', found stage 'pft'"):
+        _run(stage_config("pft", data, tuned, model={"checkpoint": str(dense)}, deepspeed=None))
+
+
+def test_loss_does_not_depend_on_micro_batches_or_checkpointing(data: Path, tmp_path: Path) -> None:
+    straight = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    one = _run(stage_config("sft", data, tmp_path / "8x1", training=straight, **FRESH))
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    _assert_same_curve(one, _run(stage_config("sft", data, tmp_path / "1x8", training=split, **FRESH)))
+    recomputed = {**straight, "activation_checkpointing": True}
+    _assert_same_curve(one, _run(stage_config("sft", data, tmp_path / "recomputed", training=recomputed, **FRESH)))
+
+
+def test_resume_equals_straight(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_steps": 3}
+    straight = _run(stage_config("sft", data, tmp_path / "straight", training=training, **FRESH))
+    broken = stage_config("sft", data, tmp_path / "broken", training=training, **FRESH)
+    _at_step(monkeypatch, 5, _fail)
+    with pytest.raises(KeyboardInterrupt):
+        _run(broken)
+    assert [path.name for path in checkpoints.list_complete(tmp_path / "broken")] == ["checkpoint-3"]
+    (tmp_path / "broken" / "checkpoint-4").mkdir()
+    with pytest.raises(UserError, match=r"the run has changed: seed was 0, is 1"):
+        _run({**broken, "seed": 1})
+    with pytest.raises(UserError, match=r"per_device_train_batch_size was 4, is 2"):
+        _run({**broken, "training": {**broken["training"], "per_device_train_batch_size": 2}})
+    _assert_same_curve(straight, _run(broken), tolerance=1e-6)
+    assert load_file(straight / "model.safetensors").keys() == load_file(tmp_path / "broken/model.safetensors").keys()
+
+
+def _fail(callback: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = _run(stage_config("sft", data, tmp_path / "straight", **FRESH))
+    config = stage_config("sft", data, tmp_path / "stopped", **FRESH)
+    _at_step(monkeypatch, 2, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    stopped = _run(config)
+    assert checkpoints.read_finished(stopped) is None
+    assert [path.name for path in checkpoints.list_complete(stopped)] == ["checkpoint-3"]
+    _assert_same_curve(straight, _run(config), tolerance=1e-6)
+
+
+def test_non_finite_steps_are_skipped_then_stop_the_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = trainer.StageTrainer.compute_loss
+
+    def compute_loss(self: Any, model: Any, inputs: dict[str, Any], *rest: Any, **options: Any) -> Any:
+        if self.state.global_step >= 2 and "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"] * float("nan")
+        return plain(self, model, inputs, *rest, **options)
+
+    monkeypatch.setattr(trainer.StageTrainer, "compute_loss", compute_loss)
+    training = {"max_steps": 12, "save_steps": 2, "per_device_train_batch_size": 8}
+    with pytest.raises(UserError, match=r"not finite: .*(vision|projector|lm_loss).*stopped after 2 such steps"):
+        _run(stage_config("sft", data, tmp_path / "nan", training=training, guards={"max_bad_steps": 1}, **FRESH))
+    good = checkpoints.list_complete(tmp_path / "nan")[0]
+    assert all(tensor.isfinite().all() for tensor in load_file(good / "model.safetensors").values())
+    assert "NaN" not in (tmp_path / "nan" / "run" / "metrics.jsonl").read_text()
+
+
+def test_exactly_the_trainable_tensors_change(data: Path, tmp_path: Path) -> None:
+    start = _run(stage_config("pretrain_align", data, tmp_path / "start", training={"max_steps": 1}, deepspeed=None))
+    tuned = _run(
+        stage_config(
+            "pft",
+            data,
+            tmp_path / "tuned",
+            model={"checkpoint": str(start)},
+            trainable={"projector": {"mode": "full", "learning_rate": 0.01}},
+            training={"max_steps": 1},
+            deepspeed=None,
+        )
+    )
+    before, after = load_file(start / "model.safetensors"), load_file(tuned / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.startswith("projector.")}
+
+
+def test_lora_stage_writes_a_plain_merged_checkpoint(data: Path, tmp_path: Path) -> None:
+    training = {"max_steps": 2}
+    start = _run(stage_config("pretrain_align", data, tmp_path / "start", training=training, deepspeed=None))
+    trainable = {"projector": "full", "language": {"mode": "lora", "lora_rank": 2}}
+    model = {"checkpoint": str(start)}
+    tuned = _run(
+        stage_config(
+            "pft", data, tmp_path / "lora", model=model, trainable=trainable, training=training, deepspeed=None
+        )
+    )
+    before, after = load_file(start / "model.safetensors"), load_file(tuned / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"projector", "language_model"}
+    assert (tuned / "adapter" / "adapter_config.json").is_file()
+    assert load_checkpoint(tuned)[0].config.stage == "pft"
+
+
+def test_held_out_loss_and_answers(data: Path, tmp_path: Path) -> None:
+    content = stage_config(
+        "sft",
+        data,
+        tmp_path / "out",
+        training={"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 3},
+        sample_steps=2,
+        **FRESH,
+    )
+    with pytest.raises(UserError, match=r"sample_steps: needs held-out rows; set data\.validation_fraction"):
+        _run(content)
+    content["data"]["validation_fraction"] = 0.3
+    out = _run(content)
+    lines = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert len(losses) == 2
+    assert all(0 < loss < 10 for loss in losses)
+    answers = [json.loads(line) for line in (out / "run" / "answers.jsonl").read_text().splitlines()]
+    assert {"step", "id", "prompt", "expected", "generated"} == set(answers[0])
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = trainer.StageTrainer._save_rng_state
+
+    def no_room(self: Any, directory: str) -> None:
+        if self.state.global_step == 4:
+            monkeypatch.setattr(trainer, "FULL_DISK_BYTES", 2**62)
+            raise OSError(28, "No space left on device")
+        real(self, directory)
+
+    monkeypatch.setattr(trainer.StageTrainer, "_save_rng_state", no_room)
+    config = stage_config("sft", data, tmp_path / "out", training={"save_steps": 2}, **FRESH)
+    with pytest.raises(UserError, match=r"the disk is full .* checkpoint-4 was not written"):
+        _run(config)
+    monkeypatch.setattr(trainer.StageTrainer, "_save_rng_state", real)
+    assert [path.name for path in checkpoints.list_complete(tmp_path / "out")] == ["checkpoint-2"]
+    out = _run(config)
+    assert checkpoints.read_finished(out) is not None
+    assert not (out / checkpoints.STAGING).exists()

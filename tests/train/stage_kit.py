@@ -137,4 +137,5 @@ def stage_environment(processes: int) -> dict[str, str]:
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     """The training lines of `run/metrics.jsonl`."""
     lines = (output_dir / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [record for record in map(json.loads, lines) if "loss" in record]
+    # A run that is still writing may have left half a line.
+    return [record for record in map(json.loads, (line for line in lines if line.endswith("}"))) if "loss" in record]

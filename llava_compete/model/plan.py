@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from llava_compete.config import apply_overrides, parse_config, read_yaml
+from llava_compete.data.text_config import TextSection
 from llava_compete.errors import UserError
 from llava_compete.model.build import build_config, text_config_of
 from llava_compete.model.checkpoint import read_config
@@ -238,7 +239,7 @@ def read_recipe(path: Path, overrides: list[str]) -> Recipe:
         config = _upcycled(config, stage.moe)
     training = stage.training
     bf16 = training.get("bf16") or training.get("fp16") or stage.model.dtype != "float32"
-    length = getattr(stage.data, "max_length", None) or getattr(stage.data, "sequence_length", None) or 2048
+    length = stage.data.context if isinstance(stage.data, TextSection) else stage.data.max_length
     limit = getattr(config.text_config, "max_position_embeddings", length)
     return Recipe(
         config=config,

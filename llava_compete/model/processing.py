@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import ProcessorMixin
 from transformers.image_processing_base import BatchFeature
+from transformers.utils import PROCESSOR_NAME
 
 from llava_compete.errors import UserError
 
@@ -37,6 +39,23 @@ class LlavaCompeteProcessor(ProcessorMixin):
         if argument_name == "image_processor" and argument is None:
             return None
         return super().check_argument_for_proper_class(argument_name, argument)
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, which asks every part for its class; a text-only model has but a tokenizer to save."""
+        if self.image_processor is not None:
+            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        self.tokenizer.save_pretrained(save_directory)
+        file = Path(save_directory) / PROCESSOR_NAME
+        self.to_json_file(file)
+        return [str(file)]
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: Any, processor_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        if processor_dict is not None and processor_dict.get("image_processor") is None:
+            return [None, cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)]
+        return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
         """Model inputs; the counts of images and placeholders must agree. An empty list of images means none."""

@@ -25,7 +25,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -73,19 +73,19 @@ def build_demo(out_dir: str | Path, force: bool = False) -> DemoSummary:
     digit_rows, digit_test = _digits(partial / "images")
     scene_rows, captions, seen = _train_scenes(partial / "images")
     digit_captions = [
-        {**row, "conversations": _turns([(DIGIT_CAPTION_PROMPT, f"digit {row['answer']}")])} for row in digit_rows
+        {**row, "conversations": llava_turns([(DIGIT_CAPTION_PROMPT, f"digit {row['answer']}")])} for row in digit_rows
     ]
     pretrain = [*captions, *digit_captions]
     instruct = [
         *scene_rows,
-        *({**row, "conversations": _turns([(DIGIT_QUESTION, row["answer"])])} for row in digit_rows),
+        *({**row, "conversations": llava_turns([(DIGIT_QUESTION, row["answer"])])} for row in digit_rows),
         *_text_only(),
     ]
     for rows in (pretrain, instruct):
         random.Random(TRAIN_SEED).shuffle(rows)
     tests = {"demo_digits": ("digits_test", digit_test), "demo_scenes": ("scenes_test", _test_scenes(seen))}
-    counts = {"pretrain": _write_json(pretrain, partial / "pretrain.json")}
-    counts["instruct"] = _write_json(instruct, partial / "instruct.json")
+    counts = {"pretrain": write_llava_json(pretrain, partial / "pretrain.json")}
+    counts["instruct"] = write_llava_json(instruct, partial / "instruct.json")
     meta = {"generator": GENERATOR, "rows": counts, "tasks": {}}
     for task, (name, rows) in tests.items():
         meta["tasks"][task] = write_test_table(rows, partial / "eval" / f"{name}.parquet")
@@ -131,7 +131,8 @@ def png_bytes(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _turns(pairs: Sequence[tuple[str, str]], with_image: bool = True) -> list[dict[str, str]]:
+def llava_turns(pairs: Sequence[tuple[str, str]], with_image: bool = True) -> list[dict[str, str]]:
+    """(question, answer) pairs as LLaVA's turns, the image before the first question."""
     turns = []
     for index, (question, answer) in enumerate(pairs):
         placeholder = "<image>\n" if with_image and index == 0 else ""
@@ -140,25 +141,48 @@ def _turns(pairs: Sequence[tuple[str, str]], with_image: bool = True) -> list[di
     return turns
 
 
-def _digits(image_root: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Write the training scans as PNG; return their rows (with `answer`, no turns yet) and the test rows."""
+def digit_scans() -> tuple[dict[int, list[np.ndarray]], dict[int, list[np.ndarray]]]:
+    """The training and the test scans (8×8, 0 to 16) of each digit, by the fixed split."""
+    train: dict[int, list[np.ndarray]] = defaultdict(list)
+    test: dict[int, list[np.ndarray]] = defaultdict(list)
+    for scan in _split_digits():
+        (test if scan.is_test else train)[scan.digit].append(scan.pixels)
+    return train, test
+
+
+class _Scan(NamedTuple):
+    number: int  # in scikit-learn's order
+    pixels: np.ndarray
+    digit: int
+    is_test: bool
+
+
+def _split_digits() -> list[_Scan]:
     from sklearn.datasets import load_digits
 
-    (image_root / "digits").mkdir(parents=True)
     digits = load_digits()
     order = np.random.default_rng(DIGIT_SEED).permutation(len(digits.target))
+    return [
+        _Scan(int(index), digits.images[index], int(digits.target[index]), is_test=rank < NUM_TEST)
+        for rank, index in enumerate(order)
+    ]
+
+
+def _digits(image_root: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Write the training scans as PNG; return their rows (with `answer`, no turns yet) and the test rows."""
+    (image_root / "digits").mkdir(parents=True)
+    size = (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE)
     train, test = [], []
-    for rank, index in enumerate(order):
-        gray = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)
-        size = (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE)
+    for scan in _split_digits():
+        gray = np.round(scan.pixels * (255 / 16)).astype(np.uint8)
         content = png_bytes(Image.fromarray(gray).resize(size, Image.Resampling.BILINEAR).convert("RGB"))
-        row_id, answer = f"digit-{index:04d}", str(digits.target[index])
-        if rank < NUM_TEST:
-            test.append({"image": content, "question": DIGIT_QUESTION, "answer": answer, "type": "digit", "id": row_id})
+        row = {"id": f"digit-{scan.number:04d}", "answer": str(scan.digit)}
+        if scan.is_test:
+            test.append({**row, "image": content, "question": DIGIT_QUESTION, "type": "digit"})
             continue
-        name = f"digits/{index:04d}.png"
+        name = f"digits/{scan.number:04d}.png"
         (image_root / name).write_bytes(content)
-        train.append({"id": row_id, "image": name, "answer": answer})
+        train.append({**row, "image": name})
     return train, test
 
 
@@ -175,10 +199,10 @@ def _train_scenes(image_root: Path) -> tuple[list[dict[str, Any]], list[dict[str
         row = {"id": f"scene-{index:05d}", "image": name}
         if index < NUM_CAPTION_SCENES:
             prompt = CAPTION_PROMPTS[index % len(CAPTION_PROMPTS)]
-            captions.append({**row, "conversations": _turns([(prompt, scenes.caption(scene))])})
+            captions.append({**row, "conversations": llava_turns([(prompt, scenes.caption(scene))])})
             continue
         questions = scenes.sample_conversation(rng, scene, max_turns=rng.choice((1, 4, 5, 6)))
-        instruct.append({**row, "conversations": _turns([(q.text, q.answer) for q in questions])})
+        instruct.append({**row, "conversations": llava_turns([(q.text, q.answer) for q in questions])})
     return instruct, captions, seen
 
 
@@ -220,11 +244,12 @@ def _text_only() -> list[dict[str, Any]]:
             else:
                 a, b = rng.randint(0, 5), rng.randint(0, 4)
                 pairs.append((f"How much is {a} plus {b}?", str(a + b)))
-        rows.append({"id": f"text-{index:04d}", "conversations": _turns(pairs, with_image=False)})
+        rows.append({"id": f"text-{index:04d}", "conversations": llava_turns(pairs, with_image=False)})
     return rows
 
 
-def _write_json(rows: Sequence[dict[str, Any]], path: Path) -> int:
+def write_llava_json(rows: Sequence[dict[str, Any]], path: Path) -> int:
+    """Write id, image and conversations of each row, one row a line; return how many."""
     keys = ("id", "image", "conversations")
     clean = [{key: row[key] for key in keys if key in row} for row in rows]
     path.write_text("[\n" + ",\n".join(json.dumps(row) for row in clean) + "\n]\n")

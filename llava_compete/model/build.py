@@ -43,7 +43,8 @@ def build_model(
     torch.manual_seed(seed)
     dtype = getattr(torch, section.dtype)
     if section.checkpoint is not None:
-        model, processor = load_checkpoint(section.checkpoint, dtype=dtype, attn_implementation=section.attention)
+        attention = {} if section.attention is None else {"attn_implementation": section.attention}
+        model, processor = load_checkpoint(section.checkpoint, dtype=dtype, **attention)
         if section.chat_template is not None:
             _refuse_growth(set_chat_template(processor.tokenizer, section.chat_template), section)
             processor.chat_template = processor.tokenizer.chat_template
@@ -107,7 +108,6 @@ def build_config(
         text_config.pad_token_id = tokenizer.pad_token_id
         text_config.eos_token_id = tokenizer.eos_token_id
         text_config.bos_token_id = tokenizer.bos_token_id
-    text_config._attn_implementation = section.attention
     config = LlavaCompeteConfig(
         vision_config=None if tower is None else tower.model_dump(mode="json"),
         projector_config=None if tower is None else section.projector.model_dump(mode="json"),
@@ -116,7 +116,8 @@ def build_config(
         image_token_id=None if tokenizer is None else add_image_token(tokenizer),
         tie_word_embeddings=bool(text_config.tie_word_embeddings),
     )
-    config._attn_implementation = section.attention
+    if section.attention is not None:
+        config._attn_implementation = section.attention
     return config
 
 

@@ -91,7 +91,8 @@ class ModelSection(StrictConfig):
     chat_template: str | None = None
     """A template of `data/templates`; default: the tokenizer's, or the language model family's."""
     dtype: DtypeName = "float32"
-    attention: str = "sdpa"
+    attention: str | None = None
+    """eager, sdpa, flash_attention_2, ...; default: transformers' choice, sdpa wherever the family has it."""
     trust_remote_code: bool = False
 
     @model_validator(mode="after")

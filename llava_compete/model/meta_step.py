@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llava_compete.model.language import decoder_layers
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.moe.block import SparseMoeBlock
+from llava_compete.moe.experts import PackedExperts
 
 
 @dataclass(frozen=True)
@@ -152,24 +153,36 @@ def _stand_ins(competing: frozenset[str]) -> Iterator[None]:
 
 
 def _moe_products(block: SparseMoeBlock, hidden_states: Tensor, competes: bool) -> Tensor:
-    """The products of a router step (K experts a token) or of a competition (all E), with any routing."""
+    """The products of a router step (K experts a token) or of a competition (all E), and what they keep."""
     x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
     experts = block.experts
-    count = experts.num_experts if competes else experts.num_winners
-    logits = x_TD.float() @ x_TD.new_empty(x_TD.shape[1], experts.num_experts, dtype=torch.float32)
-    weights_TK = logits.softmax(-1)[:, : experts.num_winners].to(x_TD.dtype)
-    # A competition reads x in place; a router step gathers a copy of it for each chosen expert.
-    x_PD = x_TD.repeat(count, 1) if not competes else x_TD.expand(count, *x_TD.shape).reshape(-1, x_TD.shape[1])
-    up = F.linear(x_PD, experts.up[0], getattr(experts, f"{experts.up_name}_bias", [None])[0])
-    if experts.has_gate:
-        gate, up = up.chunk(2, dim=-1)
-        hidden = experts.act_fn(gate) * up
-    else:
-        hidden = experts.act_fn(up)
-    y_PO = F.linear(hidden, experts.down_proj[0], getattr(experts, "down_proj_bias", [None])[0])
-    y_KTO = y_PO.unflatten(0, (count, -1))[: experts.num_winners]
-    output = (y_KTO * weights_TK.T.unsqueeze(-1)).sum(0)
-    return output.reshape(*hidden_states.shape[:-1], output.shape[-1])
+    output_TO = _competition(experts, x_TD) if competes else _chosen_experts(experts, x_TD)
+    return output_TO.reshape(*hidden_states.shape[:-1], output_TO.shape[-1])
+
+
+def _chosen_experts(experts: PackedExperts, x_TD: Tensor) -> Tensor:
+    logits_TE = x_TD.float() @ x_TD.new_empty(x_TD.shape[1], experts.num_experts, dtype=torch.float32)
+    weights_TK = logits_TE.softmax(-1)[:, : experts.num_winners].to(x_TD.dtype)
+    x_PD = x_TD.repeat(experts.num_winners, 1)  # gathered for each chosen expert
+    hidden_PI = _activate(experts, F.linear(x_PD, experts.up[0]))
+    y_KTO = F.linear(hidden_PI, experts.down_proj[0]).unflatten(0, (experts.num_winners, -1))
+    return (y_KTO * weights_TK.T.unsqueeze(-1)).sum(0)
+
+
+def _competition(experts: PackedExperts, x_TD: Tensor) -> Tensor:
+    up_TEM = F.linear(x_TD, experts.up.flatten(0, 1)).unflatten(-1, (experts.num_experts, -1))
+    hidden_ETI = _activate(experts, up_TEM).transpose(0, 1)
+    y_ETO = torch.bmm(hidden_ETI, experts.down_proj.transpose(1, 2))
+    affinity_ET = F.softplus(y_ETO).mean(-1)
+    won_KTO = y_ETO[: experts.num_winners].clone()
+    return (won_KTO * affinity_ET[: experts.num_winners].unsqueeze(-1)).sum(0)
+
+
+def _activate(experts: PackedExperts, up: Tensor) -> Tensor:
+    if not experts.has_gate:
+        return experts.act_fn(up)
+    gate, value = up.chunk(2, dim=-1)
+    return experts.act_fn(gate) * value
 
 
 class _FlashAttention(torch.autograd.Function):

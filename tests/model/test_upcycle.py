@@ -25,6 +25,7 @@ from llava_compete.moe.upcycle import upcycle
 SMALL = {key: value for key, value in LANGUAGE.items() if key not in ("model_type", "tie_word_embeddings")}
 # Per family a tiny config that its real models' options differ by.
 FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
+    "arcee": {"mlp_bias": True},
     "llama": {"mlp_bias": True, "tie_word_embeddings": True},
     "mistral": {"sliding_window": 16},
     "qwen2": {"tie_word_embeddings": True},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import math
 import os
 import shutil
 import socket
@@ -88,20 +89,36 @@ def list_complete(output_dir: Path) -> list[Path]:
     return found
 
 
-def check_identity(checkpoint: Path, identity: dict[str, Any], *, allow_changed: bool) -> None:
-    """Refuse to resume when data, seed or batch geometry changed, naming the keys."""
+# The same global batch may be shared out to ranks and micro-batches anew.
+SPLIT = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def check_identity(checkpoint: Path, identity: dict[str, Any], *, allow_changed: bool) -> bool:
+    """Refuse to resume when data, seed or batch geometry changed, naming the keys.
+
+    Returns:
+        whether the number of ranks is another one (with the same global batch).
+    """
     saved = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+    same_batch = _global_batch(saved) == _global_batch(identity)
+    ignored = SPLIT if same_batch and saved["world_size"] != identity["world_size"] else ()
     changed = [
-        f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in identity.items() if saved.get(key) != value
+        f"{key} was {saved.get(key)!r}, is {value!r}"
+        for key, value in identity.items()
+        if saved.get(key) != value and key not in ignored
     ]
-    if not changed:
-        return
-    if not allow_changed:
+    if changed and not allow_changed:
         raise UserError(
             f"{checkpoint}: cannot go on, the run has changed: {'; '.join(changed)}. "
             "Restore it, pass --allow-changed, or choose another output_dir"
         )
-    logger.warning("%s: going on although %s", checkpoint, "; ".join(changed))
+    if changed:
+        logger.warning("%s: going on although %s", checkpoint, "; ".join(changed))
+    return bool(saved["world_size"] != identity["world_size"])
+
+
+def _global_batch(identity: dict[str, Any]) -> int:
+    return math.prod(identity[key] for key in SPLIT)
 
 
 def rotate(output_dir: Path, limit: int | None) -> None:

@@ -23,7 +23,7 @@ from llava_compete.console import setup_console
 from llava_compete.errors import UserError
 from llava_compete.manifest import write_manifest
 from llava_compete.moe.config import MoeConfig
-from llava_compete.train import checkpoints, trainable
+from llava_compete.train import checkpoints, trainable, universal
 from llava_compete.train.adapters import with_adapters
 from llava_compete.train.arguments import build_arguments
 from llava_compete.train.callbacks import CompetitionCallback, StepCallback, StopOnSignal
@@ -108,7 +108,7 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> None:
     for callback in (competition, steps, watch, answers):
         trainer.add_callback(callback)
     with all_or_none(rank, "checkpoint"):
-        checkpoint = _checkpoint_to_resume(config, rank, trainer.identity, allow_changed)
+        checkpoint = _checkpoint_to_resume(config, rank, trainer.identity, sharding, allow_changed)
         if rank.is_main:
             rows = _trainable_rows(config, trainer)
             check_space(config.output_dir, sum(r.parameters for r in rows), sum(r.trainable_parameters for r in rows))
@@ -166,14 +166,18 @@ def _build_trainer(
 
 
 def _checkpoint_to_resume(
-    config: TrainConfig, rank: Rank, identity: dict[str, Any], allow_changed: bool
+    config: TrainConfig, rank: Rank, identity: dict[str, Any], sharding: Any, allow_changed: bool
 ) -> Path | None:
     if rank.is_main:
         checkpoints.clear_staging(config.output_dir)
     complete = checkpoints.list_complete(config.output_dir)
     if not complete:
         return None
-    checkpoints.check_identity(complete[-1], identity, allow_changed=allow_changed)
+    resharded = checkpoints.check_identity(complete[-1], identity, allow_changed=allow_changed)
+    if resharded and sharding is not None:
+        if rank.is_main:
+            universal.convert(complete[-1])
+        universal.load_universal(sharding)
     logger.info("%s: going on from %s", config.stage, complete[-1].name)
     return complete[-1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -45,6 +46,10 @@ def _run(content: dict[str, Any], **options: Any) -> Path:
     finally:
         # As in a new process: a group left over from the last run has gone.
         AcceleratorState._reset_state(reset_partial_state=True)
+        for handler in list(logging.getLogger().handlers):
+            if isinstance(handler, logging.FileHandler) and handler.baseFilename.endswith("console.log"):
+                logging.getLogger().removeHandler(handler)
+                handler.close()
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
     return config.output_dir

@@ -128,13 +128,28 @@ def test_a_checkpoint_counts_only_when_published(tmp_path: Path) -> None:
     staged.mkdir(parents=True)
     (staged / "weights").write_text("w", encoding="utf-8")
     assert checkpoints.list_complete(tmp_path) == []
-    checkpoints.publish(tmp_path, "checkpoint-3", {"seed": 1})
+    split = {"world_size": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    checkpoints.publish(tmp_path, "checkpoint-3", {"seed": 1, **split})
     (tmp_path / "checkpoint-9").mkdir()
     assert checkpoints.list_complete(tmp_path) == [tmp_path / "checkpoint-3"]
-    checkpoints.check_identity(tmp_path / "checkpoint-3", {"seed": 1}, allow_changed=False)
+    checkpoints.check_identity(tmp_path / "checkpoint-3", {"seed": 1, **split}, allow_changed=False)
     with pytest.raises(UserError, match="seed was 1, is 2"):
-        checkpoints.check_identity(tmp_path / "checkpoint-3", {"seed": 2}, allow_changed=False)
-    checkpoints.check_identity(tmp_path / "checkpoint-3", {"seed": 2}, allow_changed=True)
+        checkpoints.check_identity(tmp_path / "checkpoint-3", {"seed": 2, **split}, allow_changed=False)
+    checkpoints.check_identity(tmp_path / "checkpoint-3", {"seed": 2, **split}, allow_changed=True)
+
+
+def test_the_same_global_batch_may_be_split_over_another_number_of_ranks(tmp_path: Path) -> None:
+    def identity(world: int, micro: int, accumulation: int) -> dict[str, int]:
+        return dict(zip(checkpoints.SPLIT, (world, micro, accumulation), strict=True))
+
+    (tmp_path / checkpoints.STAGING / "checkpoint-1").mkdir(parents=True)
+    checkpoints.publish(tmp_path, "checkpoint-1", identity(2, 4, 1))
+    resharded = checkpoints.check_identity(tmp_path / "checkpoint-1", identity(1, 4, 2), allow_changed=False)
+    assert resharded
+    with pytest.raises(UserError, match="world_size was 2, is 1"):
+        checkpoints.check_identity(tmp_path / "checkpoint-1", identity(1, 4, 1), allow_changed=False)
+    with pytest.raises(UserError, match="per_device_train_batch_size was 4, is 2"):
+        checkpoints.check_identity(tmp_path / "checkpoint-1", identity(2, 2, 2), allow_changed=False)
 
 
 def test_second_run_on_one_directory_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+"""Going on with another number of GPUs: DeepSpeed's universal checkpoint, made when it is needed.
+
+ZeRO checkpoints hold one shard a rank. Rank 0 merges them into one file a tensor beside the shards, and DeepSpeed cuts
+those anew. Model directory and trainer state stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+from deepspeed.checkpoint import ds_to_universal
+
+from llava_compete.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+LATEST = "latest_universal"
+
+
+def convert(checkpoint: Path) -> None:
+    """Write `global_step<n>_universal` into `checkpoint`, unless it is there; rank 0 only."""
+    if (checkpoint / LATEST).is_file():
+        return
+    tag = (checkpoint / "latest").read_text(encoding="utf-8").strip()
+    logger.info("%s: merging the shards for another number of ranks", checkpoint.name)
+    options = argparse.Namespace(
+        input_folder=str(checkpoint / tag),
+        output_folder=str(checkpoint / f"{tag}_universal"),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            ds_to_universal.main(options)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"{checkpoint}: its shards cannot be merged: {' '.join(str(error).split())}") from error
+
+
+def load_universal(sharding: Any) -> None:
+    """Make DeepSpeed read the merged files; `sharding` is the Trainer's DeepSpeed config."""
+    sharding.config.setdefault("checkpoint", {})["load_universal"] = True

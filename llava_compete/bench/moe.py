@@ -1,0 +1,245 @@
+"""Time and peak memory of an MoE block's forward and backward beside floors measured in the same run.
+
+The floors are K and E dense MLPs on the same tokens: what the arithmetic alone costs. All cases of a shape take turns
+within each round, so that a busy machine slows them alike. Peak memory is what tensors hold (parameters, gradients and
+activations of the block): the caching allocator's on CUDA, a count over every operator's outputs on CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llava_compete.moe.block import SparseMoeBlock
+from llava_compete.moe.config import ROUTERS, MoeLayerConfig
+from llava_compete.moe.state import RoutingState, TokenGroups
+
+NAME = "language.0"
+COMPETITION, RECOMPUTED = "competition_step", "competition_step_recompute"
+CASES = ("dense_k", "dense_e", *ROUTERS, COMPETITION, RECOMPUTED)
+RECOMPUTED_CHUNKS = 8
+
+
+class Shape(NamedTuple):
+    """Sizes of a block; letters as in the papers."""
+
+    D: int
+    I: int  # noqa: E741 (the papers' letter)
+    E: int
+    K: int
+    gated: bool = False
+
+    def __str__(self) -> str:
+        return f"D {self.D}, I {self.I}, E {self.E}, K {self.K}"
+
+
+CPU_SHAPES = (Shape(256, 1024, 4, 2), Shape(512, 128, 64, 8), Shape(768, 3072, 4, 2))
+# The last two: SigLIP so400m/14's MLP and Phi-3.5-mini's.
+GPU_SHAPES = (*CPU_SHAPES, Shape(1152, 4304, 4, 2), Shape(3072, 8192, 4, 2, gated=True))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case of one shape; `ratio` is to dense_e for a competition step and to dense_k otherwise."""
+
+    shape: Shape
+    tokens: int
+    case: str
+    ms: float
+    peak_mb: float
+    ratio: float
+
+    def to_json(self) -> dict[str, Any]:
+        sizes = {name: getattr(self.shape, name) for name in ("D", "I", "E", "K")}
+        numbers = {"ms": self.ms, "peak_mb": self.peak_mb, "ratio": self.ratio}
+        return {"shape": {**sizes, "tokens": self.tokens}, "case": self.case, **numbers}
+
+
+class _DenseMlps(nn.Module):
+    """`count` plain or gated MLPs on the same tokens, summed."""
+
+    def __init__(self, shape: Shape, count: int) -> None:
+        super().__init__()
+        rows = 2 * shape.I if shape.gated else shape.I
+        self.ups = nn.ModuleList(nn.Linear(shape.D, rows, bias=not shape.gated) for _ in range(count))
+        self.downs = nn.ModuleList(nn.Linear(shape.I, shape.D, bias=not shape.gated) for _ in range(count))
+        self.gated = shape.gated
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum((self._expert(up, down, x) for up, down in zip(self.ups, self.downs, strict=True)), torch.zeros(()))
+
+    def _expert(self, up: nn.Module, down: nn.Module, x: Tensor) -> Tensor:
+        hidden = up(x)
+        if not self.gated:
+            return down(nn.functional.gelu(hidden))
+        gate, value = hidden.chunk(2, dim=-1)
+        return down(nn.functional.silu(gate) * value)
+
+
+def measure(
+    shapes: Sequence[Shape],
+    *,
+    tokens: int,
+    rounds: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    cases: Sequence[str] = CASES,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Row]:
+    """Measure every case of every shape; `tokens` per step, times are medians over `rounds`."""
+    rows: list[Row] = []
+    for shape in shapes:
+        steps = {case: _Step(shape, case, tokens, device, dtype) for case in cases}
+        peaks = {case: step.peak_bytes() for case, step in steps.items()}  # also the warm-up
+        times: dict[str, list[float]] = {case: [] for case in cases}
+        for number in range(rounds):
+            progress(f"{shape}: round {number + 1} of {rounds}")
+            for case, step in steps.items():
+                times[case].append(step.seconds())
+        medians = {case: statistics.median(values) for case, values in times.items()}
+        for case in cases:
+            floor = "dense_e" if case in (COMPETITION, RECOMPUTED, "dense_e") else "dense_k"
+            ratio = medians[case] / medians[floor]
+            rows.append(Row(shape, tokens, case, medians[case] * 1e3, peaks[case] / 1e6, ratio))
+    return rows
+
+
+class _Step:
+    """One case, ready to run: forward and backward of output and auxiliary loss."""
+
+    def __init__(self, shape: Shape, case: str, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.module = _build(shape, case, tokens).to(dtype)
+            self.x = torch.randn(1, tokens, shape.D, dtype=dtype, requires_grad=True)
+            self.cotangent = torch.randn(1, tokens, shape.D, dtype=dtype)
+            self.groups = TokenGroups.from_mask(torch.ones(1, tokens))
+        self.device = device
+
+    def run(self) -> None:
+        self.module.zero_grad()
+        self.x.grad = None
+        if not isinstance(self.module, SparseMoeBlock):
+            self.module(self.x).backward(self.cotangent)
+            return
+        state = self.module.state
+        state.begin("language", self.groups)
+        with state.recording():
+            output = self.module(self.x)
+        torch.autograd.backward([output, state.records[NAME].aux_loss], [self.cotangent, None])
+
+    def seconds(self) -> float:
+        self._synchronise()
+        start = time.perf_counter()
+        self.run()
+        self._synchronise()
+        return time.perf_counter() - start
+
+    def peak_bytes(self) -> int:
+        """Of one step that finds no gradients from before; includes parameters and input."""
+        self.module.zero_grad()
+        self.x.grad = None
+        resident = sum(tensor.nbytes for tensor in (*self.module.parameters(), self.x, self.cotangent))
+        if self.device.type == "cuda":
+            before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.run()
+            return resident + torch.cuda.max_memory_allocated(self.device) - before
+        with _LiveBytes() as live:
+            self.run()
+        return resident + live.peak
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _build(shape: Shape, case: str, tokens: int) -> nn.Module:
+    if case.startswith("dense"):
+        return _DenseMlps(shape, shape.K if case == "dense_k" else shape.E)
+    competes = case in (COMPETITION, RECOMPUTED)
+    state = RoutingState()
+    state.competition_enabled, state.competing = competes, frozenset({NAME} if competes else ())
+    config = {"num_experts": shape.E, "num_experts_per_tok": shape.K, "router": "competition" if competes else case}
+    if case == RECOMPUTED:
+        config["competition_chunk_tokens"] = -(-tokens // RECOMPUTED_CHUNKS)
+    return SparseMoeBlock(
+        MoeLayerConfig.model_validate(config),
+        name=NAME,
+        state=state,
+        hidden_size=shape.D,
+        intermediate_size=shape.I,
+        activation="silu" if shape.gated else "gelu",
+        gated=shape.gated,
+        bias=not shape.gated,
+    )
+
+
+class _LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside hold at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in inputs:
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage in self.known:
+            return
+        self.known.add(storage)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, storage.nbytes())
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    """Lines of a table for the console."""
+    yield f"{'shape':<30}{'case':<28}{'ms':>10}{'ratio':>8}{'floor':>10}{'peak MB':>10}"
+    for row in rows:
+        floor = "dense_e" if row.case in (COMPETITION, RECOMPUTED, "dense_e") else "dense_k"
+        yield f"{row.shape!s:<30}{row.case:<28}{row.ms:>10.2f}{row.ratio:>8.2f}{floor:>10}{row.peak_mb:>10.1f}"
+
+
+def write_json(rows: Sequence[Row], path: Path) -> None:
+    path.write_text(json.dumps([row.to_json() for row in rows], indent=1) + "\n", encoding="utf-8")
+
+
+def write_figure(rows: Sequence[Row], path: Path) -> None:
+    """Bars of the ratios, a group for each shape."""
+    import matplotlib.pyplot as plt
+
+    shapes = list(dict.fromkeys(row.shape for row in rows))
+    cases = [case for case in dict.fromkeys(row.case for row in rows) if not case.startswith("dense")]
+    figure, axes = plt.subplots(figsize=(3 + 2.5 * len(shapes), 4), layout="constrained")
+    for number, case in enumerate(cases):
+        heights = [row.ratio for row in rows if row.case == case]
+        places = [index + (number - len(cases) / 2) / (len(cases) + 1) for index in range(len(shapes))]
+        axes.bar(places, heights, 1 / (len(cases) + 1), label=case)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(shapes)), [str(shape) for shape in shapes])
+    axes.set_ylabel("time / floor (E dense for competition, K dense else)")
+    axes.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,146 @@
+"""A slow, obvious mixture of experts, written from design.md with loops over tokens, sequences and experts.
+
+Plain MLP experts, one sequence a row. Shares no code with the package. Used to check it, and to make golden vector
+files of other sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+AFFINITIES = {
+    "softplus": lambda y: torch.log(1 + torch.exp(y)).mean(),
+    "relu": lambda y: torch.where(y > 0, y, 0 * y).mean(),
+    "silu": lambda y: (y / (1 + torch.exp(-y))).mean(),
+    "sigmoid": lambda y: (1 / (1 + torch.exp(-y))).mean(),
+    "l2": lambda y: (y * y).sum().sqrt(),
+}
+
+
+def largest(scores: list[float], count: int) -> list[int]:
+    """Indices of the largest scores, best first, ties to the lowest index."""
+    return sorted(range(len(scores)), key=lambda index: (-scores[index], index))[:count]
+
+
+def softmax(scores: Tensor) -> Tensor:
+    exponentials = torch.exp(scores - scores.max())
+    return exponentials / exponentials.sum()
+
+
+def route(router: str, tensors: dict[str, Tensor], x: Tensor, count: int) -> tuple[Tensor, Tensor, list[int], Tensor]:
+    """(logits, probabilities for the balance, choices, weights of the choices) of one token."""
+    if router in ("xmoe", "perturbed_cosine"):
+        z = tensors["router.inp_reduction.weight"] @ x
+        embeddings = tensors["router.expert_embeddings"]
+        norms = embeddings.norm(dim=1, keepdim=True)
+        if router == "xmoe":
+            logits = (embeddings * (1.5 / norms).detach()) @ (z / z.norm().clamp(min=1e-4))
+        else:
+            logits = (embeddings * (1.5 / (norms + 0.1)).detach()) @ (z / (z.norm() + 0.1))
+        probs = softmax(logits / 0.3)
+        choices = largest(probs.tolist(), count)
+        return logits, probs, choices, softmax(probs[choices])
+    logits = tensors["router.weight"] @ x
+    probs = softmax(logits)
+    scores = 1 / (1 + torch.exp(-logits)) if "sigmoid" in router else probs
+    choices = largest(scores.tolist(), count)
+    return logits, probs, choices, scores[choices] / scores[choices].sum()
+
+
+def expert(tensors: dict[str, Tensor], index: int, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """One expert's output for one token."""
+    hidden = activation(tensors["experts.up_proj"][index] @ x + tensors["experts.up_proj_bias"][index])
+    return tensors["experts.down_proj"][index] @ hidden + tensors["experts.down_proj_bias"][index]
+
+
+def forward(
+    router: str, tensors: dict[str, Tensor], x_BND: Tensor, mask_BN: Tensor, settings: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output [B, N, O] and the loss terms; `settings`: K, activation, competing, affinity, all_choices."""
+    activation, chosen_count = ACT2FN[settings["activation"]], settings["K"]
+    experts = tensors["experts.down_proj"].shape[0]
+    shared = router.startswith("shared")
+    output, per_sequence = [], []
+    for x_ND, mask_N in zip(x_BND, mask_BN, strict=True):
+        rows = []
+        terms: dict[str, list[Tensor]] = {
+            "z": [],
+            "distillation": [],
+            "winner": [],
+            "diversity": [],
+            "P": [],
+            "chosen": [],
+        }
+        for x, counts in zip(x_ND, mask_N, strict=True):
+            y = [expert(tensors, e, x, activation) for e in range(experts)]
+            logits, probs, choices, weights = route(router, tensors, x, chosen_count - shared)
+            counted, balance_probs = choices, probs
+            if settings["competing"]:
+                s = torch.stack([AFFINITIES[settings["affinity"]](y_e) for y_e in y])
+                choices = counted = largest(s.tolist(), chosen_count)
+                weights = s[choices] / s[choices].sum()
+                balance_probs = softmax(s)
+            row = sum(weight * y[choice] for weight, choice in zip(weights, choices, strict=True))
+            rows.append(0.5 * row + 0.5 * y[-1] if shared else row)
+            if not counts:
+                continue
+            terms["P"].append(balance_probs)
+            chosen = torch.zeros_like(balance_probs)
+            for choice in counted if settings["all_choices"] else counted[:1]:
+                chosen[choice] += 1 / (len(counted) if settings["all_choices"] else 1)
+            terms["chosen"].append(chosen)
+            terms["z"].append(torch.logsumexp(logits, 0) ** 2)
+            if settings["competing"]:
+                gap = (probs - balance_probs.detach()) ** 2
+                terms["distillation"].append(gap.mean())
+                terms["winner"].append(gap[choices].mean())
+                cells = [
+                    y[i] @ y[j] / (y[i].norm() * y[j].norm()) if i != j else torch.zeros((), dtype=x.dtype)
+                    for i in choices
+                    for j in choices
+                ]
+                terms["diversity"].append(torch.stack(cells).mean())
+        output.append(torch.stack(rows))
+        if terms["P"]:
+            means = {name: torch.stack(values).mean(0) for name, values in terms.items() if values}
+            means["balance"] = len(means["P"]) ** 2 * (means["P"] * means["chosen"]).mean()
+            per_sequence.append(means)
+    names = {"balance_loss": "balance"}
+    if settings["competing"]:
+        names |= {
+            "distillation_loss": "distillation",
+            "winner_distillation_loss": "winner",
+            "diversity_loss": "diversity",
+        }
+    else:
+        names["router_z_loss"] = "z"
+    losses = {ours: sum(means[theirs] for means in per_sequence) / len(per_sequence) for ours, theirs in names.items()}
+    return torch.stack(output), losses
+
+
+def random_tensors(router: str, sizes: dict[str, int], seed: int) -> dict[str, Tensor]:
+    """Float32 weights, input and probe of a golden vector file."""
+    generator = torch.Generator().manual_seed(seed)
+    B, N, D, I, O, E = (sizes[name] for name in "BNDIOE")
+    shapes = {
+        "x": (B, N, D),
+        "probe": (B, N, O),
+        "experts.up_proj": (E, I, D),
+        "experts.up_proj_bias": (E, I),
+        "experts.down_proj": (E, O, I),
+        "experts.down_proj_bias": (E, O),
+    }
+    if router in ("xmoe", "perturbed_cosine"):
+        shapes |= {"router.inp_reduction.weight": (E // 2, D), "router.expert_embeddings": (E, E // 2)}
+    else:
+        shapes["router.weight"] = (E - router.startswith("shared"), D)
+    return {
+        name: torch.randn(shape, generator=generator) / math.sqrt(shape[-1] if "proj" in name else 1)
+        for name, shape in shapes.items()
+    }

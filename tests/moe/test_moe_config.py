@@ -1,0 +1,70 @@
+"""Bad MoE settings are refused when the config is read, naming the key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llava_compete.config import parse_config
+from llava_compete.errors import UserError
+from llava_compete.moe.config import ROUTERS, MoeConfig, MoeLayerConfig
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ({"num_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok: found 3"),
+        ({"num_experts": 0}, "num_experts: found 0"),
+        ({"num_experts": 5, "router": "xmoe"}, "num_experts: found 5, expected an even number"),
+        ({"num_experts": 5, "router": "perturbed_cosine"}, "num_experts: found 5"),
+        ({"num_experts_per_tok": 1, "router": "shared_softmax"}, "num_experts_per_tok: found 1, expected at least 2"),
+        ({"router": "softmx"}, "router: found 'softmx'"),
+        ({"router": "softmax", "diversity_coef": 0.1}, "diversity_coef: router 'softmax' has no such term"),
+        ({"router": "sigmoid", "affinity": "relu"}, "affinity: router 'sigmoid' has no such term"),
+        ({"router": "sigmoid", "competition_chunk_tokens": 5}, "competition_chunk_tokens: router 'sigmoid'"),
+        ({"balance_coef": -1.0}, "balance_coef: expected a finite coefficient"),
+        ({"affinity": "tanh"}, "affinity: found 'tanh'"),
+        ({"layers": [1, 1]}, "layers"),
+        ({"layers": {"every": 0}}, "every"),
+        ({"num_expert": 4}, "did you mean 'num_experts'"),
+        ({"experts_implementation": "fast"}, "experts_implementation"),
+    ],
+)
+def test_bad_layer(layer: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_config(MoeConfig, {"language": layer}, source="x.yaml")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ({"competition_warmup_ratio": 1.0, "language": {}}, "competition_warmup_ratio"),
+        ({"competition_warmup_ratio": 1.5}, "competition_warmup_ratio"),
+        ({"max_competing_layers": 0}, "max_competing_layers"),
+        ({"competition_rate": 1.1}, "competition_rate"),
+    ],
+)
+def test_bad_schedule(section: dict[str, Any], key: str) -> None:
+    with pytest.raises(UserError, match=key):
+        parse_config(MoeConfig, section, source="x.yaml")
+
+
+def test_the_papers_defaults_are_resolved_and_survive_a_round_trip() -> None:
+    layer = MoeLayerConfig()
+    assert (layer.balance_coef, layer.router_z_coef, layer.distillation_coef) == (0.01, 0.001, 0.01)
+    assert (layer.winner_distillation_coef, layer.diversity_coef, layer.competition_balance_coef) == (0.1, 0.01, 0.01)
+    for router in ROUTERS:
+        config = MoeConfig(language=MoeLayerConfig(router=router))
+        assert MoeConfig.model_validate(config.model_dump(mode="json")) == config
+    assert list(MoeConfig(language=layer, vision=layer).parts()) == ["vision", "language"]
+
+
+def test_layer_selection() -> None:
+    assert MoeLayerConfig().select_layers(3) == [0, 1, 2]
+    assert MoeLayerConfig(layers={"every": 2, "offset": 1}).select_layers(6) == [1, 3, 5]
+    assert MoeLayerConfig(layers=[4, 0]).select_layers(6) == [0, 4]
+    with pytest.raises(ValueError, match="layers: found 4"):
+        MoeLayerConfig(layers=[4]).select_layers(4)

@@ -1,0 +1,147 @@
+"""One rank of the ZeRO gradient parity test: `deepspeed --num_gpus 2 zero_worker.py STAGES OUT` (see test_zero.py).
+
+Every case builds the same two-layer model, gives each rank its half of the data, forces the halves onto disjoint
+experts, and compares DeepSpeed's full gradients with those of one plain process over all the data.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llava_compete.moe.block import SparseMoeBlock, competition_layers, set_moe_leaf_modules
+from llava_compete.moe.config import MoeLayerConfig
+from llava_compete.moe.state import RoutingState, TokenGroups
+
+WIDTH, EXPERTS, SEQUENCES, LENGTH = 8, 4, 8, 6
+
+
+class Model(nn.Module):
+    """Linear, two residual MoE blocks, linear; loss = mean over sequences + auxiliary losses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.routing = RoutingState()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        config = MoeLayerConfig(num_experts=EXPERTS, num_experts_per_tok=2)
+        self.blocks = nn.ModuleList(
+            SparseMoeBlock(
+                config,
+                name=f"language.{layer}",
+                state=self.routing,
+                hidden_size=WIDTH,
+                intermediate_size=12,
+                activation="gelu",
+                gated=layer == 0,
+                bias=layer == 1,
+            )
+            for layer in range(2)
+        )
+        self.last = nn.Linear(WIDTH, 1)
+        with torch.no_grad():
+            self.first.weight.copy_(torch.eye(WIDTH) + 0.1 * self.first.weight)
+            for block in self.blocks:
+                # Experts 0 and 1 like a positive first coordinate, 2 and 3 a negative one, router and affinity alike.
+                sign_E = torch.tensor([1.0, 1.0, -1.0, -1.0])
+                block.router.weight[:, 0] = 2 * sign_E
+                block.experts.up[:, :, 0] = sign_E[:, None]
+                block.experts.down_proj.add_(0.1)
+                if block.experts.has_gate:
+                    block.experts.up[:, block.experts.up.shape[1] // 2 :, 0] = sign_E[:, None]
+
+    def forward(self, x: Tensor, num_sequences: int) -> Tensor:
+        self.routing.begin("language", TokenGroups.from_mask(torch.ones(x.shape[:2]), num_sequences))
+        with self.routing.recording():
+            x = self.first(x)
+            for block in self.blocks:
+                x = x + block(x)
+            loss = self.last(x).square().mean(1).sum() / num_sequences
+        # Coefficients are 0.01 and less: enlarge the auxiliary losses so that an error in them shows.
+        return loss + 50 * sum(record.aux_loss for record in self.routing.records.values())
+
+
+def data() -> Tensor:
+    x = torch.randn(SEQUENCES, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
+    x[: SEQUENCES // 2, :, 0] = 4.0
+    x[SEQUENCES // 2 :, :, 0] = -4.0
+    return x
+
+
+def set_mode(model: Model, competing: bool) -> None:
+    model.routing.competition_enabled = True
+    model.routing.competing = frozenset(competition_layers(model)) if competing else frozenset()
+
+
+def one_process(competing: bool) -> dict[str, Tensor]:
+    model = Model()
+    set_mode(model, competing)
+    model(data(), SEQUENCES).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def two_processes(stage: int, competing: bool, micro_batches: int, leaf: bool) -> tuple[dict[str, Tensor], list[float]]:
+    """Full gradients under ZeRO, and how many choices this rank made of each expert of the first layer."""
+    model = Model()
+    set_mode(model, competing)
+    if leaf:
+        set_moe_leaf_modules(model)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rows = SEQUENCES // world // micro_batches
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3),
+        config={
+            "train_micro_batch_size_per_gpu": rows,
+            "gradient_accumulation_steps": micro_batches,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        },
+    )
+    load_E = torch.zeros(EXPERTS)
+    for x in data().chunk(world)[rank].split(rows):
+        # The sum of all micro-batches' and ranks' losses is the loss; DeepSpeed takes means over both.
+        engine.backward(engine(x, SEQUENCES) * world * micro_batches)
+        load_E += model.routing.records["language.0"].metrics.load_E
+        if not engine.is_gradient_accumulation_boundary():
+            engine.step()
+    grads = {name: deepspeed.utils.safe_get_full_grad(parameter) for name, parameter in model.named_parameters()}
+    engine.destroy()
+    return grads, load_E.tolist()
+
+
+def main(stages: list[int], out: Path) -> None:
+    # Gloo is enough, and DeepSpeed would compile a kernel for this.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo")
+    results: list[dict[str, Any]] = []
+    for competing in (False, True):
+        expected = one_process(competing)
+        for stage in stages:
+            for micro_batches in (1, 2):
+                for leaf in (True, False) if stage == 3 and micro_batches == 1 else (stage == 3,):
+                    grads, load = two_processes(stage, competing, micro_batches, leaf)
+                    errors = {
+                        name: float((grads[name] - expected[name]).norm() / expected[name].norm()) for name in grads
+                    }
+                    worst = max(errors, key=lambda name: errors[name])
+                    case = {"stage": stage, "competing": competing, "micro_batches": micro_batches, "leaf": leaf}
+                    results.append({**case, "load": load, "worst": worst, "error": errors[worst]})
+    out.with_suffix(f".{dist.get_rank()}.json").write_text(json.dumps(results), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    # The launcher puts --local_rank first.
+    stages, out = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
+    torch.set_num_threads(1)
+    main([int(stage) for stage in stages.split(",")], Path(out))

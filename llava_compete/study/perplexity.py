@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from llava_compete.data.bigram import Bigram
 from llava_compete.data.text import HeldOutRows, TextCollator, encoder, token_byte_lengths
 from llava_compete.data.text_config import TextSection
 from llava_compete.data.text_sources import is_held_out, read_source, read_validation
+from llava_compete.evaluation.scores import Unit
 
 _BYTE_END = 256
 
@@ -36,33 +37,61 @@ class Perplexity:
     byte_bigram_bits_per_byte: float
 
 
-def measure(model: Any, tokenizer: Any, section: TextSection, batch_size: int = 8) -> Perplexity:
-    """Evaluate `model` (as loaded; its device is used) on the held-out text of `section`."""
+class RowScore(NamedTuple):
+    """One held-out row: bits the model needs, bytes of its predicted tokens, and how many it predicts right."""
+
+    bits: float
+    text_bytes: int
+    correct: int
+    tokens: int
+
+
+def measure(model: Any, tokenizer: Any, section: TextSection, batch_size: int = 8) -> tuple[Perplexity, list[RowScore]]:
+    """Evaluate `model` (as loaded; its device is used) on the held-out text of `section`, in all and by row."""
     rows = HeldOutRows(section, tokenizer)
     collate = TextCollator(section.separate_documents)
     lengths = token_byte_lengths(tokenizer)
-    nats = 0.0
-    tokens = text_bytes = 0
+    scores: list[RowScore] = []
     model.eval()
     for start in tqdm(range(0, len(rows), batch_size), desc="held-out rows", unit="batch"):
         batch = collate([rows[row] for row in range(start, min(start + batch_size, len(rows)))])
         del batch["sample_ids"]
-        labels = batch.pop("labels")[:, 1:]
+        labels_BN = batch.pop("labels")[:, 1:]
         with torch.inference_mode():
-            logits = model(**{key: value.to(model.device) for key, value in batch.items()}).logits[:, :-1].float().cpu()
-        nats += float(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
-        predicted = labels[labels != -100]
-        tokens += len(predicted)
-        text_bytes += int(lengths[predicted].sum())
-    return Perplexity(
+            output = model(**{key: value.to(model.device) for key, value in batch.items()})
+        logits_BNV = output.logits[:, :-1].float().cpu()
+        bits_BN = F.cross_entropy(logits_BNV.transpose(1, 2), labels_BN, reduction="none") / math.log(2)
+        right_BN = logits_BNV.argmax(-1) == labels_BN
+        for bits_N, right_N, labels_N in zip(bits_BN, right_BN, labels_BN, strict=True):
+            kept = labels_N != -100
+            size = int(lengths[labels_N[kept]].sum())
+            scores.append(RowScore(float(bits_N.sum()), size, int(right_N[kept].sum()), int(kept.sum())))
+    tokens, text_bytes = sum(row.tokens for row in scores), sum(row.text_bytes for row in scores)
+    bits = sum(row.bits for row in scores)
+    loss = bits * math.log(2) / tokens
+    found = Perplexity(
         tokens,
         text_bytes,
-        loss=nats / tokens,
-        perplexity=math.exp(nats / tokens),
-        bits_per_byte=nats / math.log(2) / text_bytes,
+        loss=loss,
+        perplexity=math.exp(loss),
+        bits_per_byte=bits / text_bytes,
         token_bigram_bits_per_byte=_token_bigram(rows, tokenizer, section, lengths),
         byte_bigram_bits_per_byte=_byte_bigram(section),
     )
+    return found, scores
+
+
+def comparison_units(scores: list[RowScore]) -> dict[str, list[Unit]]:
+    """Rows as units of `llava-compete compare`: tasks `text_compression` and `text_next_token`.
+
+    Compression is the share of the text's bits (8 a byte) that the model saves: higher is better, and 1 percent is
+    0.08 bits per byte.
+    """
+    compression = [
+        Unit(str(n), 1 - row.bits / (8 * row.text_bytes), row.text_bytes, None, "", "") for n, row in enumerate(scores)
+    ]
+    accuracy = [Unit(str(n), row.correct / row.tokens, row.tokens, None, "", "") for n, row in enumerate(scores)]
+    return {"text_compression": compression, "text_next_token": accuracy}
 
 
 def _train_texts(section: TextSection) -> Any:

@@ -1,0 +1,104 @@
+"""The router study's script with every command replaced by a recorder: same parent, steps and seeds for all methods."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from llava_compete.moe.routers import ROUTER_CLASSES
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "compare_routers.sh"
+RECORDER = """#!/usr/bin/env bash
+echo "$*" >>"$RECORD"
+case "$*" in *"$FAIL"*) [ -z "$FAIL" ] || exit 1 ;; esac
+for word in "$@"; do
+  case "$word" in
+    output_dir=*) mkdir -p "${word#*=}" && touch "${word#*=}/config.json" "${word#*=}/summary.json" ;;
+  esac
+done
+"""
+STUBS = {
+    "scripts/lib/common.sh": """VENV=$PWD/venv
+ensure_venv() { :; }
+say() { :; }
+die() { echo "error: $*" >&2; exit 2; }
+""",
+    "scripts/pretrain_align.sh": 'exec llava-compete pretrain_align "$@"\n',
+    "venv/bin/llava-compete": RECORDER,
+    "playground/data/demo/eval/meta.json": "{}",
+}
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Runs the script in a copy of the tree; returns status, recorded commands and stderr."""
+    for name, content in STUBS.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+        path.chmod(0o755)
+    shutil.copy(SCRIPT, tmp_path / "scripts")
+    record = tmp_path / "record"
+    monkeypatch.setenv("RECORD", str(record))
+    monkeypatch.setenv("JOBS", "3")
+
+    def run(*arguments, fail=""):
+        monkeypatch.setenv("FAIL", fail)
+        record.write_text("")
+        words = ["bash", "scripts/compare_routers.sh", *arguments]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return done.returncode, record.read_text().splitlines(), done.stderr
+
+    return run
+
+
+def having(commands, *words):
+    return [command for command in commands if all(word in command for word in words)]
+
+
+def test_all_routers_and_dense_from_one_parent(study):
+    status, commands, _ = study("--seeds", "2", "training.max_steps=7")
+    assert status == 0
+    trained = having(commands, "train configs/demo/sft.yaml")
+    assert len(trained) == 16
+    assert len(having(trained, "moe=false", "model.checkpoint=outputs/compare_routers/parent")) == 2
+    assert all("training.max_steps=400 " in command and command.endswith("training.max_steps=7") for command in trained)
+    for seed in (0, 1):
+        assert len(having(trained, f"seed={seed} ")) == 8
+    upcycled = having(commands, "upcycle --config", "model.checkpoint=outputs/compare_routers/parent")
+    assert len(upcycled) == 14
+    for router in ROUTER_CLASSES:
+        assert len(having(upcycled, f"moe.language.router={router} ")) == 2
+    assert len(having(commands, "eval --config", "suite=demo", "limit=null")) == 16
+    compared = having(commands, "compare ")[0].split()
+    directory = "outputs/compare_routers"
+    assert compared[1] == f"softmax={directory}/softmax/seed0/eval,{directory}/softmax/seed1/eval"
+    assert len(compared) == 1 + 8 + 2
+
+
+def test_quick_is_one_seed(study):
+    status, commands, _ = study("--quick")
+    assert status == 0
+    assert len(having(commands, "train ")) == 8
+    assert len(having(commands, "eval ", "limit=200")) == 8
+
+
+def test_a_failure_stops_the_study_and_the_next_run_goes_on(study):
+    status, commands, error = study("--quick", fail="moe.language.router=xmoe")
+    assert status == 2
+    assert "failed: xmoe-0 (see outputs/compare_routers_quick/logs/NAME.log)" in error
+    assert not having(commands, "compare ")
+    status, commands, _ = study("--quick")
+    assert status == 0
+    assert not having(commands, "pretrain_align")
+    assert not having(commands, "output_dir=outputs/compare_routers_quick/softmax/seed0/sft")
+    assert having(commands, "compare ")
+
+
+def test_unknown_argument(study):
+    status, _, error = study("--quik")
+    assert status == 2
+    assert "unknown argument '--quik'" in error

@@ -30,6 +30,7 @@ def install_vision_experts(tower: VisionTower, moe: MoeLayerConfig, state: Routi
 
 def make_projector(config: LlavaCompeteConfig, moe: MoeLayerConfig | None, state: RoutingState) -> Projector:
     """The projector, whose feed-forward block is a mixture where `moe` says so."""
+    assert config.tower is not None
     kind, width, hidden = config.projector_config["type"], config.tower.feature_width, config.text_config.hidden_size
     if moe is None:
         return Projector(kind, width, hidden)

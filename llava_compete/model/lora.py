@@ -47,7 +47,7 @@ def add_adapters(model: LlavaCompeteForConditionalGeneration, parts: Mapping[str
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         part = next((part for part, prefix in PREFIXES.items() if name.startswith(prefix)), None)
-        if part not in parts:
+        if part is None or part not in parts:
             continue
         if isinstance(module, PackedExperts):
             for key, parameter in module.named_parameters(recurse=False):

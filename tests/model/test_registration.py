@@ -47,7 +47,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(code: str, *arguments: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True, timeout=280
+        [sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True, timeout=1000
     )
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout

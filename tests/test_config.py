@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import Field
 
 from llava_compete.config import StrictConfig, apply_overrides, dump_yaml, load_config, parse_config, read_yaml
 from llava_compete.errors import UserError
@@ -16,7 +17,7 @@ class Inner(StrictConfig):
 class Outer(StrictConfig):
     name: str
     training: Inner = Inner()
-    parts: dict[str, Inner] = {}
+    parts: dict[str, Inner] = Field(default_factory=dict)
     maybe: Inner | None = None
 
 

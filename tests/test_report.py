@@ -23,10 +23,9 @@ def finished(tmp_path: Path) -> Path:
         ]
         (tmp_path / stage / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     (tmp_path / "eval").mkdir()
-    write_json(tmp_path / "eval" / "summary.json", {"tasks": {"demo": {"accuracy": 0.9, "chance": 0.1, "blind": 0.2, "n": 4}}})
-    write_json(
-        tmp_path / "eval" / "routing.json", {"router_agreement": 0.8, "expert_use": {"language.0": [0.5, 0.5]}}
-    )
+    scores = {"demo": {"accuracy": 0.9, "chance": 0.1, "blind": 0.2, "n": 4}}
+    write_json(tmp_path / "eval" / "summary.json", {"tasks": scores})
+    write_json(tmp_path / "eval" / "routing.json", {"router_agreement": 0.8, "expert_use": {"language.0": [0.5, 0.5]}})
     return tmp_path
 
 

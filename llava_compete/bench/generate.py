@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def bench_generate(
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds + 1):  # the first warms up
         for name, model in models.items():
-            times[name].append(_timed(lambda model=model: model.generate(**inputs), device))
+            times[name].append(_timed(partial(model.generate, **inputs), device))
     tokens = batch_size * new_tokens
     speeds = {
         name: Speed(

@@ -150,7 +150,7 @@ def _read_file(file: Path, field: str, skip: int) -> Iterator[str | _Skipped]:
                 yield from _read_jsonl(file, stream, field, skip)
             else:
                 yield from _read_text(stream, skip)
-        except (UnicodeDecodeError, EOFError, OSError, *_zstd_error()) as error:
+        except _READ_ERRORS as error:
             raise UserError(f"{file}: cannot be read to its end: {error}") from error
 
 
@@ -228,13 +228,17 @@ def _open(file: Path) -> io.TextIOBase:
     return file.open(encoding="utf-8")
 
 
-def _zstd_error() -> tuple[type[Exception], ...]:
-    """zstandard's own exception, where it is installed: it is needed for .zst files only."""
+def _read_errors() -> tuple[type[Exception], ...]:
+    """What a damaged file raises; zstandard's own exception where it is installed, being needed for .zst files only."""
+    common = (UnicodeDecodeError, EOFError, OSError)
     try:
         from zstandard import ZstdError
     except ImportError:
-        return ()
-    return (ZstdError,)
+        return common
+    return (*common, ZstdError)
+
+
+_READ_ERRORS = _read_errors()
 
 
 def _read_hub(source: TextSource, skip: int) -> Iterator[str]:

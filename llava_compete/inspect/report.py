@@ -75,7 +75,8 @@ def collect(directory: Path) -> dict[str, Any]:
 def write_report(directory: Path) -> None:
     """Write metrics.json, report.md, loss_terms.png and expert_use.png into `directory` and print the table."""
     metrics = collect(directory)
-    plot_loss_terms({stage: read_log(directory / stage).steps for stage in TRAINING_STAGES}, directory / "loss_terms.png")
+    logs = {stage: read_log(directory / stage).steps for stage in TRAINING_STAGES}
+    plot_loss_terms(logs, directory / "loss_terms.png")
     plot_expert_use(metrics["expert_use"], directory / "expert_use.png")
     write_json(directory / "metrics.json", metrics)
     sections = _sections(metrics)
@@ -103,9 +104,7 @@ def _sections(metrics: dict[str, Any]) -> list[tuple[str, list[str], list[list[s
         speed = f"{end['tokens'] / end['train_seconds']:,.0f}" if end else ""
         memory = f"{end['peak_memory_gib']:.2f}" if end else ""
         stages.append([name, f"{seconds:.0f}", speed, memory])
-    experts = [
-        [layer, " ".join(f"{share:.2f}" for share in shares)] for layer, shares in metrics["expert_use"].items()
-    ]
+    experts = [[layer, " ".join(f"{share:.2f}" for share in shares)] for layer, shares in metrics["expert_use"].items()]
     routing = [
         ["competition steps in sft", str(metrics["competition_steps"])],
         ["winners that the router finds (held out)", f"{metrics['router_agreement']:.3f}"],

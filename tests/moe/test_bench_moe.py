@@ -1,0 +1,49 @@
+"""`llava-compete bench moe` on a tiny shape: rows, ratios, figure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava_compete.bench import moe
+from llava_compete.cli import main
+
+SIZES = ["--tokens", "64", "--rounds", "1", "--shape", "16", "32", "4", "2"]
+
+
+def test_rows_and_figure(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    figure, rows = tmp_path / "new" / "figure.png", tmp_path / "rows.json"
+    threads = torch.get_num_threads()
+    assert main(["bench", "moe", *SIZES, "--figure", str(figure), "--json", str(rows)]) == 0
+    assert torch.get_num_threads() == threads
+    found = {row["case"]: row for row in json.loads(rows.read_text())}
+    assert tuple(found) == moe.CASES
+    assert found["softmax"]["shape"] == {"D": 16, "I": 32, "E": 4, "K": 2, "tokens": 64}
+    assert found["dense_k"]["ratio"] == found["dense_e"]["ratio"] == 1
+    competition = found["competition_step"]
+    assert competition["ratio"] == pytest.approx(competition["ms"] / found["dense_e"]["ms"])
+    assert figure.stat().st_size > 0
+
+
+def test_recomputation_bounds_a_competition_steps_memory() -> None:
+    """At E = 4 within 1.5 of a router step's peak: counted bytes, so exact and quick."""
+    rows = moe.measure(
+        [moe.Shape(64, 256, 4, 2)],
+        tokens=1024,
+        rounds=1,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        cases=("dense_k", "dense_e", "competition", moe.COMPETITION, moe.RECOMPUTED),
+    )
+    peaks = {row.case: row.peak_mb for row in rows}
+    assert peaks[moe.RECOMPUTED] <= 1.5 * peaks["competition"]
+    assert peaks[moe.RECOMPUTED] < peaks[moe.COMPETITION]
+
+
+def test_bad_numbers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "moe", "--rounds", "0"]) == 2
+    assert "--rounds: found 0" in capsys.readouterr().err

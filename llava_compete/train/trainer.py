@@ -25,7 +25,7 @@ from transformers import Trainer
 
 from llava_compete.errors import UserError
 from llava_compete.model.build import save_checkpoint
-from llava_compete.train import checkpoints, counts, trainable
+from llava_compete.train import checkpoints, counts, trainable, universal
 from llava_compete.train.adapters import save_merged
 from llava_compete.train.config import TrainConfig
 from llava_compete.train.evaluation import validation_loss
@@ -110,6 +110,9 @@ class StageTrainer(Trainer):
             )
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(groups, **options)
+            self._group_settings = [
+                {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+            ]
         return self.optimizer
 
     def training_step(
@@ -156,6 +159,12 @@ class StageTrainer(Trainer):
     def core_model(self) -> Any:
         """The LlavaCompete model inside peft's wrapper."""
         return self.model.get_base_model() if _has_adapters(self.model) else self.model
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.deepspeed is not None and self.deepspeed.load_universal_checkpoint():
+            rates = self.lr_scheduler.get_last_lr()
+            universal.mend_loaded_state(self.deepspeed.optimizer.optimizer, self._group_settings, rates)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         """The step's gradient norm; a non-finite one marks the step as bad and keeps it from the weights."""

@@ -10,9 +10,11 @@ import argparse
 import contextlib
 import io
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed.checkpoint import ds_to_universal
 
 from llava_compete.errors import UserError
@@ -47,3 +49,21 @@ def convert(checkpoint: Path) -> None:
 def load_universal(sharding: Any) -> None:
     """Make DeepSpeed read the merged files; `sharding` is the Trainer's DeepSpeed config."""
     sharding.config.setdefault("checkpoint", {})["load_universal"] = True
+
+
+def mend_loaded_state(optimizer: Any, settings: Sequence[dict[str, Any]], rates: Sequence[float]) -> None:
+    """Undo two slips of DeepSpeed 0.19's loading of merged files into a torch optimizer.
+
+    Under ZeRO-3 all groups get one shared `step` tensor, which each group's update then counts up; and every group
+    gets the first group's settings.
+
+    Args:
+        optimizer: the torch optimizer inside DeepSpeed's.
+        settings: of each group as it was made, without `params`.
+        rates: learning rate of each group now.
+    """
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
+    for group, setting, rate in zip(optimizer.param_groups, settings, rates, strict=True):
+        group.update(setting, lr=rate)

@@ -112,6 +112,16 @@ def test_resume_after_kill_equals_straight(data: Path, tmp_path: Path, zero: str
     _assert_same_curve(straight, _train(data, tmp_path, "killed", 2, 2, **saving))
 
 
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_resume_on_another_number_of_ranks(data: Path, tmp_path: Path, reference: Path, zero: str) -> None:
+    config = _config(data, tmp_path / "out", 2, 2, training={"save_steps": 3}, deepspeed=zero)
+    with _started(config, tmp_path / "c.yaml") as process:
+        _wait_for_step(process, tmp_path / "out", 4)
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=120)
+    _assert_same_curve(reference, _train(data, tmp_path, "out", 8, 1, processes=1, deepspeed=zero))
+
+
 def test_a_rank_that_dies_ends_all(data: Path, tmp_path: Path) -> None:
     config = _config(data, tmp_path / "out", 1, 1, training={"max_steps": 2000})
     with _started(config, tmp_path / "c.yaml") as process:

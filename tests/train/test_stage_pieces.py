@@ -12,7 +12,7 @@ from torch import nn
 
 from llava_compete.config import parse_config
 from llava_compete.errors import UserError
-from llava_compete.train import checkpoints, counts, trainable
+from llava_compete.train import checkpoints, counts, trainable, universal
 from llava_compete.train.config import DEEPSPEED_DIR, PartTraining, TrainConfig
 
 
@@ -161,3 +161,22 @@ def test_second_run_on_one_directory_is_refused(tmp_path: Path) -> None:
         pass
     with checkpoints.output_lock(tmp_path):
         pass
+
+
+def test_loaded_universal_state_gets_its_own_steps_and_settings() -> None:
+    parameters = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    groups = [{"params": [p], "name": name} for p, name in zip(parameters, ("a", "b"), strict=True)]
+    optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.5)
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    shared = torch.tensor(3.0)
+    for parameter in parameters:
+        optimizer.state[parameter]["step"] = shared
+    optimizer.param_groups[1].update(name="a", weight_decay=0.0)
+    universal.mend_loaded_state(optimizer, settings, [0.01, 0.02])
+    steps = [optimizer.state[parameter]["step"] for parameter in parameters]
+    steps[0] += 1
+    assert [float(step) for step in steps] == [4.0, 3.0]
+    assert [(g["name"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        ("a", 0.01, 0.5),
+        ("b", 0.02, 0.5),
+    ]

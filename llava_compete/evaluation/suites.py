@@ -33,12 +33,14 @@ class LocalTask:
         files: its data files.
         digest: SHA-256 over the task's YAML and the content of the files.
         facts: its entry in meta.json beside the data (chance, n...), empty without one.
+        build: the command that makes the files, if the YAML's metadata name it.
     """
 
     name: str
     files: tuple[Path, ...]
     digest: str
     facts: dict[str, Any] = field(default_factory=dict)
+    build: str = ""
 
 
 def load_suite(name: str) -> Suite:
@@ -60,7 +62,10 @@ def find_local_tasks(include_path: Path) -> dict[str, LocalTask]:
         data_files = (content.get("dataset_kwargs") or {}).get("data_files")
         if isinstance(content.get("task"), str) and data_files:
             files = tuple((path.parent / name).resolve() for name in _leaves(data_files))
-            found[content["task"]] = LocalTask(content["task"], files, _digest(path, files), _facts(content, files))
+            build = (content.get("metadata") or {}).get("build", "")
+            found[content["task"]] = LocalTask(
+                content["task"], files, _digest(path, files), _facts(content, files), build
+            )
     return found
 
 
@@ -68,13 +73,12 @@ def check_local_data(task: LocalTask) -> None:
     """A missing file, or one that is not what meta.json says, is a `UserError`."""
     for file in task.files:
         if not file.is_file():
-            raise UserError(f"{file}: data of task {task.name} is missing; build it with: llava-compete data demo")
+            hint = f"; build it with: {task.build}" if task.build else ""
+            raise UserError(f"{file}: data of task {task.name} is missing{hint}")
     expected = task.facts.get("sha256")
     if expected and hashlib.sha256(task.files[0].read_bytes()).hexdigest() != expected:
-        raise UserError(
-            f"{task.files[0]}: not the file that meta.json beside it describes (SHA-256 differs); "
-            "rebuild it with: llava-compete data demo --force"
-        )
+        hint = f"; rebuild it with: {task.build} --force" if task.build else ""
+        raise UserError(f"{task.files[0]}: not the file that meta.json beside it describes (SHA-256 differs){hint}")
 
 
 class _TaskLoader(yaml.SafeLoader):

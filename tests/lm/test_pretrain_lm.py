@@ -1,4 +1,4 @@
-"""Stage pretrain_lm by its own commands: train, resume bit-equal, perplexity beside bigrams, lm-eval on a local task."""
+"""Stage pretrain_lm by its commands: train, resume bit-equal, perplexity beside bigrams, lm-eval on a local task."""
 
 import json
 from pathlib import Path
@@ -12,8 +12,12 @@ from llava_compete.data.text import HeldOutRows, token_byte_lengths
 from llava_compete.model.checkpoint import load_checkpoint
 
 CONFIG = Path(__file__).parents[2] / "configs" / "lm" / "tiny.yaml"
-WORDS = "the expert that wins the competition learns from the token and the router learns who wins".split()
+WORDS = ["the", "expert", "that", "wins", "competition", "learns", "from", "token", "and", "router", "who"]
 STEPS = 12
+LANGUAGE_MODEL = (
+    "{model_type: arcee, hidden_size: 32, intermediate_size: 16, num_hidden_layers: 2, num_attention_heads: 2, "
+    "num_key_value_heads: 2, max_position_embeddings: 64, tie_word_embeddings: true}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +40,7 @@ def train(folder, out, *overrides, max_steps=STEPS):
             *("train", str(CONFIG), "--stage", "pretrain_lm", f"output_dir={out}"),
             *(f"data.train.path={folder / 'train.jsonl'}", f"data.validation.path={folder / 'validation.jsonl'}"),
             *("data.context=32", "data.shards=4", "model.tokenizer.vocab_size=320"),
-            "model.language_model.config={model_type: arcee, hidden_size: 32, intermediate_size: 16, num_hidden_layers: 2, "
-            "num_attention_heads: 2, num_key_value_heads: 2, max_position_embeddings: 64, tie_word_embeddings: true}",
+            f"model.language_model.config={LANGUAGE_MODEL}",
             *(f"training.max_steps={max_steps}", "training.logging_steps=2", "training.save_steps=6"),
             *("training.eval_steps=6", "training.report_to=none", "moe.competition_rate=0.5", *overrides),
         ]

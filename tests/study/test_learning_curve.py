@@ -1,4 +1,4 @@
-"""The curve's bookkeeping: which commands run, what is kept, intervals; the runs themselves are played by a stand-in."""
+"""The curve's bookkeeping: which commands run, what is kept, intervals; a stand-in plays the runs themselves."""
 
 import json
 

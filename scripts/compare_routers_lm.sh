@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# The router study on text: a dense baseline with the same active parameters and all seven routers, several seeds, from
+# scratch on the standard library's documentation; then a paired comparison over held-out rows and seeds.
+#   bash scripts/compare_routers_lm.sh            3 seeds
+#   bash scripts/compare_routers_lm.sh --quick    1 seed, few steps
+#   bash scripts/compare_routers_lm.sh --seeds 5 --out outputs/lm_routers5 training.max_steps=2000
+# Further KEY=VALUE go to every training run. Runs that are finished are kept: the same command goes on after a stop.
+# JOBS: runs at a time (default: cores).
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=lib/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
+
+seeds=3 out=outputs/lm_routers overrides=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --quick) seeds=1 out=outputs/lm_routers_quick overrides+=(training.max_steps=60 data.max_validation_rows=64) ;;
+    --seeds) seeds=$2 && shift ;;
+    --out) out=$2 && shift ;;
+    *=*) overrides+=("$1") ;;
+    *) die "scripts/compare_routers_lm.sh: unknown argument '$1' (--quick, --seeds N, --out DIR, KEY=VALUE)" ;;
+  esac
+  shift
+done
+ensure_venv
+export PATH="$VENV/bin:$PATH" TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+JOBS=${JOBS:-$(nproc)}
+METHODS=(softmax dense sigmoid xmoe perturbed_cosine shared_softmax shared_sigmoid competition)
+mkdir -p "$out/logs"
+[ -f playground/data/stdlib_text/meta.json ] || llava-compete data stdlib-text
+
+# One method with one seed: train in one process, then held-out bits per byte by row.
+run_one() {
+  local method=$1 seed=$2 config=configs/lm/tiny.yaml moe=()
+  local directory=$out/$method/seed$seed
+  [ -f "$directory/eval/summary.json" ] && return 0
+  case "$method" in
+    dense) config=configs/lm/tiny_dense.yaml ;;
+    competition) ;;
+    *) moe=("moe.language={num_experts: 16, num_experts_per_tok: 4, router: $method}") ;;
+  esac
+  llava-compete train "$config" --stage pretrain_lm output_dir="$directory/model" seed="$seed" deepspeed=none \
+    "${moe[@]}" "${overrides[@]}"
+  llava-compete perplexity "$directory/model" --out "$directory/eval"
+}
+
+failed=() pids=() names=()
+collect() {
+  local index
+  for index in "${!pids[@]}"; do wait "${pids[$index]}" || failed+=("${names[$index]}"); done
+  pids=() names=()
+  [ ${#failed[@]} -eq 0 ] || die "failed: ${failed[*]} (see $out/logs/NAME.log); the same command goes on from here"
+}
+for ((seed = 0; seed < seeds; seed++)); do
+  for method in "${METHODS[@]}"; do
+    say "$method, seed $seed"
+    (run_one "$method" "$seed") >"$out/logs/$method-$seed.log" 2>&1 &
+    pids+=($!) names+=("$method-$seed")
+    [ ${#pids[@]} -lt "$JOBS" ] || collect
+  done
+done
+collect
+
+runs=()
+for method in "${METHODS[@]}"; do
+  runs+=("$method=$(seq -f "$out/$method/seed%g/eval" -s , 0 $((seeds - 1)))")
+done
+say "Comparison (baseline: softmax); text_compression: share of the text's bits saved, 1 percent = 0.08 bits per byte"
+llava-compete compare "${runs[@]}" --out "$out/comparison"

@@ -177,3 +177,4 @@ class StopOnSignal:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.trainer.stop_requested = True
+        signal.signal(signal.SIGTERM, self._previous)

@@ -19,13 +19,16 @@ free_port() {
   python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
-# Ends the ranks only, so that they save first: the launchers then see them leave and leave too.
+# Tells the ranks alone to stop, so that they save first: the launcher sees them leave and leaves too. Asked a second
+# time, or before training has begun, they leave at once.
 stop_ranks() {
-  local launcher=$1 child
+  local launcher=$1 name=$2 child
   stopped=yes
-  for child in $(pgrep -P "$launcher"); do
-    if pgrep -P "$child" >/dev/null; then pkill -TERM -P "$child"; else kill -TERM "$child"; fi
-  done
+  if [ "$name" = torchrun ]; then
+    pkill -TERM -P "$launcher" || true
+  else # `deepspeed` starts one process, which starts the ranks
+    for child in $(pgrep -P "$launcher"); do pkill -TERM -P "$child" || true; done
+  fi
 }
 
 # run_stage STAGE [CONFIG] [KEY=VALUE | --option ...]
@@ -60,8 +63,8 @@ run_stage() {
   stopped=no
   "${launcher[@]}" llava_compete.cli train "$config" --stage "$stage" "$@" &
   local pid=$!
-  trap 'stop_ranks $pid' TERM USR1
-  trap 'kill -INT $pid' INT
+  # A process in the background of a script does not hear Ctrl-C.
+  trap 'stop_ranks $pid "${launcher[0]}"' TERM USR1 INT
   # `wait` returns early when a trap ran: wait again until the launcher is really gone.
   while kill -0 "$pid" 2>/dev/null; do
     status=0

@@ -16,14 +16,15 @@ from pathlib import Path
 from llava_compete.errors import UserError
 from llava_compete.evaluation.suites import read_task_yaml
 
-_NAME = re.compile(r"""^(?:task|group):\s*["']?([\w.+-]+)["']?\s*(?:#.*)?$""", re.MULTILINE)
+# A tag stands for the tasks that carry it, which share their data set.
+_NAME = re.compile(r"""^["']?(?:task|group|tag)["']?:\s*["']?([\w.+-]+)["']?\s*(?:#.*)?$""", re.MULTILINE)
 # Builders of `datasets` that read plain files: nothing to fetch.
 _FILE_BUILDERS = {"parquet", "json", "csv", "text", "arrow", "imagefolder"}
 
 
 @cache
 def lmms_eval_tasks() -> dict[str, Path]:
-    """Task and group names of the installed lmms-eval, with the YAML that defines each."""
+    """Task, group and tag names of the installed lmms-eval, with a YAML that defines each."""
     spec = importlib.util.find_spec("lmms_eval")
     if spec is None or not spec.submodule_search_locations:
         raise UserError("lmms-eval is not installed; install the extra: pip install 'llava_compete[eval]'")

@@ -43,8 +43,9 @@ class ConversationDataset(Dataset):
     """
 
     def __init__(self, tables: list[SourceTable], index: np.ndarray, processor: Any, section: DataSection) -> None:
-        """`index` [N, 2] int32: source number and row in it."""
+        """`index` [N, 2] int32: source number (ascending) and row in it."""
         self.tables, self.index, self.processor, self.section = tables, index, processor, section
+        self._bounds = np.searchsorted(index[:, 0], np.arange(len(tables) + 1))
         self.lengths = np.empty(len(index), dtype=np.int32)
         self.modalities = np.empty(len(index), dtype=np.int8)
         for number, table in enumerate(tables):
@@ -67,13 +68,15 @@ class ConversationDataset(Dataset):
         return len(self.index)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        source, row = self.index[position].tolist()
-        table = self.tables[source]
-        for offset in range(len(table.rows)):
-            item = self._read(table, (row + offset) % len(table.rows))
+        source = int(self.index[position, 0])
+        first, last = self._bounds[source : source + 2].tolist()
+        # A row that cannot be used is replaced by the next of its source on this side of the split.
+        for offset in range(last - first):
+            row = int(self.index[first + (position - first + offset) % (last - first), 1])
+            item = self._read(self.tables[source], row)
             if item is not None:
                 return item
-        raise UserError(f"data source {table.section.name!r}: no row can be used")
+        raise UserError(f"data source {self.tables[source].section.name!r}: no row can be used")
 
     def _read(self, table: SourceTable, number: int) -> dict[str, Any] | None:
         """One item, or None if the row must be replaced by the next (and has been counted)."""

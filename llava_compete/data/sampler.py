@@ -3,8 +3,8 @@
 Global batches do not depend on how many ranks, micro-batches or accumulation steps share them: those only slice.
 Inside a global batch rows are sorted by modality and length, so that a micro-batch is all image or all text where the
 mix allows, with little padding; the order of global batches is shuffled. Each row comes exactly once an epoch; the
-last global batch may be smaller (then ranks get as equal shares as possible, and a rank without rows gets an empty
-micro-batch list entry, see `micro_batches`). Everything is numpy: no Python list as long as the data set.
+last global batch may be smaller: its micro-batches get as equal shares as possible, and one without rows is an empty
+list, which the collator turns into a filler. Everything is numpy: no Python list as long as the data set.
 
 Caller: the trainer, as the batch sampler of its data loader.
 """

@@ -197,6 +197,17 @@ def test_a_bad_image_stops_the_run_or_is_counted_and_replaced(tmp_path, source, 
         skipping.train[1]
 
 
+def test_a_replacement_never_comes_from_the_held_out_rows(tmp_path, source, processor):
+    rows = [row(f"row-{index}", None if index % 2 else "gone.png") for index in range(60)]
+    options = {"on_bad_image": "skip", "validation_fraction": 0.3}
+    bundle = build_datasets(section(tmp_path, source(rows), source(rows[:1], "lone"), **options), processor, 0)
+    last = len(bundle.train) - 1  # the lone row, if it was not held out, has no replacement in its source
+    used = {bundle.train[index]["sample_id"] for index in range(last)}
+    held_out = {bundle.validation[index]["sample_id"] for index in range(len(bundle.validation) - 1)}
+    assert used
+    assert not used & held_out
+
+
 def test_rows_beyond_the_limit_are_counted_and_stop_the_run(tmp_path, source, processor):
     rows = [row("0", None), row("1", None, answer="long " * 100), row("2", None)]
     bundle = build_datasets(section(tmp_path, source(rows), max_length=60), processor, 0)

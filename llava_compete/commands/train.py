@@ -40,19 +40,23 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the stage on this rank."""
     from llava_compete.config import load_config
     from llava_compete.train.config import TrainConfig
-    from llava_compete.train.distributed import this_rank
+    from llava_compete.train.distributed import SharedError, this_rank
 
     rank = this_rank()
+    alike = True  # until the ranks work on different things, they make the same mistakes
     try:
         config = load_config(TrainConfig, arguments.config, arguments.overrides)
         if arguments.stage and config.stage != arguments.stage:
             raise UserError(f"{arguments.config}: stage is {config.stage!r}, expected {arguments.stage!r}")
         from llava_compete.train.run import train
 
+        alike = False
         train(config, allow_changed=arguments.allow_changed)
     except UserError as error:
         if rank.is_main:
             sys.stderr.write(f"error: {error}\n")
+        elif not alike and not isinstance(error, SharedError):
+            sys.stderr.write(f"error: rank {rank.number}: {error}\n")
         return 2
     except Exception as error:  # the last stop: one line to the user, the traceback to run/console.log
         if any(sign in str(error) for sign in _LOST_CONTACT):

@@ -115,7 +115,9 @@ def test_benchmarks_run_on_local_copies_and_units_give_their_scores(evaluate):
     assert {task: len(rows) for task, rows in samples.items()} == {"pope": 6, "mme": 12, "ai2d": 6, "scienceqa_img": 4}
     assert all(name in manager.all_tasks for suite in SUITES for name in _names(suite) if name not in _own())
 
-    results, samples, _ = evaluate([*BENCHMARKS, "mmbench_en_dev_static"], lambda prompt: "Yes" if prompt.text.startswith("Is ") else "A")
+    results, samples, _ = evaluate(
+        [*BENCHMARKS, "mmbench_en_dev_static"], lambda prompt: "Yes" if prompt.text.startswith("Is ") else "A"
+    )
     scores = {task: weighted_mean(score_samples(task, rows)) for task, rows in samples.items()}
     assert scores["pope"] == results["pope"]["pope_accuracy,none"] == 0.5
     assert scores["ai2d"] == results["ai2d"]["exact_match,flexible-extract"] == pytest.approx(1 / 3)

@@ -46,6 +46,8 @@ def setup_console(log_file: Path | None = None, rank: int = 0) -> None:
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
+        if isinstance(handler, logging.FileHandler):
+            handler.close()
     root.setLevel(logging.INFO)
 
     console = _TqdmHandler(level=logging.INFO if rank == 0 else logging.ERROR)

@@ -52,6 +52,7 @@ config_sum() { cat "configs/demo/$1.yaml" | sha256sum; }
 
 stage setup "$(cat pyproject.toml constraints.txt | sha256sum)" ensure_venv
 ensure_venv # an environment that was removed since then is made again
+upstream="" # a newer package does not make the stages run again
 export PATH="$VENV/bin:$PATH"
 stage data "$(cat llava_compete/data/demo*.py | sha256sum)" llava-compete data demo --out playground/data/demo
 stage pretrain_align "$(config_sum pretrain_align)" \

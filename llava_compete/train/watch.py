@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ class WatchCallback(TrainerCallback):
                 initial=state.global_step,
                 desc=self.trainer.config.stage,
                 unit="step",
+                # In a log file a bar that moves every 0.1 s is thousands of lines.
+                mininterval=0.1 if sys.stderr.isatty() else 15,
                 disable=args.disable_tqdm,
             )
 

@@ -45,15 +45,15 @@ def run(arguments: argparse.Namespace) -> int:
         memory = (state.weights, state.gradients, state.optimizer, state.total)
         mark = " (config)" if stage == recipe.zero_stage else ""
         table.add_row(
-            f"{stage}{mark}", *(f"{size / GIB:.1f}" for size in memory), *(str(size) for size in sizes.values())
+            f"{stage}{mark}", *(f"{size / GIB:.3g}" for size in memory), *(str(size) for size in sizes.values())
         )
     console.print(table)
     console.print(
         f"micro-batch of {recipe.micro_batch} x {recipe.length} tokens: activations "
-        f"{result.activations(False) / GIB:.1f} GiB, with checkpointing {result.activations(True) / GIB:.1f} GiB; "
-        f"a competition step adds {result.competition_bytes / GIB:.2f} GiB\n"
-        f"one optimizer step: {result.flops_per_step / 1e12:,.1f} TFLOP, "
-        f"a competition step {result.competition_flops / 1e12:,.1f} more",
+        f"{result.activations(False) / GIB:.3g} GiB, with checkpointing {result.activations(True) / GIB:.3g} GiB; "
+        f"a competition step adds {result.competition_bytes / GIB:.3g} GiB\n"
+        f"one optimizer step: {result.flops_per_step / 1e12:,.3g} TFLOP, "
+        f"a competition step {result.competition_flops / 1e12:,.3g} more",
         highlight=False,
         soft_wrap=True,
     )

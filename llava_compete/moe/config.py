@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
 
 from llava_compete.config import StrictConfig
 
@@ -61,15 +61,20 @@ class MoeLayerConfig(StrictConfig):
     experts_implementation: ExpertsImplementation = "auto"
     competition_chunk_tokens: int | None = Field(default=None, ge=1)
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _resolve_coefs(cls, data: Any) -> Any:
-        """Fill in the paper's value of each term that this router has, so that the saved config shows it."""
+    def _resolve_coefs(cls, data: Any, handler: ModelWrapValidatorHandler[MoeLayerConfig]) -> MoeLayerConfig:
+        """Fill in the paper's value of each term that this router has, so that the saved config shows it.
+
+        Filled-in values do not count as set: laid over a checkpoint's settings, they must not replace them.
+        """
         if not isinstance(data, dict):
-            return data
+            return handler(data)
         competes = data.get("router", "competition") == "competition"
         defaults = ROUTER_COEFS | (COMPETITION_COEFS if competes else {})
-        return {**data, **{key: value for key, value in defaults.items() if data.get(key) is None}}
+        config = handler({**data, **{key: value for key, value in defaults.items() if data.get(key) is None}})
+        config.model_fields_set.intersection_update(data)
+        return config
 
     @field_validator(*ROUTER_COEFS, *COMPETITION_COEFS)
     @classmethod

@@ -19,6 +19,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
+from llava_compete.allocator import keep_freed_memory
 from llava_compete.console import setup_console
 from llava_compete.errors import UserError
 from llava_compete.manifest import write_manifest
@@ -47,6 +48,8 @@ def train(config: TrainConfig, *, allow_changed: bool = False) -> None:
     rank = this_rank()
     with ExitStack() as stack:
         stack.enter_context(process_group(rank))
+        if not rank.on_gpu:
+            keep_freed_memory()
         config.output_dir.mkdir(parents=True, exist_ok=True)
         setup_console(config.output_dir / "run" / "console.log", rank.number)
         disable_progress_bar()

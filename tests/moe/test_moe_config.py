@@ -68,3 +68,10 @@ def test_layer_selection() -> None:
     assert MoeLayerConfig(layers=[4, 0]).select_layers(6) == [0, 4]
     with pytest.raises(ValueError, match="layers: found 4"):
         MoeLayerConfig(layers=[4]).select_layers(4)
+
+
+def test_filled_in_coefficients_do_not_count_as_set() -> None:
+    """A stage's `moe:` section is laid over the checkpoint's; only what it says may replace what is stored."""
+    layer = MoeLayerConfig(diversity_coef=0.5)
+    assert layer.balance_coef == 0.01
+    assert layer.model_dump(exclude_unset=True) == {"diversity_coef": 0.5}

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 
 class Pairs(NamedTuple):
@@ -76,6 +77,17 @@ def _grouped_gradients(ctx: Any, grad_PM: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 grouped_linear.register_autograd(_grouped_gradients, setup_context=_save_grouped)
+
+
+# torch's FLOP counter sees an operator, not the products inside: each row meets one expert's matrix.
+@register_flop_formula(torch.ops.llava_compete.grouped_linear)
+def _grouped_flops(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
+    return 2 * x_shape[0] * weight_shape[1] * weight_shape[2]
+
+
+@register_flop_formula(torch.ops.llava_compete.grouped_linear_backward)
+def _grouped_backward_flops(grad_shape: Any, x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
+    return 2 * _grouped_flops(x_shape, weight_shape)
 
 
 def expert_slices(ends_E: Tensor) -> list[tuple[int, slice]]:

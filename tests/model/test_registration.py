@@ -11,13 +11,11 @@ from tiny import tiny_model
 
 from llava_compete.model.build import save_checkpoint
 
+# None in sys.modules is how Python says "not installed": both an import and importlib.util.find_spec see it.
 WITHOUT_DEEPSPEED = """
 import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("deepspeed", "peft", "datasets", "lmms_eval", "bitsandbytes", "flash_attn"):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Refuse())
+for name in ("deepspeed", "peft", "datasets", "lmms_eval", "bitsandbytes", "flash_attn"):
+    sys.modules[name] = None
 """
 ANSWER = """
 from PIL import Image

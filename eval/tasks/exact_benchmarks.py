@@ -1,5 +1,6 @@
 """Scores without a judge for two benchmarks whose lmms-eval tasks ask one (named by the *_exact.yaml files here)."""
 
+import os
 import re
 
 
@@ -13,6 +14,8 @@ def hallusion(doc, results):
 
 def mathvista(doc, results):
     """MathVista: the benchmark's own normalisation of the answer as it stands."""
+    # Importing the evaluator makes a judge's client, which wants a key even though nothing is asked of it here.
+    os.environ.setdefault("OPENAI_API_KEY", "unused")
     from lmms_eval.tasks.mathvista.utils import mathvista_evaluator
 
     text = results[0].strip()

@@ -97,6 +97,7 @@ def test_a_stopped_suite_goes_on_with_the_tasks_that_are_missing(config, finishe
         assert asked[-1] == TASKS
 
 
+@pytest.mark.slow
 def test_a_failing_document_fails_the_command(checkpoint, tasks_folder, tmp_path, capsys):
     """lmms-eval alone would end with status 0."""
     settings = tmp_path / "eval.yaml"

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from llava_compete.errors import UserError
 
@@ -41,6 +41,8 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
         stream: io.BytesIO | Path = io.BytesIO(source)
     else:
         stream = Path(source)
+    # lmms-eval switches this on for the whole process at import; half a picture would then pass as grey.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         with warnings.catch_warnings():
             # Pillow warns about large pictures, odd EXIF and palettes; size is checked below, the rest is harmless.

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from llava_compete.data.images import BadImageError, open_image
 
@@ -69,7 +69,9 @@ def test_first_frame_of_an_animation():
     assert image.getpixel((0, 0)) == RED
 
 
-def test_bad_files_are_named(tmp_path):
+@pytest.mark.parametrize("tolerant", [False, True])
+def test_bad_files_are_named(tmp_path, monkeypatch, tolerant):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", tolerant)  # True: what importing lmms-eval does
     jpeg = saved(Image.effect_noise((64, 64), 50), "JPEG")
     cases = {"image_empty": b"", "image_unreadable": b"<html>", "image_truncated": jpeg[: len(jpeg) // 2]}
     for kind, content in cases.items():

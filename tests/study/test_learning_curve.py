@@ -19,7 +19,7 @@ def settings(tmp_path):
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(monkeypatch, tmp_path):
     """Stands in for the commands: competition is right 20% more often, from 80 rows on."""
     calls = []
 
@@ -29,7 +29,8 @@ def calls(monkeypatch):
         if words[0] != "eval":
             return
         better = 0.2 if "competition" in words[1] and any(f"rows{n}/" in words[1] for n in (80, 160)) else 0.0
-        rng = np.random.default_rng(len(words[1]))
+        # Seeded by the run's place in the study, not by where pytest keeps its files.
+        rng = np.random.default_rng(list(str(folder.relative_to(tmp_path / "out")).encode()))
         for task in ("hard_1", "hard_2"):
             path = folder / "eval" / "samples" / f"{task}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)

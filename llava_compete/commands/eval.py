@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from llava_compete.console import setup_console
     from llava_compete.evaluation.config import EvalConfig
-    from llava_compete.evaluation.runner import evaluate
+    from llava_compete.evaluation.runner import checkpoint_config, evaluate
     from llava_compete.manifest import write_json
 
     if arguments.checkpoint == "prepare":
@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError("expected --suite NAME or --tasks A,B (suites: see eval/suites)")
         config = parse_config(EvalConfig, {"checkpoint": arguments.checkpoint, **options}, source="llava-compete eval")
 
+    checkpoint_config(Path(config.checkpoint))  # before a log is written beside something else
     setup_console(config.directory / "eval.log")
     summary = evaluate(config)
     if config.routing_data:

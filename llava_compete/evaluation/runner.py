@@ -77,14 +77,20 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     return summary
 
 
-def checkpoint_facts(directory: Path) -> dict[str, Any]:
-    """SHA-256 over a checkpoint's files (weights, configs, tokenizer), its stage, and whether it has experts."""
+def checkpoint_config(directory: Path) -> dict[str, Any]:
+    """config.json of a checkpoint of this package; an error where there is none."""
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise UserError(f"{directory}: no checkpoint here (no config.json)")
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
     if config.get("model_type") != "llava_compete":
         raise UserError(f"{config_file}: model_type is {config.get('model_type')!r}, expected 'llava_compete'")
+    return config
+
+
+def checkpoint_facts(directory: Path) -> dict[str, Any]:
+    """SHA-256 over a checkpoint's files (weights, configs, tokenizer), its stage, and whether it has experts."""
+    config = checkpoint_config(directory)
     digest = hashlib.sha256()
     for file in sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".json", ".jinja")):
         digest.update(file.name.encode())

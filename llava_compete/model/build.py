@@ -5,11 +5,19 @@ Everything random is drawn after `seed` is set. Called by training, tests and `p
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+)
 
 from llava_compete.data.encoding import stop_token_ids
 from llava_compete.data.templates import ensure_generation_markers, set_chat_template
@@ -44,7 +52,7 @@ def build_model(
     dtype = getattr(torch, section.dtype)
     if section.checkpoint is not None:
         attention = {} if section.attention is None else {"attn_implementation": section.attention}
-        model, processor = load_checkpoint(section.checkpoint, dtype=dtype, **attention)
+        model, processor = load_checkpoint(section.checkpoint, dtype=dtype, **attention, **_quantized(section))
         if section.chat_template is not None:
             _refuse_growth(set_chat_template(processor.tokenizer, section.chat_template), section)
             processor.chat_template = processor.tokenizer.chat_template
@@ -60,6 +68,23 @@ def build_model(
     image_processor = None if config.tower is None else LlavaCompeteImageProcessor.from_tower(config.tower)
     processor = LlavaCompeteProcessor(image_processor, tokenizer, num_image_tokens=config.num_image_tokens)
     return model.train(), processor
+
+
+def _quantized(section: ModelSection) -> dict[str, Any]:
+    """`from_pretrained` options for the frozen language model of QLoRA (arXiv 2305.14314)."""
+    if section.quantization is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"model.quantization: found {section.quantization}, which needs `pip install bitsandbytes`")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=section.quantization == "4bit",
+        load_in_8bit=section.quantization == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=section.dtype,
+    )
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": quantization, "device_map": {"": device}}
 
 
 def build_processor(section: ModelSection, tokenizer: Any = None) -> LlavaCompeteProcessor:

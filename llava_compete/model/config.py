@@ -93,6 +93,8 @@ class ModelSection(StrictConfig):
     dtype: DtypeName = "float32"
     attention: str | None = None
     """eager, sdpa, flash_attention_2, ...; default: transformers' choice, sdpa wherever the family has it."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Hold the language model's frozen layers in 4 bits (NF4) or 8 with bitsandbytes; needs `checkpoint` and LoRA."""
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -104,4 +106,6 @@ class ModelSection(StrictConfig):
             raise ValueError("give either checkpoint or language_model")
         if self.language_model is not None and self.language_model.name is None and self.tokenizer is None:
             raise ValueError("tokenizer: needed, since language_model has no name to take one from")
+        if self.quantization is not None and self.checkpoint is None:
+            raise ValueError(f"quantization: found {self.quantization}, which needs model.checkpoint")
         return self

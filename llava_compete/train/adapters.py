@@ -36,7 +36,7 @@ def save_merged(
 
     Args:
         base: the model as the stage began with it, on the CPU.
-        state_dict: of peft's model; frozen tensors may be absent.
+        state_dict: what the stage trained, named as in peft's model.
     """
     wrapped = with_adapters(base, trainable)
     result = wrapped.load_state_dict(state_dict, strict=False)

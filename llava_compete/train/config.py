@@ -75,6 +75,9 @@ class TrainConfig(StrictConfig):
     sample_steps: int = Field(default=0, ge=0)
     """Write a few greedy answers on held-out rows every this many steps; 0 writes none."""
 
+    def _mode(self, part: Part) -> str:
+        return self.trainable[part].mode if part in self.trainable else "frozen"
+
     @field_validator("trainable", mode="before")
     @classmethod
     def _mode_alone(cls, value: Any) -> Any:
@@ -107,6 +110,10 @@ class TrainConfig(StrictConfig):
     def _something_trains(self) -> TrainConfig:
         if all(part.mode == "frozen" for part in self.trainable.values()):
             raise ValueError("trainable: no part is trained; set one of vision, projector, language to full or lora")
+        if self.model.quantization and (language := self._mode("language")) != "lora":
+            raise ValueError(f"model.quantization: trainable.language is {language}, expected lora")
+        if self.model.quantization and self.deepspeed and self.deepspeed.startswith("zero3"):
+            raise ValueError(f"model.quantization: quantised weights cannot be sharded by {self.deepspeed}; use zero2")
         if self.sample_steps and self.stage == "pretrain_lm":
             raise ValueError("sample_steps: running text has no questions to answer; set 0")
         return self

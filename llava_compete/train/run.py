@@ -214,7 +214,8 @@ def _trainable_rows(config: TrainConfig, trainer: StageTrainer) -> list[trainabl
 
 def _save_final(config: TrainConfig, trainer: StageTrainer, rank: Rank) -> None:
     staged = config.output_dir / checkpoints.STAGING / "final"
-    trainer.save_merged(staged, base=lambda: start_model(config, rank)[0])
+    whole = config.model_copy(update={"model": config.model.model_copy(update={"quantization": None})})
+    trainer.save_merged(staged, base=lambda: start_model(whole, rank)[0])
     dist.barrier()
     if rank.is_main:
         checkpoints.install_model(staged, config.output_dir)

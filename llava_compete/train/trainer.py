@@ -247,6 +247,8 @@ class StageTrainer(Trainer):
         engine = self.model_wrapped if self.is_deepspeed_enabled else self.model
         state_dict = self.accelerator.get_state_dict(engine)
         if self.args.should_save:
+            trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name in trained}
             save_merged(base(), self.config.trainable, state_dict, self.processing_class, directory)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

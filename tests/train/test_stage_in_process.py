@@ -55,6 +55,11 @@ def _run(content: dict[str, Any], **options: Any) -> Path:
     return config.output_dir
 
 
+def _kinds(model: torch.nn.Module) -> set[str]:
+    """Names of the classes of peft's base layers."""
+    return {type(module).__name__ for name, module in model.named_modules() if name.endswith("base_layer")}
+
+
 def _at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[Any], None]) -> None:
     """Call `action(callback)` once, after optimizer step `step`."""
     plain = callbacks.StepCallback.on_step_end
@@ -197,11 +202,16 @@ def test_exactly_the_trainable_tensors_change(data: Path, tmp_path: Path) -> Non
     assert changed == {name for name in before if name.startswith("projector.")}
 
 
-def test_lora_stage_writes_a_plain_merged_checkpoint(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantization", [None, "4bit"])
+def test_lora_stage_writes_a_plain_merged_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str | None
+) -> None:
     training = {"max_steps": 2}
     start = _run(stage_config("pretrain_align", data, tmp_path / "start", training=training, deepspeed=None))
     trainable = {"projector": "full", "language": {"mode": "lora", "lora_rank": 2}}
-    model = {"checkpoint": str(start)}
+    model = {"checkpoint": str(start), "quantization": quantization}
+    layers: set[str] = set()
+    _at_step(monkeypatch, 1, lambda callback: layers.update(_kinds(callback.trainer.core_model)))
     tuned = _run(
         stage_config(
             "pft", data, tmp_path / "lora", model=model, trainable=trainable, training=training, deepspeed=None
@@ -213,6 +223,7 @@ def test_lora_stage_writes_a_plain_merged_checkpoint(data: Path, tmp_path: Path)
     assert changed == {"projector", "language_model"}
     assert (tuned / "adapter" / "adapter_config.json").is_file()
     assert load_checkpoint(tuned)[0].config.stage == "pft"
+    assert ("Linear4bit" in layers) == (quantization is not None)
 
 
 def test_held_out_loss_and_answers(data: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from stage_kit import (
     ROOT,
     read_metrics,
@@ -28,6 +30,7 @@ from stage_kit import (
 )
 
 from llava_compete.config import dump_yaml
+from llava_compete.model.checkpoint import load_checkpoint
 from llava_compete.train import checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -120,6 +123,25 @@ def test_resume_on_another_number_of_ranks(data: Path, tmp_path: Path, reference
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=120)
     _assert_same_curve(reference, _train(data, tmp_path, "out", 8, 1, processes=1, deepspeed=zero))
+
+
+@pytest.mark.parametrize("deepspeed", [None, "zero2", "zero3"])
+def test_a_changed_tower_is_saved_bit_for_bit(data: Path, tmp_path: Path, deepspeed: str | None) -> None:
+    out = tmp_path / "out"
+    dump_yaml(_config(data, out, 4, 1, training={"max_steps": 2}, deepspeed=deepspeed), tmp_path / "c.yaml")
+    worker = Path(__file__).with_name("save_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker]
+    environment = {**os.environ, **stage_environment(2), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [*command, tmp_path / "c.yaml"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = torch.load(out.with_suffix(".pt"), weights_only=True)
+    first, second = (dict(load_checkpoint(folder)[0].named_parameters()) for folder in (tmp_path / "out-first", out))
+    assert first.keys() == second.keys() == expected.keys()
+    for name, parameter in expected.items():
+        assert torch.equal(second[name], parameter), name
+        assert torch.equal(first[name], parameter) != name.startswith("vision_tower."), name
 
 
 def test_a_rank_that_dies_ends_all(data: Path, tmp_path: Path) -> None:

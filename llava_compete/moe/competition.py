@@ -121,7 +121,8 @@ def compete(
     """Let all experts (hidden states h, down projection) compete for each token; winners are weighted by affinity."""
     affinity_TE, winners_TK, won_TKO = _DownAndContest.apply(h_TEI, weight_EOI, bias_EO, name, num_winners)
     weights_TK = winning_weights(affinity_TE, winners_TK)
-    output_TO = torch.einsum("tko,tk->to", won_TKO, weights_TK.to(won_TKO.dtype))
+    # Several times faster on CPU than a batched product of [K, O] with [K] for each token.
+    output_TO = (won_TKO * weights_TK.to(won_TKO.dtype)[:, :, None]).sum(1)
     return CompetitionResult(output_TO, affinity_TE, winners_TK, token_diversity(won_TKO))
 
 

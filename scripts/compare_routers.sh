@@ -11,6 +11,8 @@
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
+# shellcheck source-path=SCRIPTDIR source=lib/study.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib/study.sh"
 
 steps=400 seeds=3 limit=null SUITE=demo OUT=outputs/compare_routers CONFIG=configs/demo/sft.yaml
 UPCYCLE=configs/demo/upcycle.yaml overrides=()
@@ -29,11 +31,9 @@ while [ $# -gt 0 ]; do
 done
 ensure_venv
 export PATH="$VENV/bin:$PATH" TOKENIZERS_PARALLELISM=false
-METHODS=(dense softmax sigmoid xmoe perturbed_cosine shared_softmax shared_sigmoid competition)
 
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 JOBS=${JOBS:-$((gpus > 0 ? gpus : $(nproc)))}
-mkdir -p "$OUT/logs"
 if [ "$gpus" -eq 0 ]; then
   # Small runs side by side, one core each, use a CPU better than one run on all cores.
   export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -64,28 +64,6 @@ run_one() {
     suite="$SUITE" limit="$limit" batch_size=100 processes=1
 }
 
-# Runs in rounds of JOBS; a failure ends the study with the log that says why.
-failed=() pids=() names=()
-collect() {
-  local index
-  for index in "${!pids[@]}"; do wait "${pids[$index]}" || failed+=("${names[$index]}"); done
-  pids=() names=()
-  [ ${#failed[@]} -eq 0 ] || die "failed: ${failed[*]} (see $OUT/logs/NAME.log); the same command goes on from here"
-}
-for ((seed = 0; seed < seeds; seed++)); do
-  for method in "${METHODS[@]}"; do
-    say "$method, seed $seed"
-    (run_one "$method" "$seed" "${#pids[@]}") >"$OUT/logs/$method-$seed.log" 2>&1 &
-    pids+=($!) names+=("$method-$seed")
-    [ ${#pids[@]} -lt "$JOBS" ] || collect
-  done
-done
-collect
-
-runs=()
-for method in "${METHODS[@]}"; do
-  runs+=("$method=$(seq -f "$OUT/$method/seed%g/eval" -s , 0 $((seeds - 1)))")
-done
+study_runs "$OUT" "$seeds" "$JOBS"
 say "Comparison (baseline: softmax, the router without competition)"
-# The first run is the baseline.
-llava-compete compare "${runs[1]}" "${runs[0]}" "${runs[@]:2}" --out "$OUT/comparison"
+study_compare "$OUT" "$seeds"

@@ -9,6 +9,8 @@
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
+# shellcheck source-path=SCRIPTDIR source=lib/study.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib/study.sh"
 
 seeds=3 out=outputs/lm_routers overrides=()
 while [ $# -gt 0 ]; do
@@ -24,8 +26,6 @@ done
 ensure_venv
 export PATH="$VENV/bin:$PATH" TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 JOBS=${JOBS:-$(nproc)}
-METHODS=(softmax dense sigmoid xmoe perturbed_cosine shared_softmax shared_sigmoid competition)
-mkdir -p "$out/logs"
 [ -f playground/data/stdlib_text/meta.json ] || llava-compete data stdlib-text
 
 # One method with one seed: train in one process, then held-out bits per byte by row.
@@ -43,26 +43,6 @@ run_one() {
   llava-compete perplexity "$directory/model" --out "$directory/eval"
 }
 
-failed=() pids=() names=()
-collect() {
-  local index
-  for index in "${!pids[@]}"; do wait "${pids[$index]}" || failed+=("${names[$index]}"); done
-  pids=() names=()
-  [ ${#failed[@]} -eq 0 ] || die "failed: ${failed[*]} (see $out/logs/NAME.log); the same command goes on from here"
-}
-for ((seed = 0; seed < seeds; seed++)); do
-  for method in "${METHODS[@]}"; do
-    say "$method, seed $seed"
-    (run_one "$method" "$seed") >"$out/logs/$method-$seed.log" 2>&1 &
-    pids+=($!) names+=("$method-$seed")
-    [ ${#pids[@]} -lt "$JOBS" ] || collect
-  done
-done
-collect
-
-runs=()
-for method in "${METHODS[@]}"; do
-  runs+=("$method=$(seq -f "$out/$method/seed%g/eval" -s , 0 $((seeds - 1)))")
-done
+study_runs "$out" "$seeds" "$JOBS"
 say "Comparison (baseline: softmax); text_compression: share of the text's bits saved, 1 percent = 0.08 bits per byte"
-llava-compete compare "${runs[@]}" --out "$out/comparison"
+study_compare "$out" "$seeds"

@@ -7,8 +7,6 @@ leave through the state's records. Suffixes: T tokens, D in, O out, E experts, K
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -163,13 +161,6 @@ def moe_blocks(model: nn.Module) -> dict[str, SparseMoeBlock]:
 def competition_layers(model: nn.Module) -> list[str]:
     """Names of the layers that a competition schedule covers."""
     return [name for name, block in moe_blocks(model).items() if block.config.router == "competition"]
-
-
-def set_moe_leaf_modules(model: nn.Module) -> list[Any]:
-    """Make each block one unit for ZeRO-3, gathered as a whole (call before `deepspeed.initialize`)."""
-    from deepspeed.utils import set_z3_leaf_modules
-
-    return set_z3_leaf_modules(model, [SparseMoeBlock])
 
 
 def _trains(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from deepspeed.utils import set_z3_leaf_modules
+from deepspeed.utils import set_z3_leaf_modules, z3_leaf_module
 from transformers import set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -23,6 +23,7 @@ from llava_compete.allocator import keep_freed_memory
 from llava_compete.console import setup_console
 from llava_compete.errors import UserError
 from llava_compete.manifest import write_manifest
+from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.train import checkpoints, trainable, universal
 from llava_compete.train.adapters import with_adapters
@@ -94,8 +95,7 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> None:
         if sharding is not None:
             set_hf_deepspeed_config(sharding)
         if sharding is not None and sharding.is_zero3():
-            # Without this ZeRO-3 hangs or is wrong where a module's parameters are used outside its own call.
-            set_z3_leaf_modules(model, model.zero3_leaf_modules)
+            _gather_whole(model)
         model = with_adapters(model, config.trainable)
         trainable.apply(model, config.trainable)
     with all_or_none(rank, "data"), main_first(rank):
@@ -136,6 +136,14 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> None:
         watch.write_end(summary)
         checkpoints.write_finished(config.output_dir, summary)
         logger.info("%s: wrote the %s model to %s", config.stage, config.stage, config.output_dir)
+
+
+def _gather_whole(model: Any) -> None:
+    """Mark what ZeRO-3 must gather as one: it hangs where parameters are used outside their module."""
+    set_z3_leaf_modules(model, model.zero3_leaf_modules)
+    bare = [name for name, block in moe_blocks(model).items() if not z3_leaf_module(block)]
+    if bare:
+        raise RuntimeError(f"ZeRO-3 would gather these MoE blocks piece by piece: {', '.join(bare)}")
 
 
 def _build_trainer(

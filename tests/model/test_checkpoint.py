@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +13,17 @@ from safetensors.torch import load_file, save_file
 from test_forward import picture
 from test_tower import TIMM
 from tiny import TOWER, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+)
 
 from llava_compete.errors import UserError
 from llava_compete.model import LlavaCompeteConfig, LlavaCompeteForConditionalGeneration, LlavaCompeteProcessor
 from llava_compete.model.build import load_checkpoint, save_checkpoint
-from llava_compete.model.checkpoint import _spare_from_quantization
 
 MOE = {"vision": {}, "projector": {}, "language": {}}
 
@@ -162,10 +166,23 @@ def test_history_and_moe_settings_are_in_config_json(saved: Path) -> None:
     assert (config["stage"], config["parents"]) == ("initial", [])
 
 
-def test_quantization_spares_what_it_cannot_do_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    quantization = SimpleNamespace(llm_int8_skip_modules=None)
-    model, _ = tiny_model(moe={"language": {}})
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_quantized_loading_spares_the_experts_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, bits: str
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    saved = tiny_model(moe={"language": {}})
+    save_checkpoint(*saved, tmp_path)
     with caplog.at_level("WARNING", logger="llava_compete"):
-        _spare_from_quantization(quantization, model.config)
-    assert quantization.llm_int8_skip_modules == ["vision_tower", "projector", "lm_head"]
+        model, processor = load_checkpoint(tmp_path, quantization_config=BitsAndBytesConfig(**{bits: True}))
     assert "the packed experts of language stay unquantised" in caplog.text
+    kinds: dict[str, set[str]] = {}
+    for name, module in model.named_modules():
+        kinds.setdefault(name.split(".")[0], set()).add(type(module).__name__)
+    quantized = {"Linear4bit", "Linear8bitLt"}
+    assert kinds["language_model"] & quantized
+    assert not (kinds["vision_tower"] | kinds["projector"]) & quantized
+    experts = {name: tensor for name, tensor in saved[0].state_dict().items() if ".experts." in name}
+    assert experts
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in experts.items())
+    assert torch.isfinite(run(model, processor)).all()

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llava_compete.moe.block import SparseMoeBlock, competition_layers, set_moe_leaf_modules
+from llava_compete.moe.block import SparseMoeBlock, competition_layers
 from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.state import RoutingState, TokenGroups
 
@@ -92,7 +92,7 @@ def two_processes(stage: int, competing: bool, micro_batches: int, leaf: bool) -
     model = Model()
     set_mode(model, competing)
     if leaf:
-        set_moe_leaf_modules(model)
+        deepspeed.utils.set_z3_leaf_modules(model, [SparseMoeBlock])
     rank, world = dist.get_rank(), dist.get_world_size()
     rows = SEQUENCES // world // micro_batches
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}

@@ -1,7 +1,7 @@
 """One rank of the save test: `deepspeed --num_gpus 2 save_worker.py CONFIG...` (see test_stage_launch.py).
 
 Trains each stage, saves it, changes the tower's weights as no training would, and saves again beside it:
-`OUTPUT_DIR` holds the second model, `OUTPUT_DIR-first` the first, `OUTPUT_DIR.pt` the weights that the second must hold.
+`OUTPUT_DIR` holds the second model, `OUTPUT_DIR-first` the first, `OUTPUT_DIR.pt` the weights it must hold.
 """
 
 from __future__ import annotations

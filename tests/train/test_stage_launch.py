@@ -6,12 +6,13 @@ Each test starts real ranks on CPU, so the file is slow (minutes): `bash scripts
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,39 @@ def test_resume_after_kill_equals_straight(data: Path, tmp_path: Path, zero: str
     _assert_same_curve(straight, _train(data, tmp_path, "killed", 2, 2, **saving))
 
 
+def test_resume_after_kill_during_a_save_equals_straight(data: Path, tmp_path: Path, reference: Path) -> None:
+    config = _config(data, tmp_path / "out", 4, 1, training={"save_steps": 2})
+    with _started(config, tmp_path / "c.yaml") as process:
+        _wait_until(process, (tmp_path / "out" / checkpoints.STAGING / "checkpoint-4").is_dir)
+        for rank in _ranks(process):
+            rank.kill()
+        process.wait(timeout=60)
+    assert [path.name for path in checkpoints.list_complete(tmp_path / "out")] == ["checkpoint-2"]
+    _assert_same_curve(reference, _train(data, tmp_path, "out", 4, 1, training={"save_steps": 2}))
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(data: Path, tmp_path: Path, reference: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("may not mount a small file system here")
+    try:
+        config = _config(data, disk / "out", 4, 1, training={"save_steps": 1})
+        result = run_stage(config, tmp_path / "c.yaml")
+        assert result.returncode == 2
+        complete = checkpoints.list_complete(disk / "out")
+        assert 0 < len(complete) < 6
+        (error,) = _errors(result)
+        assert f"the disk is full (0 MiB free), checkpoint-{len(complete) + 1} was not written" in error
+        for path in complete[:-1]:
+            shutil.rmtree(path)
+        again = run_stage(config, tmp_path / "c.yaml", "training.save_total_limit=1")
+        assert again.returncode == 0, again.stderr
+        _assert_same_curve(reference, disk / "out")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
 def test_resume_on_another_number_of_ranks(data: Path, tmp_path: Path, reference: Path, zero: str) -> None:
     config = _config(data, tmp_path / "out", 2, 2, training={"save_steps": 3}, deepspeed=zero)
@@ -132,9 +166,7 @@ def test_a_changed_tower_is_saved_bit_for_bit(data: Path, tmp_path: Path, deepsp
     worker = Path(__file__).with_name("save_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker]
     environment = {**os.environ, **stage_environment(2), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [*command, tmp_path / "c.yaml"], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, tmp_path / "c.yaml"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     expected = torch.load(out.with_suffix(".pt"), weights_only=True)
     first, second = (dict(load_checkpoint(folder)[0].named_parameters()) for folder in (tmp_path / "out-first", out))
@@ -242,14 +274,19 @@ def _ranks(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return sorted(found, key=lambda child: int(child.environ()["RANK"]))
 
 
-def _wait_for_step(process: subprocess.Popen[bytes], output_dir: Path, step: int, limit: float = 600) -> None:
+def _wait_for_step(process: subprocess.Popen[bytes], output_dir: Path, step: int) -> None:
+    metrics = output_dir / "run" / "metrics.jsonl"
+    _wait_until(process, lambda: metrics.is_file() and len(read_metrics(output_dir)) >= step)
+
+
+def _wait_until(process: subprocess.Popen[bytes], reached: Callable[[], bool], limit: float = 600) -> None:
     end = time.monotonic() + limit
     while time.monotonic() < end:
         assert process.poll() is None, "the run ended too early"
-        if (output_dir / "run" / "metrics.jsonl").is_file() and len(read_metrics(output_dir)) >= step:
+        if reached():
             return
-        time.sleep(0.2)
-    raise AssertionError(f"step {step} not reached in {limit} s")
+        time.sleep(0.01)
+    raise AssertionError(f"not reached in {limit} s")
 
 
 def _errors(result: subprocess.CompletedProcess[str]) -> list[str]:

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# What the router studies share: every method with every seed, some at a time, and the comparison of their results.
+# The caller defines `run_one METHOD SEED SLOT`, which writes OUT/METHOD/seedSEED/eval and returns at once if it is there.
+
+# The first is the baseline: the router without competition.
+METHODS=(softmax dense sigmoid xmoe perturbed_cosine shared_softmax shared_sigmoid competition)
+
+# study_runs OUT SEEDS JOBS: in rounds of JOBS; a failure ends the study with the log that says why.
+study_runs() {
+  local out=$1 seeds=$2 jobs=$3 seed method
+  local -a pids=() names=()
+  mkdir -p "$out/logs"
+  for ((seed = 0; seed < seeds; seed++)); do
+    for method in "${METHODS[@]}"; do
+      say "$method, seed $seed"
+      (run_one "$method" "$seed" "${#pids[@]}") >"$out/logs/$method-$seed.log" 2>&1 &
+      pids+=($!) names+=("$method-$seed")
+      [ ${#pids[@]} -lt "$jobs" ] || study_wait
+    done
+  done
+  study_wait
+}
+
+# Waits for the round in `pids` and `names` of study_runs.
+study_wait() {
+  local index
+  local -a failed=()
+  for index in "${!pids[@]}"; do wait "${pids[$index]}" || failed+=("${names[$index]}"); done
+  pids=() names=()
+  [ ${#failed[@]} -eq 0 ] || die "failed: ${failed[*]} (see $out/logs/NAME.log); the same command goes on from here"
+}
+
+# study_compare OUT SEEDS
+study_compare() {
+  local out=$1 seeds=$2 method
+  local -a runs=()
+  for method in "${METHODS[@]}"; do
+    runs+=("$method=$(seq -f "$out/$method/seed%g/eval" -s , 0 $((seeds - 1)))")
+  done
+  llava-compete compare "${runs[@]}" --out "$out/comparison"
+}

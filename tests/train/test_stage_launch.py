@@ -213,7 +213,7 @@ def test_mistakes_end_with_one_line(data: Path, tmp_path: Path) -> None:
     config = _config(data, tmp_path / "out", 4, 1)
     missing = run_stage(config, tmp_path / "c.yaml", "data.sources=[{name: x, path: /no/such.json}]")
     assert missing.returncode != 0
-    assert _errors(missing) == ["error: data source 'x': /no/such.json: no such file"]
+    assert _errors(missing) == ["error: /no/such.json: no such file"]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         busy = run_script("sft", tmp_path / "c.yaml", MASTER_PORT=port)

@@ -14,11 +14,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
 # shellcheck source-path=SCRIPTDIR source=lib/study.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/study.sh"
 
-steps=400 seeds=3 limit=null SUITE=demo OUT=outputs/compare_routers CONFIG=configs/demo/sft.yaml
+steps=250 seeds=3 limit=null SUITE=demo OUT=outputs/compare_routers CONFIG=configs/demo/sft.yaml
 UPCYCLE=configs/demo/upcycle.yaml overrides=()
 while [ $# -gt 0 ]; do
   case "$1" in
-    --quick) steps=100 seeds=1 limit=200 OUT=outputs/compare_routers_quick ;;
+    --quick) steps=60 seeds=1 limit=200 OUT=outputs/compare_routers_quick ;;
     --seeds) seeds=$2 && shift ;;
     --suite) SUITE=$2 && shift ;;
     --config) CONFIG=$2 && shift ;;
@@ -58,7 +58,7 @@ run_one() {
       output_dir="$start" moe.language.router="$method" seed="$seed"
   fi
   [ -f "$directory/sft/config.json" ] || llava-compete train "$CONFIG" --stage sft model.checkpoint="$start" \
-    output_dir="$directory/sft" seed="$seed" deepspeed=none training.per_device_train_batch_size=32 \
+    output_dir="$directory/sft" seed="$seed" deepspeed=none training.per_device_train_batch_size=16 \
     training.max_steps="$steps" "${moe[@]}" "${overrides[@]}"
   llava-compete eval --config configs/demo/eval.yaml checkpoint="$directory/sft" output_dir="$directory/eval" \
     suite="$SUITE" limit="$limit" batch_size=100 processes=1

@@ -52,8 +52,10 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
                 if width * height > MAX_PIXELS:
                     raise BadImageError("image_too_large", f"{label}: {width}×{height} pixels, at most {MAX_PIXELS:,}")
                 image.load()
-                upright = to_rgb(ImageOps.exif_transpose(image))
-                upright.info = {"source_mode": image.mode}
+                mode = image.mode
+                ImageOps.exif_transpose(image, in_place=True)
+                upright = to_rgb(image)
+                upright.info = {"source_mode": mode}
                 return upright
     except BadImageError:
         raise

@@ -76,10 +76,13 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
         if self.resize_mode == "squash":
             return image.resize((size, size), resample)
         if self.resize_mode == "pad":
+            # Resized before it is padded: the border needs no arithmetic.
             side = max(width, height)
-            canvas = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in self.mean))
-            canvas.paste(image, ((side - width) // 2, (side - height) // 2))
-            return canvas.resize((size, size), resample)
+            new_width, new_height = (max(1, round(length * size / side)) for length in (width, height))
+            canvas = Image.new("RGB", (size, size), tuple(int(channel * 255) for channel in self.mean))
+            place = ((size - new_width) // 2, (size - new_height) // 2)
+            canvas.paste(image.resize((new_width, new_height), resample), place)
+            return canvas
         short, long = sorted((width, height))
         longer = int(size * long / short)
         new_width, new_height = (size, longer) if width <= height else (longer, size)

@@ -63,6 +63,7 @@ class StageTrainer(Trainer):
         self.step_counts: counts.StepCounts | None = None
         self.stop_requested = False
         self.bad_step = False
+        self._steps_since_log = self._good_steps_since_log = 0
         self.record: dict[str, Any] = {}
 
     # ---- data: the sampler already shares rows out to ranks, so accelerate must not do it again ----
@@ -171,6 +172,8 @@ class StageTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         norm = norm.item() if isinstance(norm, Tensor) else float(norm if norm is not None else 0.0)
         self.bad_step = not math.isfinite(norm) or self.accelerator.optimizer_step_was_skipped
+        self._steps_since_log += 1
+        self._good_steps_since_log += not self.bad_step
         if self.bad_step:
             # DeepSpeed has skipped the step by itself; without it, no gradient means no update.
             model.zero_grad()
@@ -185,6 +188,11 @@ class StageTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add loss terms and routing metrics to a training log line; `record` keeps all of it for the writer."""
+        if "loss" in logs:
+            # The Trainer divides by all steps, but a skipped one adds no loss.
+            good, steps = self._good_steps_since_log, self._steps_since_log
+            logs = {**logs, "loss": logs["loss"] * steps / good if good else math.nan}
+            self._steps_since_log = self._good_steps_since_log = 0
         self.record = dict(logs)
         if "loss" in logs:
             metrics = self.step_metrics.collect(self.train_dataset.counters)

@@ -10,7 +10,7 @@ import pytest
 
 from llava_compete.moe.routers import ROUTER_CLASSES
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "compare_routers.sh"
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 RECORDER = """#!/usr/bin/env bash
 echo "$*" >>"$RECORD"
 case "$*" in *"$FAIL"*) [ -z "$FAIL" ] || exit 1 ;; esac
@@ -40,7 +40,8 @@ def study(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
         path.chmod(0o755)
-    shutil.copy(SCRIPT, tmp_path / "scripts")
+    for name in ("compare_routers.sh", "lib/study.sh"):
+        shutil.copy(SCRIPTS / name, tmp_path / "scripts" / name)
     record = tmp_path / "record"
     monkeypatch.setenv("RECORD", str(record))
     monkeypatch.setenv("JOBS", "3")
@@ -65,7 +66,7 @@ def test_all_routers_and_dense_from_one_parent(study):
     trained = having(commands, "train configs/demo/sft.yaml")
     assert len(trained) == 16
     assert len(having(trained, "moe=false", "model.checkpoint=outputs/compare_routers/parent")) == 2
-    assert all("training.max_steps=400 " in command and command.endswith("training.max_steps=7") for command in trained)
+    assert all("training.max_steps=250 " in command and command.endswith("training.max_steps=7") for command in trained)
     for seed in (0, 1):
         assert len(having(trained, f"seed={seed} ")) == 8
     upcycled = having(commands, "upcycle --config", "model.checkpoint=outputs/compare_routers/parent")

@@ -17,7 +17,7 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--out", type=Path, default=Path("outputs/sample_efficiency"), help="directory for the results")
-    parser.add_argument("--quick", action="store_true", help="10 repetitions up to n = 10,000 (under 2 minutes)")
+    parser.add_argument("--quick", action="store_true", help="10 repetitions up to n = 3,162 (under a minute)")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 16), help="processes (default: cores)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data and the starts")
 

@@ -85,12 +85,12 @@ def near_truth_starts(
 ) -> Tensor:
     """Starts [fits, experts, P]: the true atoms, some twice when experts > K, all moved by N(0, spread^2).
 
-    A true atom that is taken twice shares its mass between its copies. Which atoms are doubled is drawn for each
-    fit. The spread does not depend on the sample size, so that a start cannot bring a rate with it.
+    A true atom that is taken twice shares its mass between its copies. The atoms take turns from fit to fit, so that
+    several starts on one data set double different ones: the best fit may crowd any of them. The spread does not
+    depend on the sample size, so that a start cannot bring a rate with it.
     """
     true_experts = len(truth_KP)
-    order = torch.rand(fits, true_experts, generator=generator).argsort(1)
-    extra = order[:, torch.arange(experts - true_experts) % true_experts]
+    extra = (torch.arange(fits).unsqueeze(1) + torch.arange(experts - true_experts)) % true_experts
     index = torch.cat([torch.arange(true_experts).expand(fits, -1), extra], 1)
     start = truth_KP[index].clone()
     copies = (index.unsqueeze(2) == index.unsqueeze(1)).sum(2)

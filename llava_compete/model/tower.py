@@ -148,16 +148,19 @@ def build_trunk(embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bool) ->
     with _quiet():
         try:
             visual = _build_vision_tower(embed_dim, parsed, quick_gelu)
-        except RuntimeError as error:
-            raise UserError(f"vision tower {parsed.timm_model_name}: {error}") from error
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"vision tower {parsed.timm_model_name or vision_cfg}: {error}") from error
         trunk = visual.trunk if isinstance(visual, TimmModel) else visual
-        if not isinstance(trunk, VisionTransformer) and not hasattr(trunk, "blocks"):
+        is_timm_transformer = hasattr(trunk, "blocks") and hasattr(trunk, "patch_embed")
+        if not isinstance(trunk, VisionTransformer) and not is_timm_transformer:
             raise UserError(
                 f"vision tower {parsed.timm_model_name or type(trunk).__name__}: not a vision transformer, so it has "
                 "no blocks to choose a layer from. Choose a ViT, such as ViT-L-14-336-quickgelu or ViT-SO400M-14-SigLIP"
             )
+        # A timm trunk's own size stays as its weights were trained, also 384 on patches of 14, where the patches leave
+        # a margin out; any other size must divide.
         if isinstance(visual, TimmModel) and isinstance(size, int) and size != trunk.patch_embed.img_size[0]:
-            _check_grid(size, trunk.patch_embed.patch_size[0])
+            _check_grid(size, trunk.patch_embed.feat_ratio())
             trunk.set_input_size(img_size=size)
     return trunk
 
@@ -188,7 +191,8 @@ def cut_trunk(trunk: Any, num_blocks: int) -> None:
     native = hasattr(trunk, "transformer")
     if native:
         trunk.attn_pool = None
-    prefix = {"output_extra_tokens" if native else "return_prefix_tokens": True}
+    # timm fails where prefix tokens are asked of a trunk without any.
+    prefix = {"output_extra_tokens": True} if native else {"return_prefix_tokens": _num_prefix_tokens(trunk) > 0}
     trunk.forward = partial(
         trunk.forward_intermediates,
         indices=[num_blocks - 1],
@@ -219,12 +223,12 @@ def tower_facts(
     blocks = trunk_blocks(trunk)
     rows, columns = _grid(trunk)
     native = hasattr(trunk, "transformer")
-    if select == "cls_patch" and not (native or trunk.has_class_token):
+    if select == "cls_patch" and not native and trunk.cls_token is None:
         raise UserError("vision_tower.select: found 'cls_patch', but this tower has no class token; use 'patch'")
     tokens = rows * columns + (select == "cls_patch")
     width = trunk.class_embedding.shape[0] if native else trunk.embed_dim
-    patch = trunk.patch_size[0] if native else trunk.patch_embed.patch_size[0]
-    return TowerFacts(width, tokens, feature_block(len(blocks), feature_layer) + 1, rows * patch)
+    size = trunk.image_size if native else trunk.patch_embed.img_size
+    return TowerFacts(width, tokens, feature_block(len(blocks), feature_layer) + 1, int(size[0]))
 
 
 def _grid(trunk: Any) -> tuple[int, int]:

@@ -15,10 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llava_compete.config import parse_config
 from llava_compete.errors import UserError
 from llava_compete.model.config import VisionTowerSection
 from llava_compete.model.tower import VisionTower, build_trunk, tower_facts
-from llava_compete.model.tower_config import CLIP_MEAN, CLIP_STD, PreprocessConfig, TowerConfig
+from llava_compete.model.tower_config import CLIP_MEAN, CLIP_STD, TowerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -39,27 +40,25 @@ def resolve_tower(section: VisionTowerSection) -> TowerConfig:
     embed_dim, vision_cfg = int(model_cfg["embed_dim"]), dict(model_cfg["vision_cfg"])
     quick_gelu = bool(model_cfg.get("quick_gelu", False))
     facts = tower_facts(embed_dim, vision_cfg, quick_gelu, section.feature_layer, section.select)
-    defaults = {
+    resize_mode = preprocess_cfg.get("resize_mode") or "shortest"
+    preprocess = {
+        "size": facts.image_size,
         "mean": preprocess_cfg.get("mean") or CLIP_MEAN,
         "std": preprocess_cfg.get("std") or CLIP_STD,
         "interpolation": preprocess_cfg.get("interpolation") or "bicubic",
-        "resize_mode": _RESIZE_MODES[preprocess_cfg.get("resize_mode") or "shortest"],
+        "resize_mode": _RESIZE_MODES.get(resize_mode, resize_mode),
     }
-    changes = section.preprocess.model_dump(exclude_none=True)
-    return TowerConfig(
-        name=section.name,
-        pretrained=section.pretrained,
-        embed_dim=embed_dim,
-        quick_gelu=quick_gelu,
-        vision_cfg=vision_cfg,
-        feature_layer=section.feature_layer,
-        select=section.select,
-        scales=section.scales,
-        preprocess=PreprocessConfig(size=facts.image_size, **{**defaults, **changes}),
-        width=facts.width,
-        num_tokens=facts.num_tokens,
-        num_layers=facts.num_layers,
-    )
+    values = {
+        **section.model_dump(include={"name", "pretrained", "feature_layer", "select", "scales"}),
+        "embed_dim": embed_dim,
+        "quick_gelu": quick_gelu,
+        "vision_cfg": vision_cfg,
+        "preprocess": {**preprocess, **section.preprocess.model_dump(exclude_none=True)},
+        "width": facts.width,
+        "num_tokens": facts.num_tokens,
+        "num_layers": facts.num_layers,
+    }
+    return parse_config(TowerConfig, values, source="vision_tower")
 
 
 def load_pretrained(tower: VisionTower, section: VisionTowerSection) -> bool:
@@ -150,7 +149,7 @@ def _open_clip_config_path(name: str) -> Path:
     try:
         return Path(download_pretrained_from_hf(place, filename="open_clip_config.json"))
     except FileNotFoundError as error:
-        raise UserError(f"vision_tower.name: {name}: {error}") from error
+        raise UserError(f"vision_tower.name: {name}: {_line(error)}") from error
 
 
 def _weights_path(section: VisionTowerSection) -> Path | None:
@@ -175,7 +174,13 @@ def _weights_path(section: VisionTowerSection) -> Path | None:
             raise UserError(f"vision_tower.pretrained: {section.pretrained}: no such file")
         return Path(download_pretrained(get_pretrained_cfg(name.replace("/", "-"), section.pretrained)))
     except (FileNotFoundError, RuntimeError, OSError) as error:
-        raise UserError(f"vision_tower: cannot fetch the weights of {name} {section.pretrained}: {error}") from error
+        raise UserError(
+            f"vision_tower: cannot fetch the weights of {name} {section.pretrained}: {_line(error)}"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _read_visual(path: Path) -> dict[str, Tensor]:

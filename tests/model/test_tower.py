@@ -149,6 +149,12 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         ({"config": {**TOWER, "vision_cfg": {"layer": 2}}}, "layer"),
         ({"config": TOWER, "feature_layer": 7}, "feature_layer: found 7, but the tower has 3 blocks"),
         ({"name": "ViT-SO400M-14-SigLIP", "select": "cls_patch"}, "no class token"),
+        ({"name": "PE-Core-bigG-14-448", "select": "cls_patch"}, "no class token"),
+        ({"config": TOWER, "scales": (2, 3)}, "scales [2, 3]: expected ascending whole numbers that start with 1"),
+        (
+            {"config": {**TOWER, "preprocess_cfg": {"interpolation": "random"}}},
+            "preprocess.interpolation: found 'random'",
+        ),
         ({"name": "local-dir:/nowhere"}, "no such directory"),
         ({"config": {**TIMM, "vision_cfg": {**TIMM["vision_cfg"], "image_size": 70}}}, "70 is not a multiple"),
         ({"config": {**TIMM, "vision_cfg": {**TIMM["vision_cfg"], "timm_model_name": "vit_none"}}}, "vit_none"),
@@ -211,6 +217,24 @@ def test_weights_decide_about_quick_gelu() -> None:
     assert (siglip.num_tokens, siglip.width, siglip.num_layers) == (256, 1152, 26)
     assert siglip.preprocess.mean == (0.5, 0.5, 0.5)
     assert siglip.preprocess.resize_mode == "squash"
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "tokens"),
+    [
+        ("ViT-SO400M-14-SigLIP-384", 384, 27 * 27),  # patches of 14 leave a margin out, as in its own training
+        ("ViTamin-S", 224, 14 * 14),  # convolutions before the blocks
+        ("MobileCLIP2-B", 224, 14 * 14),
+        ("PE-Core-bigG-14-448", 448, 32 * 32),  # timm's Eva without a class token
+        ("EVA02-B-16", 224, 14 * 14),
+    ],
+)
+def test_odd_towers_of_the_registry(name: str, size: int, tokens: int) -> None:
+    config = resolve_tower(VisionTowerSection(name=name))
+    assert (config.image_size, config.num_tokens) == (size, tokens)
+    with torch.device("meta"):
+        features = VisionTower(config)(torch.zeros(1, 3, size, size))
+    assert features.shape == (1, tokens, config.width)
 
 
 def test_buffers_that_no_checkpoint_stores_are_computed_again() -> None:

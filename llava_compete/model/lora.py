@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from llava_compete.errors import UserError
@@ -83,7 +84,8 @@ def merge_adapters(adapter: str | Path, output_dir: str | Path, checkpoint: str 
 
     checkpoint: default the one that the adapter names as its base.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
 
     adapter, output_dir = Path(adapter), Path(output_dir)
     path = adapter / ADAPTER_CONFIG
@@ -95,7 +97,16 @@ def merge_adapters(adapter: str | Path, output_dir: str | Path, checkpoint: str 
     if output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(f"{output_dir}: not empty; choose another --out")
     model, processor = load_checkpoint(base)
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    try:
+        adapted = PeftModel.from_pretrained(model, adapter)
+        stored = load_peft_weights(str(adapter), device="cpu")
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+        raise UserError(f"{adapter}: does not fit {base}: {str(error).splitlines()[0]}") from error
+    # peft only warns of tensors that are not there, and they would change nothing.
+    missing = sorted(get_peft_model_state_dict(adapted).keys() - stored.keys())
+    if missing:
+        raise UserError(f"{adapter}: lacks {len(missing)} of its tensors, such as {missing[0]}")
+    merged = adapted.merge_and_unload()
     merged.config.parents = [*model.config.parents, model.config.stage]
     merged.config.stage = "merge"
     save_checkpoint(merged, processor, output_dir)

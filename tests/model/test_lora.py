@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_forward import batch, picture
 from tiny import tiny_model
 
@@ -48,6 +49,16 @@ def test_adapters_learn_and_merge_exactly(moe: dict | None, tmp_path: Path) -> N
     assert merged.config.stage == "merge"
     with pytest.raises(UserError, match="not empty"):
         merge_adapters(tmp_path / "adapter", tmp_path / "merged")
+    save_checkpoint(*tiny_model(language={"hidden_size": 64}), tmp_path / "other")
+    with pytest.raises(UserError, match=r"adapter: does not fit .*other: "):
+        merge_adapters(tmp_path / "adapter", tmp_path / "none", tmp_path / "other")
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    lost = sorted(weights)[0]
+    del weights[lost]
+    save_file(weights, tmp_path / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"adapter: lacks 1 of its tensors, such as {lost}"):
+        merge_adapters(tmp_path / "adapter", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_bad_lora_settings() -> None:

@@ -21,9 +21,12 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.table import Table
 
     from llava_compete.console import setup_console
+    from llava_compete.errors import UserError
     from llava_compete.model.info import describe
 
     setup_console()
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise UserError(f"--json: {arguments.json.parent}: no such directory")
     facts = describe(arguments.checkpoint)
     console = Console(file=sys.stdout)
     console.print(f"{arguments.checkpoint}: stage {facts['stage']}, after {' -> '.join(facts['parents']) or 'nothing'}")

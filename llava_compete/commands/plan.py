@@ -29,6 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
     setup_console()
     if arguments.gpus < 1:
         raise UserError(f"--gpus: found {arguments.gpus}, expected at least 1")
+    if arguments.gpu_memory <= 0:
+        raise UserError(f"--gpu-memory: found {arguments.gpu_memory:g}, expected GiB above 0")
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise UserError(f"--json: {arguments.json.parent}: no such directory")
     result = plan(arguments.config, arguments.overrides, arguments.gpus, arguments.gpu_memory)
     console = Console(file=sys.stdout)
     parts = Table("part", "parameters", "trainable", "active a token", title="parameters")
@@ -43,7 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     for stage, state in result.states.items():
         sizes = result.largest_micro_batch[stage]
         memory = (state.weights, state.gradients, state.optimizer, state.total)
-        mark = " (config)" if stage == recipe.zero_stage else ""
+        offloaded = f", {' and '.join(recipe.offload)} offloaded" if recipe.offload else ""
+        mark = f" (config{offloaded})" if stage == recipe.zero_stage else ""
         table.add_row(
             f"{stage}{mark}", *(f"{size / GIB:.3g}" for size in memory), *(str(size) for size in sizes.values())
         )

@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     from llava_compete.console import setup_console
     from llava_compete.errors import UserError
     from llava_compete.manifest import write_manifest
+    from llava_compete.model.checkpoint import read_config
     from llava_compete.moe.upcycle import UpcycleConfig, upcycle
 
     setup_console()
@@ -45,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(UpcycleConfig, arguments.config, overrides)
     if config.model.checkpoint is None:
         raise UserError(f"{arguments.config}: missing key 'model.checkpoint', the dense checkpoint to upcycle")
+    read_config(config.model.checkpoint, config.model.trust_remote_code)
     report = upcycle(config.model.checkpoint, config.output_dir, config.moe, config.seed)
     table = Table("part", "layers", "experts", "router", "dense MLP", "all experts", "active a token")
     for part, group in itertools.groupby(report.layers, key=lambda layer: layer.name.partition(".")[0]):

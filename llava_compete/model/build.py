@@ -5,12 +5,15 @@ Everything random is drawn after `seed` is set. Called by training, tests and `p
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import logging
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,6 +21,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
 )
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from llava_compete.data.encoding import stop_token_ids
 from llava_compete.data.templates import ensure_generation_markers, set_chat_template
@@ -29,6 +33,8 @@ from llava_compete.model.image_processing import LlavaCompeteImageProcessor
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.processing import LlavaCompeteProcessor
 from llava_compete.model.projector import Projector
+from llava_compete.model.remote_code import register_remote_code
+from llava_compete.model.strict import refuse_wrong_keys
 from llava_compete.model.tokenizer import add_image_token
 from llava_compete.model.tower import VisionTower
 from llava_compete.model.tower_registry import load_pretrained, resolve_tower
@@ -49,10 +55,17 @@ def build_model(
     tokenizer: the one trained on the run's data where the section says so.
     """
     torch.manual_seed(seed)
+    _check_attention(section)
     dtype = getattr(torch, section.dtype)
     if section.checkpoint is not None:
         attention = {} if section.attention is None else {"attn_implementation": section.attention}
-        model, processor = load_checkpoint(section.checkpoint, dtype=dtype, **attention, **_quantized(section))
+        model, processor = load_checkpoint(
+            section.checkpoint,
+            dtype=dtype,
+            trust_remote_code=section.trust_remote_code,
+            **attention,
+            **_quantized(section),
+        )
         if section.chat_template is not None:
             _refuse_growth(set_chat_template(processor.tokenizer, section.chat_template), section)
             processor.chat_template = processor.tokenizer.chat_template
@@ -68,6 +81,16 @@ def build_model(
     image_processor = None if config.tower is None else LlavaCompeteImageProcessor.from_tower(config.tower)
     processor = LlavaCompeteProcessor(image_processor, tokenizer, num_image_tokens=config.num_image_tokens)
     return model.train(), processor
+
+
+def _check_attention(section: ModelSection) -> None:
+    """Say in one line that a flash kernel is asked for and not there; nothing else needs one."""
+    installed = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    if section.attention in installed and not installed[section.attention]():
+        raise UserError(
+            f"model.attention: {section.attention} needs a CUDA GPU and its package, which are not both here; "
+            "leave the key out for sdpa"
+        )
 
 
 def _quantized(section: ModelSection) -> dict[str, Any]:
@@ -106,14 +129,18 @@ def text_config_of(section: ModelSection, offline: bool) -> PreTrainedConfig:
     if language.config is not None and (language.name is None or offline):
         values = dict(language.config)
         model_type = values.pop("model_type")
-        try:
-            return AutoConfig.for_model(model_type, **values)
-        except ValueError as error:
-            raise UserError(f"language_model.config: {str(error).splitlines()[0]}") from error
+        if model_type not in CONFIG_MAPPING:
+            near = difflib.get_close_matches(model_type, CONFIG_MAPPING, n=3) or ["llama", "qwen3"]
+            raise UserError(f"language_model.config.model_type: unknown {model_type!r}; such as {', '.join(near)}")
+        return AutoConfig.for_model(model_type, **values)
     try:
-        config = AutoConfig.from_pretrained(language.name, trust_remote_code=section.trust_remote_code)
+        stored, _ = PreTrainedConfig.get_config_dict(language.name)
+        register_remote_code(str(language.name), stored, section.trust_remote_code)
+        config = AutoConfig.from_pretrained(language.name)
     except (OSError, ValueError) as error:
         raise UserError(f"language_model.name: {language.name}: {str(error).splitlines()[0]}") from error
+    if not hasattr(config, "hidden_size"):
+        raise UserError(f"language_model.name: {language.name}: a {config.model_type!r} model, expected a causal LM")
     for key, value in (language.config or {}).items():
         if getattr(config, key, None) != value:
             found = getattr(config, key, None)
@@ -124,12 +151,15 @@ def text_config_of(section: ModelSection, offline: bool) -> PreTrainedConfig:
 def build_config(
     section: ModelSection, moe: MoeConfig | None, text_config: PreTrainedConfig, tokenizer: Any = None
 ) -> LlavaCompeteConfig:
-    """config.json of a new model; without a tokenizer (`plan`) the vocabulary is the text config's."""
+    """config.json of a new model; without a tokenizer (`plan`) the vocabulary is what the section says."""
     tower = None if section.vision_tower is None else resolve_tower(section.vision_tower)
-    if tokenizer is not None:
-        language = section.language_model
-        if language is not None and language.name is None and "vocab_size" not in (language.config or {}):
+    language = section.language_model
+    if language is not None and language.name is None and "vocab_size" not in (language.config or {}):
+        if tokenizer is not None:
             text_config.vocab_size = len(tokenizer)
+        elif section.tokenizer is not None and section.tokenizer.train_on is not None:
+            text_config.vocab_size = section.tokenizer.vocab_size
+    if tokenizer is not None:
         text_config.pad_token_id = tokenizer.pad_token_id
         text_config.eos_token_id = tokenizer.eos_token_id
         text_config.bos_token_id = tokenizer.bos_token_id
@@ -150,8 +180,6 @@ def _join(section: ModelSection, config: LlavaCompeteConfig, tokenizer: Any) -> 
     """The model with every part's weights: pretrained where named, else random."""
     language: LanguageModelSection | None = section.language_model
     assert language is not None
-    if section.trust_remote_code and language.name is not None:
-        logger.warning("trust_remote_code: Python files of %s will run on this machine", language.name)
     new_parts = []
     if language.name is None:
         model = LlavaCompeteForConditionalGeneration(config)
@@ -163,9 +191,7 @@ def _join(section: ModelSection, config: LlavaCompeteConfig, tokenizer: Any) -> 
             )
         with torch.device("meta"):
             model = LlavaCompeteForConditionalGeneration(config)
-        model.language_model = AutoModelForCausalLM.from_pretrained(
-            language.name, trust_remote_code=section.trust_remote_code, attn_implementation=section.attention
-        )
+        model.language_model = _pretrained_language_model(language.name, section)
         if config.tower is not None:
             model.vision_tower = VisionTower(config.tower)
             model.projector = Projector(
@@ -178,6 +204,21 @@ def _join(section: ModelSection, config: LlavaCompeteConfig, tokenizer: Any) -> 
     _fit_vocabulary(model, tokenizer)
     logger.info("new parts with random weights: %s", ", ".join(new_parts) or "none")
     return model
+
+
+def _pretrained_language_model(name: str, section: ModelSection) -> Any:
+    """The named causal LM, every weight of it read from its files."""
+    try:
+        language_model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            attn_implementation=section.attention,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with the other wrong keys
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"language_model.name: {name}: {str(error).splitlines()[0]}") from error
+    refuse_wrong_keys(name, info)
+    return language_model
 
 
 def _fit_vocabulary(model: LlavaCompeteForConditionalGeneration, tokenizer: Any) -> None:
@@ -203,9 +244,13 @@ def _tokenizer(section: ModelSection, trained: Any, text_config: PreTrainedConfi
     else:
         assert section.language_model is not None
         name = section.tokenizer.name if section.tokenizer is not None else section.language_model.name
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=section.trust_remote_code)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=section.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise UserError(f"tokenizer: {name}: {str(error).splitlines()[0]}") from error
     add_image_token(tokenizer)
-    tokenizer.padding_side = "left"  # what generation needs; training's collator pads by itself
+    # What generation needs, also from a tokenizer loaded without the processor; training's collator pads by itself.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     if section.chat_template is not None:
         set_chat_template(tokenizer, section.chat_template)
     else:
@@ -225,9 +270,20 @@ def _generation_config(tokenizer: Any, config: LlavaCompeteConfig) -> Generation
 
 def apply_moe_settings(model: LlavaCompeteForConditionalGeneration, moe: MoeConfig) -> None:
     """Lay `moe` over a loaded checkpoint: schedule, coefficients and kernels may change, the architecture may not."""
-    if model.config.moe is None:
+    check_moe_settings(model.config, moe)
+    model.config.moe = moe.model_dump(mode="json")
+    for block in moe_blocks(model).values():
+        block.config = moe.parts()[block.part]
+        block.experts.affinity = block.config.affinity
+        block.experts.chunk_tokens = block.config.competition_chunk_tokens
+        block.experts.implementation = block.config.experts_implementation
+
+
+def check_moe_settings(config: LlavaCompeteConfig, moe: MoeConfig) -> None:
+    """Raise a `UserError` that names the key by which `moe` would change the architecture of a checkpoint."""
+    if config.moe is None:
         raise UserError("moe: the checkpoint is dense; make experts with `llava-compete upcycle` first")
-    stored = MoeConfig.model_validate(model.config.moe)
+    stored = MoeConfig.model_validate(config.moe)
     if set(stored.parts()) != set(moe.parts()):
         raise UserError(f"moe: found parts {sorted(moe.parts())}, the checkpoint has {sorted(stored.parts())}")
     for part, layer in moe.parts().items():
@@ -235,12 +291,6 @@ def apply_moe_settings(model: LlavaCompeteForConditionalGeneration, moe: MoeConf
             found, expected = getattr(layer, key), getattr(stored.parts()[part], key)
             if found != expected:
                 raise UserError(f"moe.{part}.{key}: found {found!r}, the checkpoint has {expected!r}")
-    model.config.moe = moe.model_dump(mode="json")
-    for block in moe_blocks(model).values():
-        block.config = moe.parts()[block.part]
-        block.experts.affinity = block.config.affinity
-        block.experts.chunk_tokens = block.config.competition_chunk_tokens
-        block.experts.implementation = block.config.experts_implementation
 
 
 def _refuse_growth(num_added: int, section: ModelSection) -> None:

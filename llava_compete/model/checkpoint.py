@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +13,7 @@ from llava_compete.errors import UserError
 from llava_compete.model.configuration import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.processing import LlavaCompeteProcessor
-
-logger = logging.getLogger(__name__)
+from llava_compete.model.remote_code import copy_remote_code, register_remote_code
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -28,7 +26,7 @@ class TensorFacts(NamedTuple):
     dtype: str
 
 
-def read_config(directory: str | Path) -> LlavaCompeteConfig:
+def read_config(directory: str | Path, trust_remote_code: bool = False) -> LlavaCompeteConfig:
     """config.json of a checkpoint of ours; anything else is a `UserError` that says what was found."""
     directory = Path(directory)
     path = directory / "config.json"
@@ -37,7 +35,8 @@ def read_config(directory: str | Path) -> LlavaCompeteConfig:
     if not path.is_file():
         raise UserError(f"{directory}: not a checkpoint directory (it has no config.json)")
     try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        model_type = content.get("model_type")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise UserError(f"{path}: not a valid JSON object: {error}") from error
     if model_type != LlavaCompeteConfig.model_type:
@@ -45,6 +44,7 @@ def read_config(directory: str | Path) -> LlavaCompeteConfig:
             f"{directory}: a checkpoint of model type {model_type!r}, expected {LlavaCompeteConfig.model_type!r}; "
             "other packages' models enter as `language_model.name` or `vision_tower.name`"
         )
+    register_remote_code(directory, content.get("text_config") or {}, trust_remote_code)
     return LlavaCompeteConfig.from_pretrained(directory)
 
 
@@ -87,28 +87,15 @@ def load_checkpoint(
     """Model in eval mode and processor of a checkpoint directory.
 
     dtype: default that of the stored weights. `options` go to transformers' `from_pretrained`, such as
-    `device_map`, `attn_implementation`, `quantization_config`.
+    `device_map`, `attn_implementation`, `quantization_config`; `trust_remote_code` runs the Python files that a
+    language model unknown to transformers brought into the directory.
     """
-    config = read_config(directory)
+    trusted = bool(options.pop("trust_remote_code", False))
+    read_config(directory, trusted)
     read_weight_headers(directory)
-    if options.get("quantization_config") is not None:
-        _spare_from_quantization(options["quantization_config"], config)
     model = LlavaCompeteForConditionalGeneration.from_pretrained(directory, dtype=dtype or "auto", **options)
-    processor = LlavaCompeteProcessor.from_pretrained(directory)
+    processor = LlavaCompeteProcessor.from_pretrained(directory, trust_remote_code=trusted)
     return model.eval(), processor
-
-
-def _spare_from_quantization(quantization: Any, config: LlavaCompeteConfig) -> None:
-    """Keep bitsandbytes off what it cannot quantise, and say so.
-
-    It replaces linear layers: torch's attention in the tower reads its output projection's weight directly, and packed
-    experts are parameters and not layers.
-    """
-    if getattr(quantization, "llm_int8_skip_modules", None) is None:
-        quantization.llm_int8_skip_modules = ["vision_tower", "projector", "lm_head"]
-    if config.moe is not None:
-        parts = [part for part in ("vision", "projector", "language") if config.moe.get(part) is not None]
-        logger.warning("quantization: the packed experts of %s stay unquantised", ", ".join(parts))
 
 
 def save_checkpoint(
@@ -119,5 +106,6 @@ def save_checkpoint(
     max_shard_size: str = "5GB",
 ) -> None:
     """Write weights (`state_dict` where ZeRO gathered one), config, tokenizer with chat template, preprocessing."""
+    copy_remote_code(model.language_model, directory)
     model.save_pretrained(directory, state_dict=state_dict, max_shard_size=max_shard_size)
     processor.save_pretrained(directory)

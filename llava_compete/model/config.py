@@ -11,6 +11,7 @@ from llava_compete.config import StrictConfig
 from llava_compete.model.tower_config import Interpolation, ResizeMode
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
+AttentionName = Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"]
 
 
 class PreprocessOverrides(StrictConfig):
@@ -91,8 +92,8 @@ class ModelSection(StrictConfig):
     chat_template: str | None = None
     """A template of `data/templates`; default: the tokenizer's, or the language model family's."""
     dtype: DtypeName = "float32"
-    attention: str | None = None
-    """eager, sdpa, flash_attention_2, ...; default: transformers' choice, sdpa wherever the family has it."""
+    attention: AttentionName | None = None
+    """Default: transformers' choice, sdpa wherever the family has it."""
     quantization: Literal["4bit", "8bit"] | None = None
     """Hold the language model's frozen layers in 4 bits (NF4) or 8 with bitsandbytes; needs `checkpoint` and LoRA."""
     trust_remote_code: bool = False

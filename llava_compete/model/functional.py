@@ -14,11 +14,15 @@ from llava_compete.moe.state import RoutingRecord
 IGNORE_INDEX = -100
 
 
-def check_counts(places: Tensor, features: Tensor) -> None:
-    """As many placeholders as features; on an accelerator an asynchronous assertion, so that nothing waits."""
+def check_counts(places: Tensor, features: Tensor, may_wait: bool) -> None:
+    """As many placeholders as features.
+
+    may_wait: read the count back from an accelerator for an error that names both; else, in training, where the
+        collator has counted already, an asynchronous assertion that costs no synchronisation.
+    """
     expected = features.shape[0] * features.shape[1]
     count = places.sum()
-    if places.device.type == "cpu":
+    if places.device.type == "cpu" or (may_wait and places.device.type != "meta"):
         if int(count) != expected:
             raise UserError(
                 f"the text has {int(count)} image placeholders, but {features.shape[0]} image(s) of "

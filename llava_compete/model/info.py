@@ -9,7 +9,7 @@ import torch
 
 from llava_compete.model.checkpoint import read_config, read_weight_headers
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
-from llava_compete.model.plan import PARTS, Recipe, count_parameters
+from llava_compete.model.plan import count_parameters
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 
@@ -20,8 +20,7 @@ def describe(directory: str | Path) -> dict[str, Any]:
     headers = read_weight_headers(directory)
     with torch.device("meta"):
         model = LlavaCompeteForConditionalGeneration(config)
-    recipe = Recipe(config, torch.float32, dict.fromkeys(PARTS, "full"), {}, 1, 1, 1, False, 0)
-    counts = count_parameters(model, recipe)
+    counts = count_parameters(model)
     tower, text = config.tower, config.text_config
     moe = {} if config.moe is None else MoeConfig.model_validate(config.moe).parts()
     layers: dict[str, list[int]] = {part: [] for part in moe}

@@ -2,7 +2,7 @@
 
 Nothing is estimated by formula that the model's own code can say: saved tensors are counted by autograd's hooks and
 products by torch's FLOP counter. Two things are replaced, because they depend on values or on the device: attention
-(counted as the flash kernel, which keeps no score matrix) and MoE blocks (same matrix products, any routing).
+(counted as the flash kernel, which keeps no score matrix) and packed experts (same matrix products, any routing).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llava_compete.model.language import decoder_layers
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
-from llava_compete.moe.block import SparseMoeBlock
+from llava_compete.moe.competition import CompetitionResult
 from llava_compete.moe.experts import PackedExperts
 
 
@@ -34,16 +34,18 @@ class StepCost:
     other_bytes: int
     layer_input_bytes: int
     flops: int
+    layer_forward_flops: int
 
-    @property
-    def activations(self) -> int:
-        """Bytes kept without checkpointing."""
-        return sum(self.layer_bytes.values()) + self.other_bytes
+    def activations(self, checkpointing: bool) -> int:
+        """Bytes kept for backward; with checkpointing each layer's input, and one layer while it is recomputed."""
+        layers = self.layer_bytes.values()
+        if not checkpointing:
+            return sum(layers) + self.other_bytes
+        return self.layer_input_bytes + max(layers, default=0) + self.other_bytes
 
-    @property
-    def checkpointed(self) -> int:
-        """Bytes with checkpointing: each layer's input, and one layer while it is recomputed."""
-        return self.layer_input_bytes + max(self.layer_bytes.values(), default=0) + self.other_bytes
+    def step_flops(self, checkpointing: bool) -> int:
+        """Of forward and backward, and of the layers' second forward with checkpointing."""
+        return self.flops + (self.layer_forward_flops if checkpointing else 0)
 
 
 def simulate(
@@ -53,8 +55,9 @@ def simulate(
 
     Counts with the model's `requires_grad` flags: frozen parts cost no backward. Layers in `competing` run all experts.
     """
-    recorder = _SavedBytes(model)
     counter = FlopCounterMode(display=False)
+    recorder = _Recorder(model, counter)
+    model.routing.competing = competing
     config = model.config
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
     mask = torch.zeros(1, 1, length, length, dtype=torch.bool, device="meta")
@@ -62,7 +65,7 @@ def simulate(
     if images:
         side = config.tower.image_size
         pixels = torch.empty(images, 3, side, side, device="meta", dtype=model.vision_tower_dtype)
-    with counter, _stand_ins(competing), recorder:
+    with counter, _stand_ins(), recorder:
         output = model(
             input_ids=ids,
             attention_mask=mask,
@@ -77,27 +80,32 @@ def simulate(
         other_bytes=recorder.other_bytes,
         layer_input_bytes=recorder.input_bytes,
         flops=counter.get_total_flops(),
+        layer_forward_flops=recorder.layer_flops,
     )
 
 
-class _SavedBytes:
-    """Counts each storage saved for backward once, parameters apart, under the layer that saved it."""
+class _Recorder:
+    """Counts each storage saved for backward once, parameters apart, under the layer that saved it; and the layers'
+    inputs and products, of those layers that a backward passes through."""
 
-    def __init__(self, model: LlavaCompeteForConditionalGeneration) -> None:
+    def __init__(self, model: LlavaCompeteForConditionalGeneration, counter: FlopCounterMode) -> None:
         self.layer_bytes: dict[str, int] = defaultdict(int)
         self.other_bytes = 0
         self.input_bytes = 0
+        self.layer_flops = 0
+        self._counter = counter
+        self._flops_before = 0
         self._scope: str | None = None
         self._seen: set[int] = set()
         self._kept: list[Any] = []
         self._parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         self._layers = _named_layers(model)
 
-    def __enter__(self) -> _SavedBytes:
+    def __enter__(self) -> _Recorder:
         self._handles = []
         for name, layer in self._layers.items():
-            self._handles.append(layer.register_forward_pre_hook(self._enter_layer(name), with_kwargs=True))
-            self._handles.append(layer.register_forward_hook(self._leave_layer))
+            self._handles.append(layer.register_forward_pre_hook(self._enter_layer(name)))
+            self._handles.append(layer.register_forward_hook(self._leave_layer, with_kwargs=True))
         self._hooks = saved_tensors_hooks(self._pack, lambda packed: packed)
         self._hooks.__enter__()
         return self
@@ -108,15 +116,20 @@ class _SavedBytes:
             handle.remove()
 
     def _enter_layer(self, name: str) -> Any:
-        def hook(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            self._scope = name
-            tensor = positional[0] if positional else keywords["hidden_states"]
-            self.input_bytes += tensor.numel() * tensor.element_size() if torch.is_grad_enabled() else 0
+        def hook(module: nn.Module, positional: tuple[Any, ...]) -> None:
+            self._scope, self._flops_before = name, self._counter.get_total_flops()
 
         return hook
 
-    def _leave_layer(self, *_: Any) -> None:
+    def _leave_layer(
+        self, module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any], output: Any
+    ) -> None:
         self._scope = None
+        output = output[0] if isinstance(output, tuple) else output
+        if output.requires_grad:  # else a checkpoint keeps nothing and recomputes nothing
+            tensor = positional[0] if positional else keywords["hidden_states"]
+            self.input_bytes += tensor.numel() * tensor.element_size()
+            self.layer_flops += self._counter.get_total_flops() - self._flops_before
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -132,50 +145,48 @@ class _SavedBytes:
 
 
 def _named_layers(model: LlavaCompeteForConditionalGeneration) -> dict[str, nn.Module]:
-    layers: dict[str, nn.Module] = {}
+    """The layers that gradient checkpointing recomputes: the tower's blocks and transformers' own choice."""
+    layers = {name: item for name, item in model.named_modules() if isinstance(item, GradientCheckpointingLayer)}
     if model.vision_tower is not None:
-        layers.update({f"vision.{index}": block for index, block in enumerate(model.vision_tower.blocks)})
-    decoder = decoder_layers(model.language_model, model.config.text_config)
-    layers.update({f"language.{index}": block for index, block in enumerate(decoder)})
+        layers.update({f"vision_tower.{index}": block for index, block in enumerate(model.vision_tower.blocks)})
     return layers
 
 
 @contextlib.contextmanager
-def _stand_ins(competing: frozenset[str]) -> Iterator[None]:
-    def block_forward(self: SparseMoeBlock, hidden_states: Tensor) -> Tensor:
-        return _moe_products(self, hidden_states, self.name in competing)
-
+def _stand_ins() -> Iterator[None]:
     with (
         mock.patch.object(F, "scaled_dot_product_attention", _flash_attention),
-        mock.patch.object(SparseMoeBlock, "forward", block_forward),
+        mock.patch.object(PackedExperts, "forward", _expert_products),
+        # Only ever switched off in our code and peft's, and unknown to the meta device.
+        mock.patch.object(torch, "autocast", return_value=contextlib.nullcontext()),
     ):
         yield
 
 
-def _moe_products(block: SparseMoeBlock, hidden_states: Tensor, competes: bool) -> Tensor:
+def _expert_products(
+    experts: PackedExperts, x_TD: Tensor, selected_TK: Tensor | None = None, weights_TK: Tensor | None = None
+) -> Tensor | CompetitionResult:
     """The products of a router step (K experts a token) or of a competition (all E), and what they keep."""
-    x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-    experts = block.experts
-    output_TO = _competition(experts, x_TD) if competes else _chosen_experts(experts, x_TD)
-    return output_TO.reshape(*hidden_states.shape[:-1], output_TO.shape[-1])
+    return _competition(experts, x_TD) if weights_TK is None else _chosen_experts(experts, x_TD, weights_TK)
 
 
-def _chosen_experts(experts: PackedExperts, x_TD: Tensor) -> Tensor:
-    logits_TE = x_TD.float() @ x_TD.new_empty(x_TD.shape[1], experts.num_experts, dtype=torch.float32)
-    weights_TK = logits_TE.softmax(-1)[:, : experts.num_winners].to(x_TD.dtype)
+def _chosen_experts(experts: PackedExperts, x_TD: Tensor, weights_TK: Tensor) -> Tensor:
+    weights_TK = weights_TK.to(x_TD.dtype)
     x_PD = x_TD.repeat(experts.num_winners, 1)  # gathered for each chosen expert
     hidden_PI = _activate(experts, F.linear(x_PD, experts.up[0]))
     y_KTO = F.linear(hidden_PI, experts.down_proj[0]).unflatten(0, (experts.num_winners, -1))
     return (y_KTO * weights_TK.T.unsqueeze(-1)).sum(0)
 
 
-def _competition(experts: PackedExperts, x_TD: Tensor) -> Tensor:
+def _competition(experts: PackedExperts, x_TD: Tensor) -> CompetitionResult:
     up_TEM = F.linear(x_TD, experts.up.flatten(0, 1)).unflatten(-1, (experts.num_experts, -1))
     hidden_ETI = _activate(experts, up_TEM).transpose(0, 1)
     y_ETO = torch.bmm(hidden_ETI, experts.down_proj.transpose(1, 2))
     affinity_ET = F.softplus(y_ETO).mean(-1)
     won_KTO = y_ETO[: experts.num_winners].clone()
-    return (won_KTO * affinity_ET[: experts.num_winners].unsqueeze(-1)).sum(0)
+    output_TO = (won_KTO * affinity_ET[: experts.num_winners].unsqueeze(-1)).sum(0)
+    winners_TK = x_TD.new_empty(len(x_TD), experts.num_winners, dtype=torch.long)
+    return CompetitionResult(output_TO, affinity_ET.T, winners_TK, affinity_ET[0])
 
 
 def _activate(experts: PackedExperts, up: Tensor) -> Tensor:

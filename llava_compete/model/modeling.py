@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -25,6 +26,7 @@ from llava_compete.model.configuration import LlavaCompeteConfig
 from llava_compete.model.functional import check_counts, language_loss, routing_losses, sample_positions
 from llava_compete.model.install import install_language_experts, install_vision_experts, make_projector
 from llava_compete.model.projector import Projector
+from llava_compete.model.strict import refuse_wrong_keys, spare_from_quantization
 from llava_compete.model.tower import VisionTower
 from llava_compete.moe.block import SparseMoeBlock, moe_blocks
 from llava_compete.moe.config import MoeConfig
@@ -62,7 +64,9 @@ class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ("ResidualAttentionBlock", "CustomResidualAttentionBlock", "Block", "Projector")
+    # The tower whole: its trunk and torch's attention use parameters of their children without calling them, which
+    # accelerate's hooks on the leaves would miss.
+    _no_split_modules = ("VisionTower", "Projector")
     _skip_keys_device_placement = ("past_key_values",)
 
     def __init__(self, config: LlavaCompeteConfig) -> None:
@@ -134,9 +138,20 @@ class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
         """As in transformers, but strict: a missing, unexpected or misshapen tensor is an error that names it."""
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        _refuse_wrong_keys(str(pretrained_model_name_or_path), info)
+        path, wants_info = str(pretrained_model_name_or_path), kwargs.pop("output_loading_info", False)
+        quantization = kwargs.get("quantization_config")
+        if quantization is not None:
+            spare_from_quantization(quantization)
+        # Mismatched shapes are not ignored: collected with the other wrong keys, and refused below.
+        kwargs.update(output_loading_info=True, ignore_mismatched_sizes=True)
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise UserError(f"{path}: truncated or damaged weights ({error})") from error
+        refuse_wrong_keys(path, info)
+        if quantization is not None and (blocks := moe_blocks(model)):
+            parts = ", ".join(dict.fromkeys(block.part for block in blocks.values()))
+            logger.warning("quantization: the packed experts of %s stay unquantised", parts)
         return (model, info) if wants_info else model
 
     # --- running -------------------------------------------------------------------------------------------------
@@ -183,9 +198,10 @@ class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if self.vision_tower is None:
             return inputs_embeds
         if pixel_values is not None:
-            features = self.get_image_features(pixel_values, num_sequences).to(inputs_embeds.dtype)
+            features = self.get_image_features(pixel_values, num_sequences)
+            features = features.to(inputs_embeds.device, inputs_embeds.dtype)
             places = (input_ids == self.config.image_token_id).unsqueeze(-1)
-            check_counts(places, features)
+            check_counts(places, features, may_wait=not self.training)
             return inputs_embeds.masked_scatter(places, features)
         if self.training:
             return inputs_embeds + self._dummy_image_features(input_ids.device).sum().to(inputs_embeds.dtype)
@@ -319,14 +335,3 @@ class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             model_kwargs["pixel_values"] = pixel_values
         return input_ids, model_kwargs
-
-
-def _refuse_wrong_keys(path: str, info: dict[str, Any]) -> None:
-    problems = []
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(kind, ()))
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            problems.append(f"{kind.removesuffix('_keys')} {', '.join(keys[:3])}{more}")
-    if problems:
-        raise UserError(f"{path}: weights do not fit config.json: {'; '.join(problems)}")

@@ -8,27 +8,34 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from llava_compete.config import apply_overrides, parse_config, read_yaml
 from llava_compete.data.text_config import TextSection
 from llava_compete.errors import UserError
-from llava_compete.model.build import build_config, text_config_of
+from llava_compete.model.build import build_config, check_moe_settings, text_config_of
 from llava_compete.model.checkpoint import read_config
 from llava_compete.model.config import ModelSection
 from llava_compete.model.configuration import LlavaCompeteConfig
 from llava_compete.model.meta_step import StepCost, simulate
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
-from llava_compete.moe.block import moe_blocks
+from llava_compete.moe.block import competition_layers, moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.moe.upcycle import UpcycleConfig
+from llava_compete.train import trainable as stage_trainable
+from llava_compete.train.adapters import with_adapters
+from llava_compete.train.config import DEEPSPEED_DIR, Part, PartTraining, TrainConfig
+from llava_compete.train.start import moe_in_force
 
 GIB = 1024**3
-PARTS = {"vision": "vision_tower.", "projector": "projector.", "language": "language_model."}
+# Bytes of a weight that bitsandbytes holds in 8 or 4 bits, scales included.
+QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.52}
 # CUDA context, allocator slack and collective buffers, measured as memory that is no tensor of ours.
 FIXED_BYTES = int(1.5 * GIB)
 USABLE_SHARE = 0.95
@@ -58,17 +65,21 @@ class StateMemory:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a YAML says that matters here; `training` is empty where the YAML trains nothing."""
+    """What a YAML says that matters here; an upcycling, which trains nothing, is planned as the full training after it.
+
+    offload: which of "optimizer" (with the gradients) and "param" DeepSpeed keeps out of GPU memory.
+    """
 
     config: LlavaCompeteConfig
-    dtype: torch.dtype
-    trainable: dict[str, str]
-    lora_rank: dict[str, int]
-    length: int
-    micro_batch: int
-    accumulation: int
-    checkpointing: bool
-    zero_stage: int
+    dtype: torch.dtype = torch.bfloat16
+    trainable: dict[Part, PartTraining] | None = None
+    length: int = 2048
+    micro_batch: int = 1
+    accumulation: int = 1
+    checkpointing: bool = True
+    zero_stage: int = 2
+    offload: tuple[str, ...] = ()
+    quantization: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,9 +91,7 @@ class Plan:
     states: dict[int, StateMemory]
     recipe: Recipe
     per_sample: StepCost
-    competition_bytes: int
-    competition_flops: int
-    flops_per_step: int
+    competition_per_sample: StepCost
     largest_micro_batch: dict[int, dict[str, int]]
 
     @property
@@ -94,8 +103,27 @@ class Plan:
 
     def activations(self, checkpointing: bool) -> int:
         """Bytes of activations of the recipe's micro-batch on a router step."""
-        cost = self.per_sample
-        return self.recipe.micro_batch * (cost.checkpointed if checkpointing else cost.activations)
+        return self.recipe.micro_batch * self.per_sample.activations(checkpointing)
+
+    @property
+    def competition_bytes(self) -> int:
+        """Bytes that a competition step adds to the activations."""
+        with_competition = self.competition_per_sample.activations(self.recipe.checkpointing)
+        return self.recipe.micro_batch * with_competition - self.activations(self.recipe.checkpointing)
+
+    @property
+    def flops_per_step(self) -> int:
+        """Of a router step."""
+        return self.per_sample.step_flops(self.recipe.checkpointing) * self._samples
+
+    @property
+    def competition_flops(self) -> int:
+        """What a competition step adds."""
+        return self.competition_per_sample.step_flops(self.recipe.checkpointing) * self._samples - self.flops_per_step
+
+    @property
+    def _samples(self) -> int:
+        return self.recipe.micro_batch * self.recipe.accumulation * self.num_gpus
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for `--json`."""
@@ -107,6 +135,7 @@ class Plan:
             },
             "num_gpus": self.num_gpus,
             "zero_stage": self.recipe.zero_stage,
+            "offload": list(self.recipe.offload),
             "tokens_per_sample": self.recipe.length,
             "micro_batch": self.recipe.micro_batch,
             "gradient_checkpointing": self.recipe.checkpointing,
@@ -128,130 +157,132 @@ class Plan:
 def plan(path: str | Path, overrides: list[str], num_gpus: int, gpu_memory_gib: float) -> Plan:
     """Plan the recipe of one YAML (a training stage or an upcycling) on `num_gpus` GPUs."""
     recipe = read_recipe(Path(path), overrides)
-    with torch.device("meta"):
-        model = LlavaCompeteForConditionalGeneration(recipe.config).to(recipe.dtype).train()
-    freeze(model, recipe.trainable)
-    parameters = count_parameters(model, recipe)
+    model = build_on_meta(recipe)
+    parameters = count_parameters(model)
     trainable = sum(part.trainable for part in parameters.values())
-    total = sum(part.total for part in parameters.values())
-    states = {stage: state_memory(total, trainable, recipe.dtype, stage, num_gpus) for stage in range(4)}
+    weights = weight_bytes(model, recipe.quantization)
+    states = {
+        stage: state_memory(
+            weights, trainable, recipe.dtype, stage, num_gpus, recipe.offload if stage == recipe.zero_stage else ()
+        )
+        for stage in range(4)
+    }
     images = 0 if recipe.config.tower is None else 1
     per_sample = simulate(model, 1, recipe.length, images, frozenset())
-    competing = _heaviest_layers(model, recipe)
-    extra_bytes, extra_flops = 0, 0
-    if competing:
-        with_competition = simulate(model, 1, recipe.length, images, competing)
-        kept = "checkpointed" if recipe.checkpointing else "activations"
-        extra_bytes = recipe.micro_batch * (getattr(with_competition, kept) - getattr(per_sample, kept))
-        extra_flops = with_competition.flops - per_sample.flops
-    samples = recipe.micro_batch * recipe.accumulation * num_gpus
+    competing = _heaviest_layers(model, recipe.config)
+    heaviest = simulate(model, 1, recipe.length, images, competing) if competing else per_sample
     room = int(gpu_memory_gib * GIB * USABLE_SHARE) - FIXED_BYTES
-    extra_sample = extra_bytes // recipe.micro_batch
     largest = {
         stage: {
-            "without_checkpointing": max(0, (room - state.total) // (per_sample.activations + extra_sample)),
-            "with_checkpointing": max(0, (room - state.total) // (per_sample.checkpointed + extra_sample)),
+            name: max(0, (room - state.total) // heaviest.activations(checkpointing))
+            for name, checkpointing in (("without_checkpointing", False), ("with_checkpointing", True))
         }
         for stage, state in states.items()
     }
-    # Checkpointing runs the layers' forward once more: about a third of forward and backward together.
-    factor = 4 / 3 if recipe.checkpointing else 1
-    return Plan(
-        num_gpus=num_gpus,
-        parameters=parameters,
-        states=states,
-        recipe=recipe,
-        per_sample=per_sample,
-        competition_bytes=extra_bytes,
-        competition_flops=extra_flops * samples,
-        flops_per_step=int(per_sample.flops * samples * factor),
-        largest_micro_batch=largest,
-    )
+    return Plan(num_gpus, parameters, states, recipe, per_sample, heaviest, largest)
 
 
-def freeze(model: LlavaCompeteForConditionalGeneration, trainable: dict[str, str]) -> None:
-    """Set `requires_grad` as a stage's `trainable` table says (LoRA: frozen base)."""
-    for part, prefix in PARTS.items():
-        for name, parameter in model.named_parameters():
-            if name.startswith(prefix):
-                parameter.requires_grad_(trainable.get(part) == "full")
-    if not any(mode == "full" for mode in trainable.values()):
-        model.get_input_embeddings().requires_grad_(True)  # stands for the adapters: something has a gradient
+def build_on_meta(recipe: Recipe) -> LlavaCompeteForConditionalGeneration:
+    """The model as the stage trains it, adapters included, without memory for its weights."""
+    with torch.device("meta"):
+        model = LlavaCompeteForConditionalGeneration(recipe.config).to(recipe.dtype).train()
+        if recipe.trainable is not None:
+            with_adapters(model, recipe.trainable)
+            stage_trainable.apply(model, recipe.trainable)
+    return model
 
 
-def count_parameters(model: LlavaCompeteForConditionalGeneration, recipe: Recipe) -> dict[str, PartCount]:
-    """By part: all parameters, those that train, and those that one token's forward uses."""
-    unused = dict.fromkeys(PARTS, 0)
+def count_parameters(model: LlavaCompeteForConditionalGeneration) -> dict[str, PartCount]:
+    """By part: all parameters (adapters too), those that train, and those that one token's forward uses."""
+    unused: dict[str, int] = defaultdict(int)
     for block in moe_blocks(model).values():
         experts = sum(parameter.numel() for parameter in block.experts.parameters())
         unused[block.part] += (
             experts * (block.config.num_experts - block.config.num_experts_per_tok) // block.config.num_experts
         )
-    counts = {}
-    for part, prefix in PARTS.items():
+    counts: dict[str, PartCount] = {}
+    for part, prefix in stage_trainable.PREFIXES.items():
         parameters = [parameter for name, parameter in model.named_parameters() if name.startswith(prefix)]
-        if not parameters:
-            continue
-        total = sum(parameter.numel() for parameter in parameters)
-        mode = recipe.trainable.get(part, "frozen")
-        if mode == "lora":  # rank * (in + out) of each matrix
-            trainable = recipe.lora_rank[part] * sum(sum(p.shape[-2:]) for p in parameters if p.ndim in (2, 3))
-        else:
-            trainable = total if mode == "full" else 0
-        counts[part] = PartCount(total, trainable, total - unused[part])
+        if parameters:
+            total = sum(parameter.numel() for parameter in parameters)
+            trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+            counts[part] = PartCount(total, trainable, total - unused[part])
     return counts
 
 
-def state_memory(total: int, trainable: int, dtype: torch.dtype, stage: int, num_gpus: int) -> StateMemory:
-    """Weights, gradients and Adam's state on one GPU under DeepSpeed.
+def weight_bytes(model: LlavaCompeteForConditionalGeneration, quantization: str | None) -> int:
+    """Of all weights; with quantisation the language model's frozen linear layers take fewer, its head apart."""
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if quantization is not None:
+        for name, module in model.language_model.named_modules():
+            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings() and "lora_" not in name:
+                size -= round(module.weight.numel() * (module.weight.element_size() - QUANTIZED_BYTES[quantization]))
+    return size
+
+
+def state_memory(
+    weights: int, trainable: int, dtype: torch.dtype, stage: int, num_gpus: int, offload: tuple[str, ...] = ()
+) -> StateMemory:
+    """Weights (given in bytes), gradients and Adam's state on one GPU under DeepSpeed.
 
     Adam keeps two float32 numbers a trainable parameter, and DeepSpeed a float32 master copy beside them.
     """
     size = dtype.itemsize
-    weights = total * size // (num_gpus if stage == 3 else 1)
+    weights = 0 if "param" in offload else weights // (num_gpus if stage == 3 else 1)
+    if "optimizer" in offload:  # gradients follow the optimizer to the host
+        return StateMemory(weights, 0, 0)
     gradients = trainable * size // (num_gpus if stage >= 2 else 1)
     master = 4 if size < 4 or stage >= 1 else 0
     return StateMemory(weights, gradients, trainable * (8 + master) // (num_gpus if stage >= 1 else 1))
 
 
-def _heaviest_layers(model: LlavaCompeteForConditionalGeneration, recipe: Recipe) -> frozenset[str]:
+def _heaviest_layers(model: LlavaCompeteForConditionalGeneration, config: LlavaCompeteConfig) -> frozenset[str]:
     """As many competing layers as one step may have, the largest first."""
-    if recipe.config.moe is None:
+    if config.moe is None:
         return frozenset()
-    blocks = [block for block in moe_blocks(model).values() if block.config.router == "competition"]
-    blocks.sort(key=lambda block: -block.experts.down_proj.numel())
-    limit = MoeConfig.model_validate(recipe.config.moe).max_competing_layers
-    return frozenset(block.name for block in blocks[:limit])
+    blocks = moe_blocks(model)
+    names = sorted(competition_layers(model), key=lambda name: -sum(p.numel() for p in blocks[name].parameters()))
+    return frozenset(names[: MoeConfig.model_validate(config.moe).max_competing_layers])
 
 
 def read_recipe(path: Path, overrides: list[str]) -> Recipe:
     """Read a stage's YAML as far as it matters for a plan; errors are the same as those of training."""
-    from llava_compete.train.config import TrainConfig
-
     content = apply_overrides(read_yaml(path), overrides)
-    if content.get("stage") == "upcycle" or "trainable" not in content:
+    if content.get("stage", "upcycle") == "upcycle":
         upcycling = parse_config(UpcycleConfig, content, source=str(path))
-        config = _upcycled(architecture(path, upcycling.model), upcycling.moe)
-        return Recipe(config, torch.bfloat16, dict.fromkeys(PARTS, "full"), {}, 2048, 1, 1, True, 2)
+        return Recipe(_with_moe(architecture(path, upcycling.model), upcycling.moe))
     stage = parse_config(TrainConfig, content, source=str(path))
     config = architecture(path, stage.model)
-    if stage.model.checkpoint is None and stage.moe:
-        config = _upcycled(config, stage.moe)
+    if stage.model.checkpoint is None:
+        config = _with_moe(config, stage.moe) if stage.moe else config
+    elif (moe := moe_in_force(stage, config.moe)) is not None:
+        check_moe_settings(config, moe)
+        config = _with_moe(config, moe)
     training = stage.training
     bf16 = training.get("bf16") or training.get("fp16") or stage.model.dtype != "float32"
     length = stage.data.context if isinstance(stage.data, TextSection) else stage.data.max_length
     limit = getattr(config.text_config, "max_position_embeddings", length)
+    zero_stage, offload = _zero_options(stage.deepspeed)
     return Recipe(
         config=config,
         dtype=torch.bfloat16 if bf16 else torch.float32,
-        trainable={part: entry.mode for part, entry in stage.trainable.items()},
-        lora_rank={part: entry.lora_rank for part, entry in stage.trainable.items()},
+        trainable=stage.trainable,
         length=min(length, limit),
         micro_batch=int(training.get("per_device_train_batch_size", 8)),
         accumulation=int(training.get("gradient_accumulation_steps", 1)),
         checkpointing=bool(training.get("gradient_checkpointing") or training.get("activation_checkpointing")),
-        zero_stage=int(stage.deepspeed[4]) if stage.deepspeed and stage.deepspeed.startswith("zero") else 0,
+        zero_stage=zero_stage,
+        offload=offload,
+        quantization=stage.model.quantization,
     )
+
+
+def _zero_options(name: str | None) -> tuple[int, tuple[str, ...]]:
+    """ZeRO stage of a file of configs/deepspeed, and what it offloads."""
+    if name is None:
+        return 0, ()
+    zero = json.loads((DEEPSPEED_DIR / f"{name}.json").read_text(encoding="utf-8"))["zero_optimization"]
+    return zero["stage"], tuple(what for what in ("optimizer", "param") if f"offload_{what}" in zero)
 
 
 def architecture(path: Path, section: ModelSection) -> LlavaCompeteConfig:
@@ -261,21 +292,21 @@ def architecture(path: Path, section: ModelSection) -> LlavaCompeteConfig:
         config.image_token_id = 0  # no tokenizer is read; any id does for shapes
         return config
     if (section.checkpoint / "config.json").is_file():
-        return read_config(section.checkpoint)
+        return read_config(section.checkpoint, section.trust_remote_code)
     for sibling in sorted(path.parent.glob("*.yaml")):
         content = read_yaml(sibling)
-        if content.get("output_dir") != str(section.checkpoint) or "model" not in content:
+        if content.get("output_dir") != str(section.checkpoint) or "model" not in content or sibling == path:
             continue
         parent = architecture(sibling, parse_config(ModelSection, content["model"], source=f"{sibling}: model"))
         if content.get("stage") == "upcycle":
-            return _upcycled(parent, parse_config(UpcycleConfig, content, source=str(sibling)).moe)
+            return _with_moe(parent, parse_config(UpcycleConfig, content, source=str(sibling)).moe)
         return parent
     raise UserError(
         f"{path}: model.checkpoint {section.checkpoint} does not exist, and no recipe in {path.parent} writes it"
     )
 
 
-def _upcycled(config: LlavaCompeteConfig, moe: MoeConfig) -> LlavaCompeteConfig:
+def _with_moe(config: LlavaCompeteConfig, moe: MoeConfig) -> LlavaCompeteConfig:
     values = config.to_dict()
     values["moe"] = moe.model_dump(mode="json")
     return LlavaCompeteConfig.from_dict(values)

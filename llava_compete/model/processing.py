@@ -32,6 +32,7 @@ class LlavaCompeteProcessor(ProcessorMixin):
         self.num_image_tokens = num_image_tokens
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        tokenizer.padding_side = "left"  # tokenizer files keep the side of their last use
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:

@@ -33,8 +33,8 @@ def start_model(config: TrainConfig, rank: Rank) -> tuple[Any, Any, MoeConfig | 
         moe = config.moe or None
         model, processor = build_model(config.model, moe, config.seed, _tokenizer(config, rank))
     else:
-        stored = read_config(config.model.checkpoint)
-        moe = _moe_in_force(config, stored.moe)
+        stored = read_config(config.model.checkpoint, config.model.trust_remote_code)
+        moe = moe_in_force(config, stored.moe)
         model, processor = build_model(config.model, moe, config.seed)
         model.config.parents = [*(stored.parents or []), stored.stage]
     model.config.stage = config.stage
@@ -62,7 +62,7 @@ def _texts(section: DataSection | TextSection) -> Iterator[str]:
                 yield from (part["text"] for part in message["content"] if "text" in part)
 
 
-def _moe_in_force(config: TrainConfig, stored: dict[str, Any] | None) -> MoeConfig | None:
+def moe_in_force(config: TrainConfig, stored: dict[str, Any] | None) -> MoeConfig | None:
     """The checkpoint's settings with the config's laid over; refuses a checkpoint of the wrong kind."""
     checkpoint = config.model.checkpoint
     if stored is None:

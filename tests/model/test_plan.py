@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_model
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +19,9 @@ from llava_compete.errors import UserError
 from llava_compete.model.config import ModelSection
 from llava_compete.model.meta_step import simulate
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
-from llava_compete.model.plan import architecture, plan, read_recipe, state_memory
+from llava_compete.model.plan import architecture, build_on_meta, plan, read_recipe, state_memory, weight_bytes
+from llava_compete.moe.experts import PackedExperts
+from llava_compete.train.trainable import PREFIXES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 REAL = sorted(
@@ -55,6 +58,13 @@ def tiny(device: str, moe: dict[str, Any] | None, hidden: int = 64) -> LlavaComp
     return model if device == "cpu" else model.to("meta")
 
 
+def token_ids(model: LlavaCompeteForConditionalGeneration) -> torch.Tensor:
+    """Two rows of 100 tokens that begin with an image."""
+    ids = torch.randint(5, 200, (2, 100))
+    ids[:, :16] = model.config.image_token_id
+    return ids
+
+
 @pytest.mark.parametrize("moe", [None, {"language": {}}, MOE], ids=["dense", "language", "all"])
 @pytest.mark.parametrize("competing", [frozenset(), frozenset({"language.1"})], ids=["router", "competition"])
 def test_activations_and_flops_agree_with_a_real_step(moe: Any, competing: frozenset[str]) -> None:
@@ -62,9 +72,7 @@ def test_activations_and_flops_agree_with_a_real_step(moe: Any, competing: froze
         pytest.skip("a dense model has no competition")
     model = tiny("cpu", moe)
     model.routing.competing = competing
-    rows, length = 2, 100
-    ids = torch.randint(5, 200, (rows, length))
-    ids[:, :16] = model.config.image_token_id
+    rows, length, ids = 2, 100, token_ids(model)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     seen: dict[int, int] = {}
     kept = []
@@ -79,8 +87,32 @@ def test_activations_and_flops_agree_with_a_real_step(moe: Any, competing: froze
     with FlopCounterMode(display=False) as counter, saved_tensors_hooks(pack, lambda tensor: tensor):
         model(input_ids=ids, pixel_values=torch.randn(rows, 3, 28, 28), labels=ids).loss.backward()
     cost = simulate(tiny("meta", moe), rows, length, rows, competing)
-    assert cost.activations == pytest.approx(sum(seen.values()), rel=0.15)
-    assert cost.flops == pytest.approx(counter.get_total_flops(), rel=0.15)
+    assert cost.activations(checkpointing=False) == pytest.approx(sum(seen.values()), rel=0.15)
+    assert cost.step_flops(checkpointing=False) == pytest.approx(counter.get_total_flops(), rel=0.15)
+
+
+@pytest.mark.parametrize("part", ["vision", "projector", "language"])
+def test_checkpointed_steps_agree_with_real_ones(part: str) -> None:
+    costs = []
+    for device in ("cpu", "meta"):
+        model = tiny(device, {part: {}})
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(PREFIXES[part]))
+        if device == "meta":
+            costs.append(simulate(model, 2, 100, 2, frozenset()).step_flops(checkpointing=True))
+            continue
+        model.activation_checkpointing_enable()
+        ids = token_ids(model)
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=ids, pixel_values=torch.randn(2, 3, 28, 28), labels=ids).loss.backward()
+        costs.append(counter.get_total_flops())
+    assert costs[1] == pytest.approx(costs[0], rel=0.15)
+
+
+def test_a_dense_model_of_a_family_without_a_row_is_planned() -> None:
+    model, _ = tiny_model(language={"model_type": "olmo", "pad_token_id": 0})
+    cost = simulate(model.to("meta"), 1, 50, 1, frozenset())
+    assert cost.activations(checkpointing=True) < cost.activations(checkpointing=False)
 
 
 def test_model_states_agree_with_an_optimizer_step() -> None:
@@ -90,7 +122,7 @@ def test_model_states_agree_with_an_optimizer_step() -> None:
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     count = sum(parameter.numel() for parameter in model.parameters())
-    state = state_memory(count, count, torch.float32, 0, 1)
+    state = state_memory(weight_bytes(model, None), count, torch.float32, 0, 1)
     assert state.weights == sum(parameter.nbytes for parameter in model.parameters())
     assert state.gradients == sum(parameter.grad.nbytes for parameter in model.parameters())
     measured = sum(value.nbytes for entry in optimizer.state.values() for value in entry.values() if value.ndim)
@@ -100,6 +132,7 @@ def test_model_states_agree_with_an_optimizer_step() -> None:
 def test_demo_recipe_and_missing_checkpoint(tmp_path: Path) -> None:
     result = plan(CONFIGS / "demo" / "pretrain_align.yaml", [], 2, 8)
     assert result.total.total == result.total.trainable
+    assert result.recipe.config.text_config.vocab_size == 512  # that of the tokenizer which the stage will train
     assert result.largest_micro_batch[2]["with_checkpointing"] > 0
     path = tmp_path / "sft.yaml"
     section = ModelSection(checkpoint=tmp_path / "none")
@@ -107,8 +140,44 @@ def test_demo_recipe_and_missing_checkpoint(tmp_path: Path) -> None:
         architecture(path, section)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "0"], "--gpus: found 0, expected at least 1"),
+        (["--gpu-memory", "-3"], "--gpu-memory: found -3, expected GiB above 0"),
+        (["--json", "/no/such/file.json"], "--json: /no/such: no such directory"),
+        (["moe.vision.num_experts=8"], "moe.vision.num_experts: found 8, the checkpoint has 4"),
+        (["moe=false"], "has MoE blocks, but the config says moe: false"),
+        (["trainable={vision: frozen}"], "trainable: no part is trained"),
+    ],
+)
+def test_mistakes_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(CONFIGS / "phi35_siglip" / "sft.yaml"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_frozen_parts_are_not_trainable() -> None:
     path = CONFIGS / "vicuna7b_clip336" / "pretrain_align.yaml"
     assert read_yaml(path)["trainable"]["language"] == "frozen"
-    recipe = read_recipe(path, [])
-    assert recipe.trainable == {"vision": "frozen", "projector": "full", "language": "frozen"}
+    parameters = plan(path, [], 1, 80).parameters
+    assert (parameters["vision"].trainable, parameters["language"].trainable) == (0, 0)
+    assert parameters["projector"].trainable == parameters["projector"].total
+
+
+def test_adapters_quantisation_and_offload() -> None:
+    lora = ["trainable={language: {mode: lora, lora_rank: 4}}", "model.dtype=bfloat16"]
+    path = CONFIGS / "qwen3_siglip2" / "sft.yaml"
+    adapted = plan(path, [*lora, "training.per_device_train_batch_size=1"], 1, 80)
+    with_bits = plan(path, [*lora, "model.quantization=4bit"], 1, 80)
+    offloaded = plan(path, ["deepspeed=zero2_offload"], 2, 80)
+    base = build_on_meta(read_recipe(path, []))
+    head = base.get_output_embeddings()
+    matrices = [(1, m.weight) for m in base.language_model.modules() if isinstance(m, nn.Linear) and m is not head]
+    linear = sum(weight.numel() for _, weight in matrices)
+    for module in base.modules():
+        if isinstance(module, PackedExperts):
+            matrices += [(module.num_experts, parameter) for parameter in module.parameters()]
+    assert adapted.total.trainable == sum(4 * count * sum(matrix.shape[-2:]) for count, matrix in matrices)
+    assert adapted.states[0].weights - with_bits.states[0].weights == pytest.approx(linear * (2 - 0.52), rel=1e-6)
+    assert (offloaded.states[2].gradients, offloaded.states[2].optimizer) == (0, 0)
+    assert offloaded.states[1].optimizer > 0

@@ -1,0 +1,39 @@
+"""What `from_pretrained` of ours adds to transformers': strict weights, and quantisation where it can work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llava_compete.errors import UserError
+
+
+def spare_from_quantization(quantization: Any) -> None:
+    """Keep bitsandbytes on the language model's linear layers.
+
+    It replaces linear layers: torch's attention in the tower reads its output projection's weight directly, and packed
+    experts are parameters and not layers.
+    """
+    skipped = getattr(quantization, "llm_int8_skip_modules", [])
+    if skipped is None:
+        quantization.llm_int8_skip_modules = ["vision_tower", "projector", "lm_head"]
+
+
+def refuse_wrong_keys(path: str, info: dict[str, Any]) -> None:
+    """Raise a `UserError` that names the tensors which transformers' loading report says do not fit; `path` is where
+    they come from."""
+    problems = []
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(_describe_key(key) for key in info.get(kind, ()))
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            problems.append(f"{kind.removesuffix('_keys')} {', '.join(keys[:3])}{more}")
+    if problems:
+        raise UserError(f"{path}: weights do not fit config.json: {'; '.join(problems)}")
+
+
+def _describe_key(key: Any) -> str:
+    """A key's name; of a mismatched one (name, stored shape, expected shape) all three."""
+    if isinstance(key, str):
+        return key
+    name, found, expected = key
+    return f"{name} {list(found)} (expected {list(expected)})"

@@ -1,34 +1,29 @@
 """Joins the per-sample results of several evaluations and says which differences are more than luck.
 
-A method is one or more evaluation directories, one for each training seed; all must have answered the same questions
-with the same settings. The first method is the baseline. Caller: `llava-compete compare`, scripts/compare_routers.sh.
+All runs must have answered the same questions with the same prompts and scoring. The first method is the baseline.
+Units that share a group (questions about one image) are resampled together. Caller: `llava-compete compare`.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from llava_compete.errors import UserError
+from llava_compete.evaluation.runs import Method, Run
 from llava_compete.evaluation.scores import Unit
 from llava_compete.evaluation.statistics import Array, Benchmark, Difference, compare, holm
 
-log = logging.getLogger(__name__)
 MEAN = "mean"
-
-
-@dataclass(frozen=True)
-class Method:
-    """Evaluations of one method; `runs` holds for each seed the units by task."""
-
-    name: str
-    runs: list[dict[str, list[Unit]]]
+LEVEL = 0.05
+# What a task's entry in summary.json must have in common for its scores to be comparable.
+_SAME = ("generation", "task_version", "data")
+# What may differ on purpose, and is then said in the report.
+_SETTINGS = ("dtype", "adapter", "competition_at_inference")
+_PACKAGES = ("lmms-eval", "torch", "transformers")
 
 
 class Row(NamedTuple):
@@ -42,10 +37,12 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows by benchmark, the mean last where there are several; Holm's correction covers all differences of the table.
+    """Rows by benchmark, the mean last where there are several.
 
     Attributes:
-        holm_p: corrected `p_questions` by (benchmark, method).
+        holm_questions, holm_seeds: `p_questions` and `p_seeds` by (benchmark, method), each corrected by Holm's method
+            over all differences of the table; the latter is empty with one seed.
+        notes: tasks that were left out, and settings in which the runs differ.
         published: published scores in percent by column name and task; another model, one run each.
     """
 
@@ -53,14 +50,24 @@ class Comparison:
     methods: list[str]
     num_seeds: int
     rows: dict[str, Row]
-    holm_p: dict[tuple[str, str], float]
+    holm_questions: dict[tuple[str, str], float]
+    holm_seeds: dict[tuple[str, str], float]
+    notes: list[str]
     published: dict[str, dict[str, float]]
+
+    def is_apart(self, label: str, method: str) -> bool:
+        """Whether the corrected p-value (over seeds too, where there are several) is below `LEVEL`."""
+        return (self.holm_seeds or self.holm_questions)[label, method] < LEVEL
 
     def to_json(self) -> dict[str, Any]:
         rows = {}
         for task, row in self.rows.items():
             differences = {
-                name: {**asdict(difference), "p_holm": self.holm_p[task, name]}
+                name: {
+                    **asdict(difference),
+                    "p_questions_holm": self.holm_questions[task, name],
+                    "p_seeds_holm": self.holm_seeds.get((task, name)),
+                }
                 for name, difference in row.differences.items()
             }
             rows[task] = {
@@ -74,18 +81,10 @@ class Comparison:
             "methods": self.methods,
             "seeds": self.num_seeds,
             "unit": "percent",
+            "notes": self.notes,
             "benchmarks": rows,
             "published": self.published,
         }
-
-
-def read_method(argument: str) -> Method:
-    """Read `DIR`, `NAME=DIR` or `NAME=DIR,DIR,...` (one directory a training seed)."""
-    name, separator, directories = argument.rpartition("=")
-    paths = [Path(part) for part in directories.split(",") if part]
-    if not paths:
-        raise UserError(f"{argument!r}: expected DIR or NAME=DIR,DIR,...")
-    return Method(name if separator else _default_name(paths[0]), [_read_run(path) for path in paths])
 
 
 def compare_methods(
@@ -100,52 +99,40 @@ def compare_methods(
     counts = {method.name: len(method.runs) for method in methods}
     if len(set(counts.values())) > 1:
         raise UserError(f"methods differ in their number of training seeds: {counts}")
-    tasks = [task for task in methods[0].runs[0] if all(task in run for method in methods for run in method.runs)]
+    runs = [run for method in methods for run in method.runs]
+    tasks = [task for task in runs[0].units if all(run.units.get(task) for run in runs)]
     if not tasks:
-        raise UserError(f"no task that all of {', '.join(names)} have")
+        raise UserError(f"no task with per-sample scores that all of {', '.join(names)} have")
     joined = {task: _join(task, methods) for task in tasks}
     groups = {task: [task] for task in tasks} | ({MEAN: tasks} if len(tasks) > 1 else {})
+    keys = [(label, name) for label in groups for name in names[1:]]
+    if 2 * len(keys) / (resamples + 1) >= LEVEL:  # the smallest p-value that so many draws can give, corrected
+        raise UserError(f"resamples: found {resamples}, too few for {len(keys)} differences to be told from chance")
     rows = {label: _row(names, [joined[task] for task in members], resamples) for label, members in groups.items()}
-    keys = [(label, name) for label, row in rows.items() for name in row.differences]
-    corrected = holm([rows[label].differences[name].p_questions for label, name in keys])
+    differences = [rows[label].differences[name] for label, name in keys]
+    over_seeds = [difference.p_seeds for difference in differences if difference.p_seeds is not None]
+    questions = holm([difference.p_questions for difference in differences])
+    columns = {name: {task: scores[task] for task in tasks if task in scores} for name, scores in published.items()}
     return Comparison(
         baseline=names[0],
         methods=names,
         num_seeds=len(methods[0].runs),
         rows=rows,
-        holm_p=dict(zip(keys, corrected, strict=True)),
-        published={
-            column: {task: scores[task] for task in tasks if task in scores} for column, scores in published.items()
-        },
+        holm_questions=dict(zip(keys, questions, strict=True)),
+        holm_seeds=dict(zip(keys, holm(over_seeds), strict=True)) if over_seeds else {},
+        notes=list(_notes(runs, tasks)),
+        published={name: scores for name, scores in columns.items() if scores},
     )
 
 
-def read_published(path: Path) -> dict[str, dict[str, float]]:
-    """Published scores: a JSON file with `routers: {name: {task: percent}}`."""
-    try:
-        routers = json.loads(path.read_text(encoding="utf-8"))["routers"]
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path}: expected a JSON file with 'routers': {{name: {{task: percent}}}} ({error})"
-        ) from error
-    return {name: dict(scores) for name, scores in routers.items()}
-
-
-class _Joined(NamedTuple):
-    """Scores in percent of all runs on one benchmark: methods, seeds, units; and the units' weights."""
-
-    scores_MSU: Array
-    weights_U: Array
-
-
-def _join(task: str, methods: Sequence[Method]) -> _Joined:
-    reference = {unit.id: unit for unit in methods[0].runs[0][task]}
-    if len(reference) < len(methods[0].runs[0][task]):
-        raise UserError(f"task {task!r}: ids of {methods[0].name!r} are not unique")
+def _join(task: str, methods: Sequence[Method]) -> Benchmark:
+    """Scores in percent of all runs on one benchmark, unit by unit, groups of units put together."""
+    reference = _by_id(task, methods[0].runs[0])
     scores = []
     for method in methods:
         for run in method.runs:
-            units = {unit.id: unit for unit in run[task]}
+            units = _by_id(task, run)
+            _check_same(task, methods[0].runs[0], run)
             if units.keys() != reference.keys():
                 raise UserError(
                     f"task {task!r}: {method.name!r} answered {len(units)} questions and {methods[0].name!r} "
@@ -158,16 +145,23 @@ def _join(task: str, methods: Sequence[Method]) -> _Joined:
                     f"{reference[wrong].target!r} in {methods[0].name!r}; the data differ"
                 )
             scores.append([100 * units[name].score for name in reference])
-    shape = (len(methods), len(methods[0].runs), len(reference))
-    weights = np.array([unit.weight for unit in reference.values()])
-    return _Joined(np.array(scores).reshape(shape), weights)
+    scores_MSU = np.array(scores).reshape(len(methods), len(methods[0].runs), len(reference))
+    weights_U = np.array([unit.weight for unit in reference.values()])
+    groups = [unit.id if unit.group is None else f"group {unit.group}" for unit in reference.values()]
+    return _grouped(scores_MSU, weights_U, groups)
 
 
-def _row(names: Sequence[str], joined: Sequence[_Joined], resamples: int) -> Row:
-    run_scores = [item.scores_MSU @ item.weights_U / item.weights_U.sum() for item in joined]
-    mean_MS = np.mean(run_scores, axis=0)
-    benchmarks = [Benchmark(item.scores_MSU[1:] - item.scores_MSU[:1], item.weights_U) for item in joined]
-    differences = compare(benchmarks, [(scores[0], scores[1:]) for scores in run_scores], resamples)
+def _grouped(scores_MSU: Array, weights_U: Array, groups: Sequence[str]) -> Benchmark:
+    """Units of one group become one, with their weighted mean as its score and the sum of their weights."""
+    _, group_U = np.unique(groups, return_inverse=True)
+    weights_G: Array = np.bincount(group_U, weights=weights_U).astype(np.float64)
+    methods, seeds, units = scores_MSU.shape
+    sums = [np.bincount(group_U, weights=scores_U * weights_U) for scores_U in scores_MSU.reshape(-1, units)]
+    return Benchmark((np.array(sums) / weights_G).reshape(methods, seeds, -1), weights_G)
+
+
+def _row(names: Sequence[str], joined: Sequence[Benchmark], resamples: int) -> Row:
+    mean_MS = np.mean([benchmark.by_run_MS() for benchmark in joined], axis=0)
     several = mean_MS.shape[1] > 1
     return Row(
         scores=dict(zip(names, mean_MS.mean(axis=1).tolist(), strict=True)),
@@ -175,23 +169,37 @@ def _row(names: Sequence[str], joined: Sequence[_Joined], resamples: int) -> Row
             name: float(scores_S.std(ddof=1)) if several else None
             for name, scores_S in zip(names, mean_MS, strict=True)
         },
-        differences=dict(zip(names[1:], differences, strict=True)),
-        num_units=sum(len(item.weights_U) for item in joined),
+        differences=dict(zip(names[1:], compare(joined, resamples), strict=True)),
+        num_units=sum(len(benchmark.weights_U) for benchmark in joined),
     )
 
 
-def _read_run(directory: Path) -> dict[str, list[Unit]]:
-    summary_file = directory / "summary.json"
-    if not summary_file.is_file():
-        raise UserError(f"{directory}: no finished evaluation here (no summary.json)")
-    units = {}
-    for task in json.loads(summary_file.read_text(encoding="utf-8"))["tasks"]:
-        lines = (directory / "samples" / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
-        units[task] = [Unit(**json.loads(line)) for line in lines]
+def _notes(runs: Sequence[Run], tasks: Sequence[str]) -> Iterator[str]:
+    """What a reader of the table must know about the runs."""
+    found = list(dict.fromkeys(task for run in runs for task in run.units))
+    missing = [task for task in found if task not in tasks]
+    if missing:
+        yield f"Left out, since not all runs have per-sample scores of them: {', '.join(missing)}."
+    for section, keys in (("settings", _SETTINGS), ("versions", _PACKAGES)):
+        for key in keys:
+            values = sorted({str(run.summary[section].get(key)) for run in runs if section in run.summary})
+            if len(values) > 1:
+                yield f"The runs differ in {key}: {', '.join(values)}."
+
+
+def _check_same(task: str, first: Run, second: Run) -> None:
+    """Runs whose task had other generation settings, scoring or data cannot be compared."""
+    one, other = first.summary["tasks"][task], second.summary["tasks"][task]
+    for key in _SAME:
+        if key in one and key in other and one[key] != other[key]:
+            raise UserError(
+                f"task {task!r}: {key} is {other[key]!r} in {second.directory} and {one[key]!r} in {first.directory}; "
+                "evaluate both alike"
+            )
+
+
+def _by_id(task: str, run: Run) -> dict[str, Unit]:
+    units = {unit.id: unit for unit in run.units[task]}
+    if len(units) < len(run.units[task]):
+        raise UserError(f"{run.directory}: task {task!r}: ids of its samples are not unique")
     return units
-
-
-def _default_name(directory: Path) -> str:
-    """The run's directory, not the `eval` folder inside it."""
-    path = directory.resolve()
-    return path.parent.name if path.name == "eval" else path.name

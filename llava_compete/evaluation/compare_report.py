@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava_compete.evaluation.compare import Comparison
+from llava_compete.evaluation.compare import LEVEL, Comparison
 from llava_compete.evaluation.statistics import Interval
 from llava_compete.inspect.forest import ForestRow, plot_forest
 from llava_compete.manifest import write_json
@@ -56,7 +56,7 @@ def _differences(comparison: Comparison) -> list[str]:
     seeds = comparison.num_seeds > 1
     header = ["benchmark", "method", "difference", "95% over questions"]
     header += ["95% over questions and seeds"] if seeds else []
-    header += ["p", "p (Holm)", *(["p over runs"] if seeds else [])]
+    header += ["p over questions", "Holm", *(["p over questions and seeds", "Holm"] if seeds else [])]
     lines = [
         f"## Differences to {comparison.baseline} (points)",
         "",
@@ -67,30 +67,38 @@ def _differences(comparison: Comparison) -> list[str]:
         for name, difference in row.differences.items():
             cells = [task, name, f"{difference.mean:+.2f}", _interval(difference.over_questions)]
             cells += [_interval(difference.over_seeds)] if seeds else []
-            cells += [f"{difference.p_questions:.4f}", f"{comparison.holm_p[task, name]:.4f}"]
-            cells += [NO_VALUE if difference.p_runs is None else f"{difference.p_runs:.3f}"] if seeds else []
+            cells += [f"{difference.p_questions:.4f}", f"{comparison.holm_questions[task, name]:.4f}"]
+            if difference.p_seeds is not None:
+                cells += [f"{difference.p_seeds:.4f}", f"{comparison.holm_seeds[task, name]:.4f}"]
             lines.append(_line(cells))
     return lines
 
 
 def _notes(comparison: Comparison) -> list[str]:
+    """The verdict on the last row (the mean), then what the numbers mean and what to know about the runs."""
     last = list(comparison.rows)[-1]
+    seeds = comparison.num_seeds > 1
     apart: list[str] = []
     tied: list[str] = []
     for name, difference in comparison.rows[last].differences.items():
-        interval = difference.over_seeds or difference.over_questions
-        (apart if interval.low > 0 or interval.high < 0 else tied).append(f"{name} ({difference.mean:+.2f})")
-    what = "over questions and seeds" if comparison.num_seeds > 1 else "over questions, for these trained models only"
-    return [
-        f"On {last}, 95% {what}: "
+        (apart if comparison.is_apart(last, name) else tied).append(f"{name} ({difference.mean:+.2f})")
+    what = "over questions and seeds" if seeds else "over questions, for these trained models only"
+    lines = [
+        f"On {last}, {what}, corrected p below {LEVEL}: "
         + (f"different from {comparison.baseline}: {', '.join(apart)}. " if apart else "")
         + (f"Not told apart from {comparison.baseline}: {', '.join(tied)}." if tied else ""),
         "",
-        "Intervals over questions resample the questions (paired bootstrap) and hold the trained models fixed; those "
-        "over questions and seeds add the spread of the training seeds (Student's t). p: paired permutation over "
-        "questions, two-sided, corrected by Holm's method over all rows of the table."
-        + (" p over runs: exact permutation of which runs belong to which method." if comparison.num_seeds > 1 else ""),
+        "Intervals and p over questions hold the trained models fixed: paired bootstrap and paired permutation of "
+        "units (a question, or all about one image), two-sided. "
+        + (
+            "Intervals and p over questions and seeds add the error of a mean over few trainings: Student's t, its "
+            "spread taken from all methods together (two-way analysis of variance, paired by seed). "
+            if seeds
+            else ""
+        )
+        + "Holm: corrected over all rows of the table.",
     ]
+    return [*lines, *(line for note in comparison.notes for line in ("", note))]
 
 
 def _interval(interval: Interval | None) -> str:

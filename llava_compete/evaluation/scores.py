@@ -19,6 +19,14 @@ _NOT_SCORES = {
     "doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash", "input",
     "input_media", "member",
 }  # fmt: skip
+# Columns that name the image, where a benchmark asks several questions about one.
+_GROUPED_BY = {
+    "gqa": ("imageId",),
+    "hallusion_bench_image_exact": ("category", "subcategory", "set_id", "figure_id"),
+    "infovqa_val": ("image_url",),
+    "pope": ("image_source",),
+    "textvqa_val": ("image_id",),
+}
 
 
 class Unit(NamedTuple):
@@ -31,6 +39,7 @@ class Unit(NamedTuple):
         type: question type, or None.
         answer: what the model said (several answers joined by a line break).
         target: what was expected.
+        group: units of one group are not independent (questions about one image), or None.
     """
 
     id: str
@@ -39,6 +48,7 @@ class Unit(NamedTuple):
     type: str | None
     answer: str
     target: str
+    group: str | None = None
 
 
 def weighted_mean(units: Iterable[Unit]) -> float:
@@ -66,8 +76,18 @@ def _each_sample(task: str, samples: list[Sample]) -> list[Unit]:
         if "member" in sample:  # a task of a group, whose documents are numbered on their own
             name = f"{sample['member']}/{name}"
         kind = details.get("type", sample.get("member"))
-        units.append(Unit(name, float(details["score"]), 1.0, kind, _answer(sample), str(sample.get("target"))))
+        target, group = str(sample.get("target")), _group(task, sample)
+        units.append(Unit(name, float(details["score"]), 1.0, kind, _answer(sample), target, group))
     return units
+
+
+def _group(task: str, sample: Sample) -> str | None:
+    """The image that the question is about, if the document names it."""
+    document = sample.get("doc") or {}
+    columns = _GROUPED_BY.get(task, ())
+    if not columns or any(column not in document for column in columns):
+        return None
+    return "/".join(str(document[column]) for column in columns)
 
 
 def _mme(task: str, samples: list[Sample]) -> list[Unit]:

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         if (value := getattr(arguments, name)) is not None
     }
     if arguments.tasks:
-        options["tasks"] = arguments.tasks.split(",")
+        options["tasks"] = _names(arguments.tasks)
     if arguments.config:
         if arguments.checkpoint and "=" in arguments.checkpoint:
             overrides.insert(0, arguments.checkpoint)
@@ -83,14 +83,19 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from llava_compete.evaluation.prepare import prepare
     from llava_compete.evaluation.suites import load_suite
 
-    if not arguments.suite and not arguments.tasks:
+    others = (arguments.config, arguments.output_dir, arguments.batch_size, arguments.limit, arguments.processes)
+    if not (arguments.suite or arguments.tasks) or arguments.overrides or any(value is not None for value in others):
         raise UserError("expected: llava-compete eval prepare --suite NAME or --tasks A,B")
     setup_console()
-    tasks = arguments.tasks.split(",") if arguments.tasks else load_suite(arguments.suite).tasks
+    tasks = _names(arguments.tasks) if arguments.tasks else load_suite(arguments.suite).tasks
     failed = [result for result in prepare(tasks, EVAL_ROOT / "tasks") if result.error]
     for result in failed:
         sys.stderr.write(f"error: {result.task}: {result.error}\n")
     return 1 if failed else 0
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def print_table(summary: dict[str, Any], directory: Path) -> None:

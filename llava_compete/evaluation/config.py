@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from llava_compete.config import StrictConfig
 
 EVAL_ROOT = Path(__file__).resolve().parents[2] / "eval"
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPES = get_args(Dtype)
 
 
 class EvalConfig(StrictConfig):
@@ -37,19 +39,19 @@ class EvalConfig(StrictConfig):
     include_path: str = str(EVAL_ROOT / "tasks")
     batch_size: int = Field(default=16, ge=1)
     limit: int | None = Field(default=None, ge=1)
-    processes: int | Literal["auto"] = "auto"
+    processes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     device: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     attn_implementation: str | None = None
     adapter: str | None = None
     competition_at_inference: bool = False
     routing_data: list[str] = Field(default=[])
     routing_rows: int = Field(default=200, ge=1)
 
-    @field_validator("checkpoint")
+    @field_validator("checkpoint", "adapter")
     @classmethod
-    def _no_comma(cls, value: str) -> str:
-        if "," in value or "=" in value:
+    def _no_comma(cls, value: str | None) -> str | None:
+        if value and ("," in value or "=" in value):
             raise ValueError(f"found {value!r}: lmms-eval's --model_args cannot hold a path with ',' or '='")
         return value
 

@@ -20,6 +20,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from llava_compete.data.encoding import encode_conversation, stop_token_ids
 from llava_compete.evaluation.settings import GenerationSettings, cut_at
+from llava_compete.model.build import load_checkpoint
 
 ResultT = TypeVar("ResultT")
 _PLACEHOLDER = re.compile(r"<image(?: \d+)?>")
@@ -82,10 +83,15 @@ class Answerer:
         """The answer to each prompt, cut at its stop strings."""
         answers = [""] * len(prompts)
         for indices in self._batches([prompt.text for prompt in prompts], settings):
-            batch = [self._load(prompts[index]) for index in indices]
-            texts = _guarded(batch, partial(self._generate_batch, settings=settings[indices[0]]))
-            for index, text in zip(indices, texts, strict=True):
-                answers[index] = text
+            loaded = {index: self._load(prompts[index]) for index in indices}
+            chosen = settings[indices[0]]
+            rooms = {index: self._room(item, chosen.max_new_tokens) for index, item in loaded.items()}
+            # Almost always one room: a prompt near the end of the context must not shorten its neighbours' answers.
+            for room in dict.fromkeys(rooms.values()):
+                part = [index for index in indices if rooms[index] == room]
+                run = partial(self._generate_batch, settings=chosen, max_new_tokens=room)
+                for index, text in zip(part, _guarded([loaded[index] for index in part], run), strict=True):
+                    answers[index] = text
             self.progress(len(indices))
         return answers
 
@@ -134,16 +140,19 @@ class Answerer:
             raise ValueError("the checkpoint has no chat template, which says where an image goes")
         return self.tokenizer(text).input_ids or self.stop_ids[:1]
 
+    def _room(self, prompt: _Loaded, max_new_tokens: int) -> int:
+        """Tokens that may follow a prompt within the context; at least 1: a longer prompt fails in the model."""
+        context = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        return max_new_tokens if context is None else max(min(max_new_tokens, context - len(prompt.input_ids)), 1)
+
     @torch.inference_mode()
-    def _generate_batch(self, batch: Sequence[_Loaded], settings: GenerationSettings) -> list[str]:
+    def _generate_batch(self, batch: Sequence[_Loaded], settings: GenerationSettings, max_new_tokens: int) -> list[str]:
         inputs = self._inputs([item.input_ids for item in batch], batch)
         prompt_length = inputs["input_ids"].shape[1]
-        context = getattr(self.model.config.text_config, "max_position_embeddings", None)
-        room = settings.max_new_tokens if context is None else context - prompt_length
         stops = [StopStrings(self.tokenizer, settings.until, prompt_length)] if settings.until else []
         output = self.model.generate(
             **inputs,
-            max_new_tokens=max(min(settings.max_new_tokens, room), 1),
+            max_new_tokens=max_new_tokens,
             eos_token_id=self.stop_ids,
             pad_token_id=self.pad_id,
             stopping_criteria=StoppingCriteriaList(stops),
@@ -189,6 +198,23 @@ class Answerer:
             ordered = sorted(indices, key=lambda index: (-len(texts[index]), index))
             for start in range(0, len(ordered), self.batch_size):
                 yield ordered[start : start + self.batch_size]
+
+
+def load_for_inference(
+    checkpoint: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    adapter: str | None = None,
+) -> tuple[Any, Any]:
+    """Model (with its LoRA adapter merged in, if one is given) and processor on one device; no dtype: as stored."""
+    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    model, processor = load_checkpoint(checkpoint, dtype=dtype, **extra)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return model.to(device).eval(), processor
 
 
 class StopStrings(StoppingCriteria):

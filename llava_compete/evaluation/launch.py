@@ -86,7 +86,8 @@ def run_lmms_eval(
                 raise
         status = process.returncode
     if status != 0:
-        reason = last_error or f"exit status {status}"
+        killed = f"killed by signal {-status} (9: perhaps out of memory)"
+        reason = last_error or (killed if status < 0 else f"exit status {status}")
         raise UserError(f"lmms-eval failed on {', '.join(tasks)}: {reason} (all of its output: {log_file})")
 
 

@@ -19,9 +19,10 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
-from llava_compete.evaluation.generation import Answerer, DocumentError, Prompt, document_errors
+from llava_compete.errors import UserError
+from llava_compete.evaluation.config import DTYPES
+from llava_compete.evaluation.generation import Answerer, DocumentError, Prompt, document_errors, load_for_inference
 from llava_compete.evaluation.settings import GenerationSettings
-from llava_compete.model.build import load_checkpoint
 
 PADDING = "__padding_only__"  # lmms-eval's mark on requests that only even out the ranks
 MAX_ROUNDS = 64
@@ -33,7 +34,7 @@ class LlavaCompeteLmms(lmms):
     Args:
         pretrained: checkpoint directory.
         batch_size: prompts in one batch; answers do not depend on it.
-        device: "cpu", "cuda", "cuda:1"...; default: the rank's GPU if there is one.
+        device: "cpu", "cuda:1"...; default, and "cuda": the rank's GPU if there is one.
         dtype: "auto" (as stored; float32 on a CPU), "float32", "bfloat16" or "float16".
         attn_implementation: as in transformers ("sdpa", "flash_attention_2", "eager").
         adapter: directory of a LoRA adapter to put on the checkpoint.
@@ -54,10 +55,14 @@ class LlavaCompeteLmms(lmms):
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        if device is None:
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        if dtype not in DTYPES:
+            raise UserError(f"model_args: dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
+        if device in (None, "cuda"):
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else device or "cpu"
         self.device = torch.device(device)
-        model, processor = load_model(pretrained, self.device, dtype, attn_implementation, adapter)
+        on_cpu_float32 = torch.float32 if self.device.type == "cpu" else None
+        torch_dtype = on_cpu_float32 if dtype == "auto" else getattr(torch, dtype)
+        model, processor = load_for_inference(pretrained, self.device, torch_dtype, attn_implementation, adapter)
         model.config.competition_at_inference = bool(competition_at_inference)
         # The Answerer keeps the model out of reach of lmms-eval's clean(), which deletes attributes that are modules.
         self.answerer = Answerer(model, processor, int(batch_size))
@@ -162,21 +167,6 @@ class _Conversation:
             )
         self.answers = list(answers) if answers is not None else self.answers
         self.prompt = None if done else Prompt(context, partial(_images, visuals), self.name)
-
-
-def load_model(
-    pretrained: str, device: torch.device, dtype: str, attn_implementation: str | None, adapter: str | None
-) -> tuple[Any, Any]:
-    """Load a checkpoint (and adapter) for inference on one device."""
-    on_cpu_float32 = torch.float32 if device.type == "cpu" else None
-    torch_dtype = on_cpu_float32 if dtype == "auto" else getattr(torch, dtype)
-    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    model, processor = load_checkpoint(pretrained, dtype=torch_dtype, **extra)
-    if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    return model.to(device).eval(), processor
 
 
 def _settings(name: str, generation_kwargs: dict[str, Any]) -> GenerationSettings:

@@ -35,9 +35,15 @@ def read_run(raw: Path, tasks: list[str]) -> dict[str, dict[str, Any]]:
         samples: list[dict[str, Any]] = []
         for member, file in samples_files.items():
             lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-            # Ranks write one after another; documents are put back in order.
-            ordered = sorted(lines, key=lambda sample: sample["doc_id"])
-            samples += [{**sample, "member": member} for sample in ordered] if len(members) > 1 else ordered
+            # Ranks write one after another; documents are put back in order, and none may be missing.
+            by_document: dict[int, dict[str, Any]] = {}
+            for sample in sorted(lines, key=lambda sample: sample["doc_id"]):
+                by_document.setdefault(sample["doc_id"], sample)  # a task with several filters has a line for each
+            expected = results["n-samples"][member]["effective"]
+            if len(by_document) != expected:
+                raise UserError(f"{file}: answers to {len(by_document)} documents, expected {expected}")
+            member_name = {"member": member} if len(members) > 1 else {}
+            samples += [{**sample, **member_name} for sample in by_document.values()]
         config = results["configs"].get(task, {})
         found[task] = {
             "metrics": _numbers(results["results"][task]),
@@ -68,6 +74,7 @@ def write_task(directory: Path, task: str, run: dict[str, Any], facts: dict[str,
         "metrics": run["metrics"],
         "generation": run["generation"],
         "task_version": run["lmms_eval_version"],
+        "data": state["task"],
     }
     target = directory / "tasks" / f"{task}.json"
     target.parent.mkdir(parents=True, exist_ok=True)

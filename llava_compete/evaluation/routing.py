@@ -21,7 +21,7 @@ from llava_compete.data.encoding import encode_conversation
 from llava_compete.data.images import open_image
 from llava_compete.errors import UserError
 from llava_compete.evaluation.config import EvalConfig
-from llava_compete.model.build import load_checkpoint
+from llava_compete.evaluation.generation import load_for_inference
 from llava_compete.moe.state import RoutingMetrics
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,7 @@ def measure_routing(config: EvalConfig) -> dict[str, Any]:
         router_entropy: by layer, in nats; tokens: by layer, how many were measured.
     """
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model, processor = load_checkpoint(config.checkpoint, dtype=torch.float32)
-    model = model.to(device).eval()
+    model, processor = load_for_inference(config.checkpoint, device, torch.float32, adapter=config.adapter)
     batches = [
         {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
         for batch in _batches(config, processor)

@@ -22,11 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from llava_compete.errors import UserError
-from llava_compete.evaluation.catalogue import check_names, check_on_disk
+from llava_compete.evaluation.catalogue import check_names, check_on_disk, names_in
 from llava_compete.evaluation.config import EvalConfig
 from llava_compete.evaluation.launch import run_lmms_eval
 from llava_compete.evaluation.results import finished, read_run, write_task
-from llava_compete.evaluation.suites import LocalTask, check_local_data, find_local_tasks, load_suite
+from llava_compete.evaluation.suites import (
+    LocalTask,
+    check_judges,
+    check_local_data,
+    find_local_tasks,
+    load_suite,
+    task_digest,
+)
 from llava_compete.manifest import package_versions, write_json, write_manifest
 
 log = logging.getLogger(__name__)
@@ -35,24 +42,30 @@ log = logging.getLogger(__name__)
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Evaluate and return what summary.json holds."""
     started = time.perf_counter()
-    checkpoint = checkpoint_facts(Path(config.checkpoint))
-    tasks = config.tasks or load_suite(config.suite or "").tasks
-    local = find_local_tasks(Path(config.include_path))
-    check_names(tasks, Path(config.include_path))
+    include_path = Path(config.include_path)
+    checkpoint = checkpoint_facts(Path(config.checkpoint), Path(config.adapter) if config.adapter else None)
+    tasks = list(dict.fromkeys(config.tasks or load_suite(config.suite or "").tasks))
+    local = find_local_tasks(include_path)
+    check_names(tasks, include_path)
+    check_judges(tasks)
     for task in tasks:
         if task in local:
             check_local_data(local[task])
-    check_on_disk(tasks, Path(config.include_path))
+    check_on_disk(tasks, include_path)
     directory = config.directory
-    digests = {task: local[task].digest for task in tasks if task in local}
+    own = names_in(sorted(include_path.rglob("*.yaml")))
+    digests = {task: local[task].digest if task in local else task_digest(own[task]) for task in tasks if task in own}
     write_manifest(directory, config, seeds={"lmms_eval": 0}, data_digest=_combined(digests), extra={"tasks": digests})
 
-    settings = {"checkpoint": checkpoint["sha256"], **_settings(config), "versions": _versions()}
+    weights = {key: checkpoint[key] for key in ("sha256", "adapter_sha256")}
+    settings = {"checkpoint": weights, **_settings(config), "versions": _versions()}
     states = {task: {**settings, "task": digests.get(task, task)} for task in tasks}
     summaries = {task: finished(directory, task, states[task]) for task in tasks}
     remaining = [task for task in tasks if summaries[task] is None]
     if len(remaining) < len(tasks):
         log.info("finished before, not run again: %s", ", ".join(task for task in tasks if task not in remaining))
+    if remaining:  # a summary of other results must not stand beside half-made new ones
+        (directory / "summary.json").unlink(missing_ok=True)
     for group in _groups(remaining, local):
         raw = directory / "lmms_eval" / "+".join(group)
         shutil.rmtree(raw, ignore_errors=True)
@@ -88,15 +101,27 @@ def checkpoint_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def checkpoint_facts(directory: Path) -> dict[str, Any]:
-    """SHA-256 over a checkpoint's files (weights, configs, tokenizer), its stage, and whether it has experts."""
+def checkpoint_facts(directory: Path, adapter: Path | None = None) -> dict[str, Any]:
+    """SHA-256 over a checkpoint's files (and an adapter's), its stage, and whether it has experts."""
     config = checkpoint_config(directory)
+    if adapter is not None and not (adapter / "adapter_config.json").is_file():
+        raise UserError(f"{adapter}: no adapter here (no adapter_config.json)")
+    return {
+        "sha256": _files_digest(directory),
+        "adapter_sha256": _files_digest(adapter) if adapter else None,
+        "stage": config.get("stage"),
+        "moe": config.get("moe") is not None,
+    }
+
+
+def _files_digest(directory: Path) -> str:
+    """Over weights, configs and tokenizer."""
     digest = hashlib.sha256()
     for file in sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".json", ".jinja")):
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return {"sha256": digest.hexdigest(), "stage": config.get("stage"), "moe": config.get("moe") is not None}
+    return digest.hexdigest()
 
 
 def _settings(config: EvalConfig) -> dict[str, Any]:
@@ -104,7 +129,6 @@ def _settings(config: EvalConfig) -> dict[str, Any]:
     return {
         "limit": config.limit,
         "dtype": config.dtype,
-        "adapter": config.adapter,
         "competition_at_inference": config.competition_at_inference,
     }
 

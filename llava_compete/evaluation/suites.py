@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,18 @@ from llava_compete.errors import UserError
 from llava_compete.evaluation.config import EVAL_ROOT
 
 
+class LeftOut(StrictConfig):
+    """Why a task is not run by default, and the environment variable with its judge's key, if a judge is the reason."""
+
+    why: str
+    judge_key: str | None = None
+
+
 class Suite(StrictConfig):
-    """Tasks that are run, and tasks that belong to the suite but are not run by default, with the reason."""
+    """Tasks that are run, and tasks that belong to the suite but are not run by default."""
 
     tasks: list[str]
-    left_out: dict[str, str] = Field(default={})
+    left_out: dict[str, LeftOut] = Field(default={})
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class LocalTask:
     Attributes:
         name: the task's name.
         files: its data files.
-        digest: SHA-256 over the task's YAML and the content of the files.
+        digest: SHA-256 over the task's YAML, the Python files beside it (which score) and the content of the files.
         facts: its entry in meta.json beside the data (chance, n...), empty without one.
         build: the command that makes the files, if the YAML's metadata name it.
     """
@@ -54,6 +63,14 @@ def load_suite(name: str) -> Suite:
     return load_config(Suite, path)
 
 
+def check_judges(tasks: Iterable[str]) -> None:
+    """A task whose judge has no key is a `UserError`: lmms-eval would ask in vain and then count answers as wrong."""
+    for path in sorted((EVAL_ROOT / "suites").glob("*.yaml")):
+        for task, left_out in load_config(Suite, path).left_out.items():
+            if task in tasks and left_out.judge_key and not os.environ.get(left_out.judge_key):
+                raise UserError(f"task {task!r}: {left_out.why}; {left_out.judge_key} is not set")
+
+
 def find_local_tasks(include_path: Path) -> dict[str, LocalTask]:
     """Tasks in a folder of YAMLs whose `data_files` are local; a file that is missing is reported when it is needed."""
     found = {}
@@ -64,7 +81,7 @@ def find_local_tasks(include_path: Path) -> dict[str, LocalTask]:
             files = tuple((path.parent / name).resolve() for name in _leaves(data_files))
             build = (content.get("metadata") or {}).get("build", "")
             found[content["task"]] = LocalTask(
-                content["task"], files, _digest(path, files), _facts(content, files), build
+                content["task"], files, task_digest(path, files), _facts(content, files), build
             )
     return found
 
@@ -104,9 +121,10 @@ def _leaves(value: Any) -> list[str]:
     return [leaf for item in (value.values() if isinstance(value, dict) else value) for leaf in _leaves(item)]
 
 
-def _digest(path: Path, files: tuple[Path, ...]) -> str:
+def task_digest(path: Path, files: tuple[Path, ...] = ()) -> str:
+    """See `LocalTask.digest`."""
     digest = hashlib.sha256(json.dumps(read_task_yaml(path), sort_keys=True).encode())
-    for file in files:
+    for file in (*sorted(path.parent.glob("*.py")), *files):
         if file.is_file():
             digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -109,8 +110,44 @@ def test_a_failing_document_stops_the_run_and_is_named(evaluate):
         evaluate(["local_broken"])
 
 
-def test_a_failure_while_generating_names_the_document(checkpoint):
-    """A batch that fails is taken apart to find which one it was."""
+def test_a_batch_that_fails_is_taken_apart_to_name_the_document(checkpoint):
+    from llava_compete.model.build import load_checkpoint
+
+    answerer = Answerer(*load_checkpoint(checkpoint, dtype=torch.float32), 4)
+    preprocess = answerer.processor.image_processor.preprocess
+
+    def fails_on_wide(images, **options):
+        if any(image.width == 31 for image in images):
+            raise ValueError("too wide")
+        return preprocess(images, **options)
+
+    answerer.processor.image_processor.preprocess = fails_on_wide
+    prompts = [Prompt("red", partial(_white, width), f"width {width}") for width in (28, 31, 29)]
+    settings = [GenerationSettings.from_task({"max_new_tokens": 4})] * 3
+    with pytest.raises(DocumentError, match=r"^width 31: ValueError: too wide$"):
+        answerer.generate(prompts, settings)
+
+
+def _white(width):
+    return [Image.new("RGB", (width, 28))]
+
+
+def test_a_prompt_near_the_end_of_the_context_does_not_shorten_its_neighbours(checkpoint):
+    """Room for an answer is a matter of one's own prompt, not of the longest in the batch."""
+    from llava_compete.model.build import load_checkpoint
+
+    model, processor = load_checkpoint(checkpoint, dtype=torch.float32)
+    context = model.config.text_config.max_position_embeddings
+    answerer = Answerer(model, processor, 1)
+    words = next(n for n in range(10, context) if len(answerer._load(Prompt("red " * n)).input_ids) > context - 12)
+    prompts = [Prompt("how many shapes ?"), Prompt("red " * words), Prompt("what colour is the circle ?")]
+    settings = [GenerationSettings.from_task({"max_new_tokens": 40})] * 3
+    alone = answerer.generate(prompts, settings)
+    assert len(alone[0]) > 2 * len(alone[1])
+    assert Answerer(model, processor, 3).generate(prompts, settings) == alone
+
+
+def test_a_prompt_longer_than_the_context_names_the_document(checkpoint):
     from llava_compete.model.build import load_checkpoint
 
     model, processor = load_checkpoint(checkpoint, dtype=torch.float32)

@@ -18,6 +18,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_compete.data.templates import set_chat_template
+from llava_compete.errors import UserError
 from llava_compete.model.build import build_model
 from llava_compete.model.config import ModelSection
 from llava_compete.model.tokenizer import train_byte_level_bpe
@@ -52,11 +53,17 @@ def bench_generate(
     size: Size, batch_size: int, prompt_tokens: int, new_tokens: int, rounds: int, device: str, dtype: str
 ) -> dict[str, Any]:
     """Speeds by model, and ours relative to transformers' Llava."""
+    num_image_tokens = (IMAGE_SIZE // PATCH_SIZE) ** 2
+    if prompt_tokens <= num_image_tokens:
+        raise UserError(
+            f"--prompt-tokens: found {prompt_tokens}, expected more than the {num_image_tokens} of an image"
+        )
+    if min(batch_size, new_tokens, rounds) < 1:
+        raise UserError("--batch-size, --new-tokens, --rounds: expected at least 1")
     torch.manual_seed(0)
     torch_dtype = getattr(torch, dtype)
     models = {"transformers Llava": _llava(size), "dense": _ours(size, None), "moe": _ours(size, _moe())}
     models = {name: model.to(device, torch_dtype).eval() for name, model in models.items()}
-    num_image_tokens = (IMAGE_SIZE // PATCH_SIZE) ** 2
     image_token = models["dense"].config.image_token_id
     ids = torch.randint(300, size.vocabulary, (batch_size, prompt_tokens), device=device)
     ids[:, 1 : 1 + num_image_tokens] = image_token

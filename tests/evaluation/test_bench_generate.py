@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llava_compete.bench.generate import Size, bench_generate
+from llava_compete.errors import UserError
 
 
 def test_dense_has_llavas_size_and_all_are_measured():
@@ -16,3 +17,8 @@ def test_dense_has_llavas_size_and_all_are_measured():
     # Theirs keeps the tower's last block, whose output nobody reads.
     assert dense.parameters == pytest.approx(reference.parameters, rel=0.25)
     assert result["speeds"]["moe"].parameters > dense.parameters
+
+
+def test_a_prompt_must_have_room_for_its_image():
+    with pytest.raises(UserError, match="--prompt-tokens: found 64, expected more than the 64"):
+        bench_generate(Size(), batch_size=1, prompt_tokens=64, new_tokens=1, rounds=1, device="cpu", dtype="float32")

@@ -31,6 +31,7 @@ import numpy as np
 from PIL import Image
 
 from llava_compete.data import scenes
+from llava_compete.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def build_demo(out_dir: str | Path, force: bool = False) -> DemoSummary:
         meta = json.loads(meta_file.read_text())
         if meta.get("generator") == GENERATOR:
             return DemoSummary(target, meta["rows"], built=False)
+    refuse_foreign_folder(target)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "eval").mkdir(parents=True)
@@ -94,6 +96,16 @@ def build_demo(out_dir: str | Path, force: bool = False) -> DemoSummary:
         shutil.rmtree(target)
     partial.rename(target)
     return DemoSummary(target, counts, built=True)
+
+
+def refuse_foreign_folder(target: Path) -> None:
+    """`UserError` if what a build would replace is not a build."""
+    if target.exists() and not (target / "eval" / "meta.json").is_file() and not _is_empty_folder(target):
+        raise UserError(f"{target}: is there and was not made by this command; name another folder")
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and next(path.iterdir(), None) is None
 
 
 def chance_levels(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -46,6 +46,14 @@ def test_layout_and_rows(built):
     assert len(digits) == 1397
 
 
+@pytest.mark.parametrize("command", [["demo"], ["scenes-hard", "--train-images", "2"]])
+def test_a_folder_of_something_else_is_never_replaced(command, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert main(["data", *command, "--force", "--out", str(tmp_path)]) == 2
+    assert "was not made by this command" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
 def test_tests_are_balanced_and_apart_from_training(built):
     meta = json.loads((built / "eval/meta.json").read_text())["tasks"]
     trained = {path.read_bytes() for path in built.rglob("*.png")}

@@ -8,6 +8,7 @@ before it is decoded.
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
                 upright = to_rgb(image)
                 upright.info = {"source_mode": mode}
                 return upright
-    except BadImageError:
+    except (BadImageError, MemoryError):
         raise
     except FileNotFoundError as error:
         raise BadImageError("image_missing", f"{label}: no such image file") from error
@@ -66,10 +67,10 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
     except IsADirectoryError as error:
         raise BadImageError("image_is_a_folder", f"{label}: a folder, not an image file") from error
     except (UnidentifiedImageError, PermissionError) as error:
-        if source == b"" or (isinstance(stream, Path) and stream.stat().st_size == 0):
+        if source == b"" or (isinstance(stream, Path) and os.access(stream, os.R_OK) and stream.stat().st_size == 0):
             raise BadImageError("image_empty", f"{label}: the file has no bytes") from error
         raise BadImageError("image_unreadable", f"{label}: not an image that Pillow can open ({error})") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
+    except Exception as error:  # Pillow's decoders meet broken files with nearly any exception
         kind = "image_truncated" if "truncated" in str(error).lower() else "image_unreadable"
         raise BadImageError(kind, f"{label}: {type(error).__name__}: {error}") from error
 

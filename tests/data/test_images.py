@@ -82,6 +82,11 @@ def test_bad_files_are_named(tmp_path, monkeypatch, tolerant):
                 open_image(source)
             assert caught.value.kind == kind
             assert source is content or str(path) in str(caught.value)
+    # Pillow's reader of this format raises NotImplementedError.
+    dds = bytearray(saved(Image.new("RGBA", (8, 8)), "DDS"))
+    dds[80:84] = bytes(4)
+    with pytest.raises(BadImageError, match="NotImplementedError"):
+        open_image(bytes(dds))
     for kind, path in {"image_missing": tmp_path / "gone.png", "image_is_a_folder": tmp_path}.items():
         with pytest.raises(BadImageError) as caught:
             open_image(path)

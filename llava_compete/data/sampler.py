@@ -6,7 +6,8 @@ mix allows, with little padding; the order of global batches is shuffled. Each r
 last global batch may be smaller: its micro-batches get as equal shares as possible, and one without rows is an empty
 list, which the collator turns into a filler. Everything is numpy: no Python list as long as the data set.
 
-Caller: the trainer, as the batch sampler of its data loader.
+Caller: the trainer, as the batch sampler of its data loader. On resume the Trainer drops the first row numbers of
+the epoch (accelerate's `skip_first_batches`), so that no row and no image of them is read.
 """
 
 from __future__ import annotations
@@ -63,7 +64,6 @@ class GlobalBatchSampler:
         self.world_size, self.rank, self.seed = world_size, rank, seed
         self.accumulation_steps = global_batch_size // (micro_batch_size * world_size)
         self.epoch = 0
-        self.start_step = 0  # global batches of this epoch to leave out: resuming reads no row of them
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -74,12 +74,12 @@ class GlobalBatchSampler:
         return -(-len(self.lengths) // self.global_batch_size)
 
     def __len__(self) -> int:
-        """Micro-batches of this rank in what is left of the epoch."""
-        return (self.steps_per_epoch - self.start_step) * self.accumulation_steps
+        """Micro-batches of this rank in an epoch."""
+        return self.steps_per_epoch * self.accumulation_steps
 
     def __iter__(self) -> Iterator[list[int]]:
         order = epoch_order(self.lengths, self.modalities, self.global_batch_size, self.seed, self.epoch)
-        for step in range(self.start_step, self.steps_per_epoch):
+        for step in range(self.steps_per_epoch):
             rows = order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
             micro_batches = np.array_split(rows, self.accumulation_steps * self.world_size)
             for accumulation in range(self.accumulation_steps):

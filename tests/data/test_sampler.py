@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from accelerate import skip_first_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset
 
 from llava_compete.data.sampler import GlobalBatchSampler, epoch_order
 
@@ -16,13 +18,12 @@ def rows(count, seed=0, share_text=0.3):
     return rng.integers(5, 400, count).astype(np.int32), modalities
 
 
-def global_batches(lengths, modalities, world, micro, epoch=0, seed=0, start=0):
+def global_batches(lengths, modalities, world, micro, epoch=0, seed=0):
     """Rows of each optimizer step, joined over ranks and micro-batches."""
     samplers = []
     for rank in range(world):
         sampler = GlobalBatchSampler(lengths, modalities, GLOBAL, micro, world, rank, seed)
         sampler.set_epoch(epoch)
-        sampler.start_step = start
         samplers.append(list(sampler))
         assert len(samplers[-1]) == len(sampler)
     steps = GLOBAL // (world * micro)
@@ -56,11 +57,35 @@ def test_epochs_and_seeds_differ_and_repeat():
     assert not np.array_equal(first, epoch_order(lengths, modalities, GLOBAL, 1, 0))
 
 
+class NeverRead(Dataset):
+    """Row numbers; reading one of the `forbidden` is a failure."""
+
+    def __init__(self, count, forbidden):
+        self.count, self.forbidden = count, forbidden
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, row):
+        assert row not in self.forbidden
+        return row
+
+
 @pytest.mark.parametrize("start", [1, 7, 20])
 def test_resuming_is_slicing(start):
+    """As the Trainer resumes: accelerate skips micro-batches of row numbers, the epoch is set, nothing else is read."""
     lengths, modalities = rows(500)
-    whole = global_batches(lengths, modalities, world=2, micro=4)
-    assert global_batches(lengths, modalities, world=2, micro=4, start=start) == whole[start:]
+    whole = global_batches(lengths, modalities, world=2, micro=4, epoch=1)
+    seen = {row for batch in whole[:start] for row in batch}
+    rest = []
+    for rank in range(2):
+        sampler = GlobalBatchSampler(lengths, modalities, GLOBAL, 4, 2, rank, 0)
+        loader = DataLoader(NeverRead(500, seen), batch_sampler=sampler, collate_fn=list)
+        resumed = skip_first_batches(loader, start * sampler.accumulation_steps)
+        sampler.set_epoch(1)
+        rest.append(list(resumed))
+    joined = [micro for pair in zip(*rest, strict=True) for micro in pair]
+    assert [row for micro in joined for row in micro] == [row for batch in whole[start:] for row in batch]
 
 
 def test_micro_batches_are_of_one_modality_and_similar_length():

@@ -10,26 +10,29 @@ import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 from llava_compete.data.config import DataSection, SourceSection
-from llava_compete.data.readers import read_rows, source_digest
+from llava_compete.data.readers import SourceError, read_rows, source_digest
 from llava_compete.data.row_checks import PROBLEMS, RowFacts, TextSide, check_row
 from llava_compete.data.tables import cache_folder
+from llava_compete.errors import UserError
 
 CHUNK_ROWS = 64
 FIRST_RECORDS = 3
+_MESSAGE = 300  # characters of a message that are kept
 
 
 class Problem(NamedTuple):
-    """One thing found in one row."""
+    """One thing found in one row, or (`row` None) in a source as a whole."""
 
     kind: str
     source: str
-    row: int
+    row: int | None
     id: str
     message: str
 
@@ -38,7 +41,7 @@ class Problem(NamedTuple):
 class SourceReport:
     """Totals over the rows of one source; token numbers are of rows that encode, after the cut."""
 
-    digest: str
+    digest: str = ""  # empty: no file could be opened
     rows: int = 0
     good_rows: int = 0
     images: int = 0
@@ -55,18 +58,20 @@ class CheckReport:
     """The result of `check_data`."""
 
     sources: dict[str, SourceReport] = field(default_factory=dict)
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)  # rows by kind of problem
     first: dict[str, list[Problem]] = field(default_factory=dict)
 
     @property
     def num_errors(self) -> int:
         return sum(count for kind, count in self.counts.items() if PROBLEMS[kind][0])
 
-    def add(self, problem: Problem) -> None:
-        self.counts[problem.kind] += 1
-        shown = self.first.setdefault(problem.kind, [])
-        if len(shown) < FIRST_RECORDS:
-            shown.append(problem)
+    def add(self, found: list[Problem]) -> None:
+        """The problems of one row; those of one kind count once."""
+        for kind, problem in {problem.kind: problem for problem in reversed(found)}.items():
+            self.counts[kind] += 1
+            shown = self.first.setdefault(kind, [])
+            if len(shown) < FIRST_RECORDS:
+                shown.append(problem)
 
 
 RowSink = Callable[[SourceSection, Any, list[Problem]], None]
@@ -86,19 +91,29 @@ def check_data(
     report = CheckReport()
     memory = cache_folder(section.cache_dir) / "digests"
     for source in section.sources:
-        totals = report.sources[source.name] = SourceReport(digest=source_digest(source.path, memory))
+        totals = report.sources[source.name] = SourceReport()
         seen: dict[bytes, bytes] = {}
-        rows = _checked_rows(source, text_side, section.max_length, workers)
-        for number, (raw, facts) in enumerate(rows):
-            found = [Problem(kind, source.name, number, facts.id, text) for kind, text in facts.problems]
-            found += _duplicates(seen, facts, source.name, number)
-            for problem in found:
-                report.add(problem)
-            _add_up(totals, facts, good=not any(PROBLEMS[problem.kind][0] for problem in found))
-            if sink is not None:
-                sink(source, raw, found)
-            progress(1)
+        try:
+            totals.digest = source_digest(source.path, memory)
+            rows = _checked_rows(source, text_side, section.max_length, workers)
+            for number, (raw, facts) in enumerate(rows):
+                found = [Problem(kind, source.name, number, facts.id, _one_line(text)) for kind, text in facts.problems]
+                found += _duplicates(seen, facts, source.name, number)
+                report.add(found)
+                _add_up(totals, facts, good=not any(PROBLEMS[problem.kind][0] for problem in found))
+                if sink is not None:
+                    sink(source, raw, found)
+                progress(1)
+            if totals.rows == 0:
+                raise SourceError(f"{source.path}: no rows")
+        except SourceError as error:
+            report.add([Problem("file_unreadable", source.name, None, "", _one_line(str(error)))])
     return report
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _MESSAGE else line[:_MESSAGE] + "…"
 
 
 def _checked_rows(
@@ -119,12 +134,25 @@ def _checked_rows(
                 waiting.append((chunk, pool.submit(_check_chunk, chunk)))
             while waiting and (not chunk or len(waiting) > 2 * workers):
                 checked, future = waiting.popleft()
-                yield from zip((raw for _, raw in checked), future.result(), strict=True)
+                yield from zip((raw for _, raw in checked), _facts(future, checked, source), strict=True)
             if not chunk:
                 return
 
 
+def _facts(future: Future[list[RowFacts]], checked: list[tuple[int, Any]], source: SourceSection) -> list[RowFacts]:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        first, last = checked[0][0], checked[-1][0]
+        raise UserError(
+            f"{source.path}: a worker died near rows {first} to {last} (out of memory, or a picture that "
+            "crashes its decoder); --workers 1 narrows it down"
+        ) from error
+
+
 def _duplicates(seen: dict[bytes, bytes], facts: RowFacts, source: str, number: int) -> list[Problem]:
+    if not facts.has_id:
+        return []
     key = hashlib.blake2b(facts.id.encode(), digest_size=8).digest()
     earlier = seen.setdefault(key, facts.content_hash)
     if earlier is facts.content_hash:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -11,6 +13,7 @@ from rich.table import Table
 
 from llava_compete.data.check import CheckReport, Problem
 from llava_compete.data.config import SourceSection
+from llava_compete.data.records import RecordError
 from llava_compete.data.row_checks import PROBLEMS
 from llava_compete.errors import UserError
 
@@ -19,10 +22,15 @@ def problem_table(report: CheckReport) -> Table:
     """One line a kind, errors first: how often, and the first records."""
     table = Table("problem", "", "rows", "first records", title="Problems")
     for kind in sorted(report.counts, key=lambda kind: (not PROBLEMS[kind][0], -report.counts[kind])):
-        first = "\n".join(f"{item.source}/{item.id} (row {item.row}): {item.message}" for item in report.first[kind])
+        first = "\n".join(map(_record_line, report.first[kind]))
         severity = "[red]error[/red]" if PROBLEMS[kind][0] else "warning"
         table.add_row(kind, severity, f"{report.counts[kind]:,}", _plain(first))
     return table
+
+
+def _record_line(problem: Problem) -> str:
+    where = problem.source if problem.row is None else f"{problem.source}/{problem.id[:40]} (row {problem.row})"
+    return f"{where}: {problem.message}"
 
 
 def source_table(report: CheckReport) -> Table:
@@ -60,45 +68,78 @@ def write_report(report: CheckReport, path: Path) -> None:
 class RowWriter:
     """Writes good rows and bad rows (with `reasons`) as JSON lines while the check runs; a context manager.
 
-    With several sources each gets files of its own, named FILE.<source>.jsonl. A row is an error's row or a good one:
-    warnings alone keep it good.
+    With several sources each gets files of its own, named FILE.<source>.jsonl. Every row goes to one of the two:
+    warnings alone keep it good. Files are there, if need be empty, once the check is through. Embedded images become
+    files in the folder <name of FILE>_images, which the written rows name relative to FILE.
     """
 
     def __init__(self, clean: Path | None, bad: Path | None, sources: list[SourceSection]) -> None:
-        for path in filter(None, (clean, bad)):
-            if path.suffix != ".jsonl":
-                raise UserError(f"{path}: found {path.suffix!r}, expected a name that ends in .jsonl")
-            if any(path.resolve() == source.path.resolve() for source in sources):
-                raise UserError(f"{path}: this is a data source; write to another file")
-        self._paths = {"clean": clean, "bad": bad}
-        self._by_source = len(sources) > 1
+        self._paths: dict[tuple[str, str], Path] = {}  # by (clean or bad, source)
+        for kind, base in {"clean": clean, "bad": bad}.items():
+            if base is None:
+                continue
+            if base.suffix != ".jsonl":
+                raise UserError(f"{base}: found {base.suffix!r}, expected a name that ends in .jsonl")
+            for source in sources:
+                name = f"{base.stem}.{source.name}{base.suffix}" if len(sources) > 1 else base.name
+                self._paths[kind, source.name] = base.with_name(name)
+        refuse_overwriting(self._paths.values(), sources)
         self._open: dict[Path, TextIO] = {}
 
     def __enter__(self) -> RowWriter:
+        for path in self._paths.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._open[path] = _partial(path).open("w", encoding="utf-8")
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        for file in self._open.values():
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        for path, file in self._open.items():
             file.close()
+            if kind is None:
+                _partial(path).replace(path)
+            else:
+                _partial(path).unlink()
 
     def __call__(self, source: SourceSection, raw: Any, problems: list[Problem]) -> None:
         """The sink of `check_data`."""
         reasons = [f"{item.kind}: {item.message}" for item in problems if PROBLEMS[item.kind][0]]
-        base = self._paths["bad" if reasons else "clean"]
-        if base is None:
+        path = self._paths.get(("bad" if reasons else "clean", source.name))
+        if path is None:
             return
-        path = base.with_name(f"{base.stem}.{source.name}{base.suffix}") if self._by_source else base
-        if path not in self._open:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._open[path] = path.open("w", encoding="utf-8")
-        content = {"row": raw, "reasons": reasons} if reasons else raw
-        self._open[path].write(json.dumps(content, ensure_ascii=False, default=_not_json) + "\n")
+        row = raw.text if isinstance(raw, RecordError) else _with_image_files(raw, path)
+        content = {"row": row, "reasons": reasons} if reasons else row
+        # ASCII: a row with half a surrogate pair comes back as it was.
+        self._open[path].write(json.dumps(content, default=str) + "\n")
 
 
-def _not_json(value: Any) -> str:
-    if isinstance(value, bytes):
-        raise UserError("--write-clean and --write-bad write JSON lines, which cannot hold embedded images")
-    return str(value)
+def refuse_overwriting(targets: Iterable[Path], sources: list[SourceSection]) -> None:
+    """`UserError` if a file to be written is a data source, or is named twice."""
+    taken = {source.path.resolve() for source in sources}
+    for path in targets:
+        if path.resolve() in taken:
+            raise UserError(f"{path}: this is a data source or another output; write to another file")
+        taken.add(path.resolve())
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _with_image_files(value: Any, beside: Path) -> Any:
+    """A row in which paths stand for embedded images, written to a folder beside the file."""
+    if isinstance(value, list):
+        return [_with_image_files(item, beside) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    content = value.get("bytes")
+    if not isinstance(content, bytes):
+        return {key: _with_image_files(item, beside) for key, item in value.items()}
+    suffix = Path(value.get("path") or "").suffix
+    name = f"{beside.stem}_images/{hashlib.sha256(content).hexdigest()[:24]}{suffix}"
+    target = beside.parent / name
+    target.parent.mkdir(exist_ok=True)
+    target.write_bytes(content)
+    return name
 
 
 def _plain(text: str) -> str:

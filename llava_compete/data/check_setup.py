@@ -5,13 +5,14 @@ Caller: `llava-compete data check`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from typing import Any
 
 from llava_compete.config import parse_config
 from llava_compete.data.config import DataSection
-from llava_compete.data.readers import read_rows
+from llava_compete.data.readers import SourceError, read_rows
 from llava_compete.data.records import RecordError, parse_row
 from llava_compete.data.row_checks import TextSide
 
@@ -42,10 +43,11 @@ def text_side_of(model: dict[str, Any], section: DataSection, source: str) -> Te
 def _texts(section: DataSection) -> Iterator[str]:
     """Every text of the rows that can be read."""
     for source in section.sources:
-        for raw in read_rows(source.path):
-            try:
-                conversation = parse_row(raw, default_id="")
-            except RecordError:
-                continue
-            for message in conversation.messages:
-                yield from (part["text"] for part in message["content"] if "text" in part)
+        with contextlib.suppress(SourceError):  # a source that cannot be opened: the check names it
+            for raw in read_rows(source.path):
+                try:
+                    conversation = parse_row(raw, default_id="")
+                except RecordError:
+                    continue
+                for message in conversation.messages:
+                    yield from (part["text"] for part in message["content"] if "text" in part)

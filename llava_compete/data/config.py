@@ -13,11 +13,16 @@ from llava_compete.config import StrictConfig, read_yaml
 class SourceSection(StrictConfig):
     """One source of a mixture; metrics keep sources apart by `name`."""
 
-    name: str = Field(min_length=1)
+    name: str = Field(pattern=r"^[^/\s]+$")  # part of metrics' and files' names
     path: Path
-    image_folder: Path | None = None  # images are named relative to it; default: the folder of `path`
+    image_folder: Path | None = None  # images are named relative to it; default: `path` or its folder
     weight: float = Field(default=1.0, gt=0)  # share of the rows used in an epoch; 2 = each row twice
     max_rows: int | None = Field(default=None, ge=1)
+
+    @property
+    def images(self) -> Path:
+        """The folder that image paths are relative to."""
+        return self.image_folder or (self.path if self.path.is_dir() else self.path.parent)
 
 
 class DataSection(StrictConfig):

@@ -23,6 +23,7 @@ from llava_compete.data.tables import SourceTable, load_source
 from llava_compete.errors import UserError
 
 _CHARS_PER_TOKEN = 4  # for the sampler's length estimate only
+_FIRST_ROWS = 1000  # before so many are read, their rejected share says little
 
 
 class DataBundle(NamedTuple):
@@ -56,6 +57,7 @@ class ConversationDataset(Dataset):
             self.lengths[of_source] = chars // _CHARS_PER_TOKEN + images * processor.num_image_tokens
             self.modalities[of_source] = images > 0
         # Counted in shared memory, because rows are read in worker processes.
+        self._read_rows = multiprocessing.Value("q", 0)
         self._rejected = multiprocessing.Value("q", 0)
         self._bad_images = multiprocessing.Value("q", 0)
 
@@ -80,10 +82,14 @@ class ConversationDataset(Dataset):
 
     def _read(self, table: SourceTable, number: int) -> dict[str, Any] | None:
         """One item, or None if the row must be replaced by the next (and has been counted)."""
+        _increment(self._read_rows)
         # Straight from the Arrow table: the formatting of `datasets` costs more than reading the row.
         row = table.rows.data.fast_slice(number, 1).to_pylist()[0]
         sample_id = f"{table.section.name}/{row['id']}"
-        encoded = encode_row(self.processor, json.loads(row["messages"]), self.section.max_length)
+        try:
+            encoded = encode_row(self.processor, json.loads(row["messages"]), self.section.max_length)
+        except UserError as error:
+            raise UserError(f"row {sample_id}: {error}") from error
         if encoded is None:
             self._count_rejected(sample_id)
             return None
@@ -102,23 +108,30 @@ class ConversationDataset(Dataset):
         }
 
     def _count_rejected(self, sample_id: str) -> None:
-        with self._rejected.get_lock():
-            self._rejected.value += 1
-        if self._rejected.value > max(1, self.section.max_rejected_share * len(self)):
+        rejected = _increment(self._rejected)
+        # A share of the rows read so far, in whatever epoch and on however many ranks; early on, of the first thousand.
+        read = max(self._read_rows.value, min(len(self), _FIRST_ROWS))
+        if rejected > max(1, self.section.max_rejected_share * read):
             raise UserError(
-                f"{self._rejected.value} rows keep no answer within data.max_length={self.section.max_length}, "
+                f"{rejected} rows keep no answer within data.max_length={self.section.max_length}, "
                 f"the last {sample_id}: raise it, or data.max_rejected_share={self.section.max_rejected_share}"
             )
 
     def _count_bad_image(self, sample_id: str, error: BadImageError) -> None:
         if self.section.on_bad_image == "error":
             raise UserError(f"row {sample_id}: {error}") from error
-        with self._bad_images.get_lock():
-            self._bad_images.value += 1
-        if self._bad_images.value > self.section.max_bad_images:
+        if _increment(self._bad_images) > self.section.max_bad_images:
             raise UserError(
-                f"more than data.max_bad_images={self.section.max_bad_images} bad images, the last: {error}"
+                f"more than data.max_bad_images={self.section.max_bad_images} bad images, "
+                f"the last: row {sample_id}: {error}"
             )
+
+
+def _increment(counter: Any) -> int:
+    """Add one to a number in shared memory."""
+    with counter.get_lock():
+        counter.value += 1
+        return int(counter.value)
 
 
 def encode_row(processor: Any, messages: list[dict[str, Any]], max_length: int) -> EncodedConversation | None:
@@ -131,7 +144,7 @@ def load_pixels(processor: Any, table: SourceTable, images: list[dict[str, Any]]
     """Decode and preprocess the images of one row: float32 [images, 3, H, W], or None without images."""
     if not images:
         return None
-    folder = table.section.image_folder or table.section.path.parent
+    folder = table.section.images
     opened = [open_image(image["bytes"] if image["path"] is None else folder / image["path"]) for image in images]
     return torch.as_tensor(np.asarray(processor.image_processor.preprocess(opened)["pixel_values"]))
 

@@ -26,11 +26,14 @@ _SPLIT = re.compile(rf"\n?({re.escape(PLACEHOLDER)})\n?")
 
 
 class RecordError(UserError):
-    """A row that cannot be used; `kind` is the checker's name for the problem."""
+    """A row that cannot be used; `kind` is the checker's name for the problem.
 
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(kind, message)  # both, so that it can be sent between processes
-        self.kind = kind
+    `text` is what stands in the file in place of a row that could not be read.
+    """
+
+    def __init__(self, kind: str, message: str, text: str | None = None) -> None:
+        super().__init__(kind, message, text)  # all, so that it can be sent between processes
+        self.kind, self.text = kind, text
 
     def __str__(self) -> str:
         return str(self.args[1])
@@ -42,6 +45,7 @@ class Conversation(NamedTuple):
     id: str
     messages: list[dict[str, Any]]
     images: list[str | bytes]
+    images_placed: bool = False  # no placeholder said where: they were put before the first question
 
 
 def parse_row(row: Any, default_id: str) -> Conversation:
@@ -56,14 +60,13 @@ def parse_row(row: Any, default_id: str) -> Conversation:
     images = _images(row)
     messages = _messages(row)
     _check_order(messages)
-    inline = _place_images(messages, images)
-    return Conversation(default_id if row_id in (None, "") else str(row_id), messages, inline)
+    conversation = _place_images(default_id if row_id in (None, "") else str(row_id), messages, images)
+    _check_unicode(conversation)
+    return conversation
 
 
 def _images(row: Mapping[str, Any]) -> list[str | bytes]:
-    found = row.get("image")
-    if found is None:
-        found = row.get("images")
+    found = _first(row, "image", "images")
     if found is None or found == "":
         return []
     return [_image(item) for item in (found if isinstance(found, list | tuple) else [found])]
@@ -75,22 +78,21 @@ def _image(item: Any) -> str | bytes:
     path = item.get("path") if isinstance(item, Mapping) else item
     if isinstance(path, bytes) or (isinstance(path, str) and path.strip()):
         return path
-    raise RecordError("image_reference_invalid", f"image: found {str(item)[:60]!r}, expected a path or embedded bytes")
+    raise RecordError("image_reference_invalid", f"image: found {_short(item)}, expected a path or embedded bytes")
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    key = "conversations" if row.get("conversations") is not None else "messages"
-    turns = row.get(key)
+    turns = _first(row, "conversations", "messages")
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        raise RecordError("no_conversation", f"no turns under `conversations` or `messages`, found {turns!r}")
+        raise RecordError("no_conversation", f"no turns under `conversations` or `messages`, found {_short(turns)}")
     messages = []
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, Mapping):
             raise RecordError("turn_not_a_mapping", f"turn {number}: found {type(turn).__name__}")
-        role = turn.get("from", turn.get("role"))
+        role = _first(turn, "from", "role")
         if not isinstance(role, str) or role not in ROLES:
-            raise RecordError("unknown_role", f"turn {number}: found role {role!r}, expected {', '.join(ROLES)}")
-        content = turn.get("value", turn.get("content"))
+            raise RecordError("unknown_role", f"turn {number}: found role {_short(role)}, expected {', '.join(ROLES)}")
+        content = _first(turn, "value", "content")
         messages.append({"role": ROLES[role], "content": _parts(ROLES[role], content, number)})
     return messages
 
@@ -99,7 +101,7 @@ def _parts(role: str, content: Any, number: int) -> list[dict[str, Any]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}] if role == "assistant" else _split_placeholders(content)
     if not isinstance(content, Sequence) or isinstance(content, bytes):
-        raise RecordError("text_missing", f"turn {number}: found {content!r}, expected a text")
+        raise RecordError("text_missing", f"turn {number}: found {_short(content)}, expected a text")
     parts: list[dict[str, Any]] = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -108,12 +110,10 @@ def _parts(role: str, content: Any, number: int) -> list[dict[str, Any]]:
         elif kind == "image":
             if role == "assistant":
                 raise RecordError("image_in_answer", f"turn {number}: an answer cannot hold an image")
-            inline = part.get("image", part.get("path"))
+            inline = _first(part, "image", "path")
             parts.append({"type": "image"} if inline is None else {"type": "image", "image": _image(inline)})
         else:
-            raise RecordError(
-                "content_part_invalid", f"turn {number}: found {str(part)[:60]!r}, expected text or image"
-            )
+            raise RecordError("content_part_invalid", f"turn {number}: found {_short(part)}, expected text or image")
     return parts
 
 
@@ -149,18 +149,41 @@ def _check_order(messages: list[dict[str, Any]]) -> None:
             raise RecordError("empty_question", f"turn {number}: the question is empty")
 
 
-def _place_images(messages: list[dict[str, Any]], images: list[str | bytes]) -> list[str | bytes]:
+def _place_images(row_id: str, messages: list[dict[str, Any]], images: list[str | bytes]) -> Conversation:
     """Images in reading order; a row with images and no placeholder gets them before its first question."""
     places = [part for message in messages for part in message["content"] if part["type"] == "image"]
     inline = [part.pop("image") for part in places if "image" in part]
     if inline:
         if images or len(inline) != len(places):
             raise RecordError("placeholders_do_not_match", "some images are inside the content parts and some are not")
-        return inline
+        return Conversation(row_id, messages, inline)
     if images and not places:
         first = next(message for message in messages if message["role"] == "user")
         first["content"] = [{"type": "image"} for _ in images] + first["content"]
-    elif len(places) != len(images):
+        return Conversation(row_id, messages, images, images_placed=True)
+    if len(places) != len(images):
         kind = "placeholder_without_image" if not images else "placeholders_do_not_match"
         raise RecordError(kind, f"{len(places)} placeholders {PLACEHOLDER} for {len(images)} images")
-    return images
+    return Conversation(row_id, messages, images)
+
+
+def _check_unicode(conversation: Conversation) -> None:
+    """Half a surrogate pair (an escape such as \\ud83d alone, or a byte of the file that is not UTF-8) is no text."""
+    texts = [part.get("text", "") for message in conversation.messages for part in message["content"]]
+    for text in (conversation.id, *(image for image in conversation.images if isinstance(image, str)), *texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            around = text[max(0, error.start - 20) : error.end + 20]
+            raise RecordError("not_unicode", f"found {around!r}, which is not Unicode text") from error
+
+
+def _first(mapping: Mapping[str, Any], *keys: str) -> Any:
+    """The first value that is not null: columns of a table are there in every row."""
+    return next((mapping[key] for key in keys if mapping.get(key) is not None), None)
+
+
+def _short(value: Any) -> str:
+    """The beginning of a value on one line, for a message."""
+    text = repr(value[:60] if isinstance(value, str) else value)
+    return text if len(text) <= 80 else text[:80] + "…"

@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_compete.data.config import SourceSection
-from llava_compete.data.encoding import IGNORE_INDEX, EncodingError, cut_to_length, encode_conversation
+from llava_compete.data.encoding import IGNORE_INDEX, cut_to_length, encode_conversation
 from llava_compete.data.images import BadImageError, open_image
 from llava_compete.data.pieces import piece_encoder
 from llava_compete.data.records import PLACEHOLDER, Conversation, RecordError, parse_row
+from llava_compete.errors import UserError
 
 MIN_SIDE, MAX_ASPECT = 8, 50  # a picture below or beyond says nothing once resized
 
 
 # kind -> (is it an error, what it means)
 PROBLEMS: dict[str, tuple[bool, str]] = {
+    "file_unreadable": (True, "a source that is missing, empty, of another format, or broken from some place on"),
     "not_json": (True, "a line or stretch of the file is not JSON"),
     "not_a_mapping": (True, "the row is not a mapping"),
     "no_conversation": (True, "no turns"),
@@ -36,6 +38,7 @@ PROBLEMS: dict[str, tuple[bool, str]] = {
     "last_question_unanswered": (True, "the last turn is a question"),
     "empty_answer": (True, "an answer without text"),
     "empty_question": (True, "a later question without text or image"),
+    "not_unicode": (True, "bytes that are not UTF-8, or half of a surrogate pair"),
     "image_reference_invalid": (True, "an image entry that is neither a path nor embedded bytes"),
     "image_in_answer": (True, "an image part inside an answer"),
     "placeholder_without_image": (True, "the text has placeholders, the row has no image"),
@@ -53,7 +56,7 @@ PROBLEMS: dict[str, tuple[bool, str]] = {
     "duplicate_id": (False, "an earlier row with other content has this id"),
     "id_missing": (False, "no id: the row's number stands in"),
     "image_without_placeholder": (False, "images but no placeholder: they are put before the first question"),
-    "placeholder_in_answer": (False, "a literal <image> in an answer: taken as text"),
+    "placeholder_as_text": (False, "a literal <image> in an answer or in a typed text part: taken as text"),
     "control_token_in_text": (False, "the string of a special token in a text: taken as text"),
     "image_outside_folder": (False, "an absolute image path, or one that leaves the image folder"),
     "image_mode": (False, "an image that is not RGB or grey: converted"),
@@ -66,7 +69,8 @@ PROBLEMS: dict[str, tuple[bool, str]] = {
 class RowFacts:
     """What a worker found out about one row."""
 
-    id: str
+    id: str  # the row's number where it has none
+    has_id: bool
     content_hash: bytes
     problems: list[tuple[str, str]]
     tokens: int = 0
@@ -86,9 +90,9 @@ class TextSide(NamedTuple):
 def check_row(source: SourceSection, raw: Any, number: int, text_side: TextSide | None, max_length: int) -> RowFacts:
     """All problems of one row but duplicates, and its numbers."""
     row_id = raw.get("id") if isinstance(raw, dict) else None
-    label = str(number) if row_id in (None, "") else str(row_id)
+    label = str(number) if row_id in (None, "") else str(row_id).encode(errors="backslashreplace").decode()
     content = hashlib.blake2b(repr(raw).encode(errors="replace"), digest_size=8).digest()
-    facts = RowFacts(label, content, [])
+    facts = RowFacts(label, row_id not in (None, ""), content, [])
     try:
         if isinstance(raw, RecordError):
             raise raw
@@ -98,39 +102,28 @@ def check_row(source: SourceSection, raw: Any, number: int, text_side: TextSide 
         return facts
     facts.images = len(conversation.images)
     facts.turns = sum(message["role"] == "assistant" for message in conversation.messages)
-    if row_id in (None, ""):
+    if not facts.has_id:
         facts.problems.append(("id_missing", PROBLEMS["id_missing"][1]))
-    facts.problems += _text_problems(raw, conversation)
+    facts.problems += _text_problems(conversation)
     facts.problems += _image_problems(source, conversation)
     if text_side is not None:
         facts.problems += _length_problems(facts, conversation, text_side, max_length)
     return facts
 
 
-def _text_problems(raw: dict[str, Any], conversation: Conversation) -> Iterator[tuple[str, str]]:
+def _text_problems(conversation: Conversation) -> Iterator[tuple[str, str]]:
     for message in conversation.messages:
         text = "".join(part.get("text", "") for part in message["content"])
         if "\ufffd" in text or "\0" in text:
             yield "undecodable_text", f"{message['role']}: {text[:40]!r}"
-        if message["role"] == "assistant" and PLACEHOLDER in text:
-            yield "placeholder_in_answer", text[:60]
-    if conversation.images and not _mentions_image(raw):
+        if PLACEHOLDER in text:
+            yield "placeholder_as_text", f"{message['role']}: {text[:60]!r}"
+    if conversation.images_placed:
         yield "image_without_placeholder", PROBLEMS["image_without_placeholder"][1]
 
 
-def _mentions_image(raw: dict[str, Any]) -> bool:
-    turns = raw.get("conversations") or raw.get("messages") or []
-    return any(
-        PLACEHOLDER in content
-        if isinstance(content := turn.get("value", turn.get("content")), str)
-        else any(part.get("type") == "image" for part in content)
-        for turn in turns
-        if turn.get("from", turn.get("role")) not in ("gpt", "assistant")
-    )
-
-
 def _image_problems(source: SourceSection, conversation: Conversation) -> Iterator[tuple[str, str]]:
-    folder = source.image_folder or source.path.parent
+    folder = source.images
     for image in conversation.images:
         if isinstance(image, str) and (Path(image).is_absolute() or ".." in Path(image).parts):
             yield "image_outside_folder", image
@@ -154,7 +147,7 @@ def _length_problems(
         whole = encode_conversation(
             text_side.tokenizer, conversation.messages, tokens_per_image=text_side.num_image_tokens
         )
-    except EncodingError as error:
+    except UserError as error:
         yield "template_fails", str(error)
         return
     if _has_control_tokens(text_side.tokenizer, conversation):

@@ -129,6 +129,49 @@ def test_a_long_list_is_read_in_pieces(tmp_path, monkeypatch):
     assert isinstance(list(read_rows(path))[-1], RecordError)
 
 
+def test_a_table_may_have_a_null_in_place_of_each_missing_key(tmp_path):
+    """Parquet writes every column in every row."""
+    rows = [row("0"), {"id": "1", "messages": MESSAGES, "images": ["a", "b"]}]
+    rows[0]["conversations"][0]["role"] = None
+    keys = {key for item in rows for key in item}
+    table = [{key: item.get(key) for key in sorted(keys)} for item in rows]
+    table[1]["messages"] = [{"role": m["role"], "content": None, "value": str(m["content"])} for m in MESSAGES[1:]]
+    table[1]["images"] = None
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "rows.parquet")
+    first, second = (parse_row(raw, "?") for raw in read_rows(tmp_path / "rows.parquet"))
+    assert first == parse_row(row("0"), "?")
+    assert [message["role"] for message in second.messages] == ["user", "assistant"]
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_tars_keep_the_order_of_images_and_rows_of_one_name(tmp_path):
+    content = json.dumps({"conversations": row("")["conversations"]}).encode()
+    numbered = [(f"a.{number}.png", str(number).encode()) for number in range(12)]
+    write_tar(tmp_path / "rows.tar", [("a.json", content), *numbered, ("a.json", content), ("a.0.png", b"other")])
+    first, second = read_rows(tmp_path / "rows.tar")
+    assert [image["bytes"] for image in first["image"]] == [str(number).encode() for number in range(12)]
+    assert [image["bytes"] for image in second["image"]] == [b"other"]
+
+
+def test_images_of_a_folder_of_tables_are_beside_them(tmp_path, processor):
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png())
+    pq.write_table(pa.Table.from_pylist([row("0")]), folder / "0.parquet")
+    data = section(tmp_path, {"name": "s", "path": folder})
+    assert build_datasets(data, processor, 0).train[0]["pixel_values"].shape == (1, 3, 4, 4)
+    write_tar(folder / "0.tar", [])
+    with pytest.raises(UserError, match=r"both \.parquet and \.tar files"):
+        build_datasets(data, processor, 0)
+
+
 def test_items_and_batches(tmp_path, source, processor):
     bundle = build_datasets(section(tmp_path, source([row("0"), row("1", None), row("2")])), processor, 0)
     items = [bundle.train[index] for index in range(3)]
@@ -166,6 +209,8 @@ def test_mixture_weights_caps_and_names(tmp_path, source, processor):
     assert bundle.digest == again.digest != other.digest
     with pytest.raises(UserError, match="two sources are called 'first'"):
         parse_config(DataSection, {"sources": [first, first]}, "config.yaml")
+    with pytest.raises(UserError, match=r"sources\.0\.name: found 'a/b'"):
+        parse_config(DataSection, {"sources": [{**first, "name": "a/b"}]}, "config.yaml")
     with pytest.raises(UserError, match="did you mean 'weight'"):
         parse_config(DataSection, {"sources": [{**first, "wheight": 2}]}, "config.yaml")
 
@@ -215,6 +260,32 @@ def test_rows_beyond_the_limit_are_counted_and_stop_the_run(tmp_path, source, pr
     assert bundle.train.counters["data/rejected"] == 1
     with pytest.raises(UserError, match=r"2 rows keep no answer within data\.max_length=60"):
         bundle.train[1]
+
+
+def test_the_rejected_share_is_of_the_rows_read(tmp_path, source, processor):
+    """Not of one epoch: three epochs of a data set within its limit go through."""
+    rows = [row(str(i), None, answer="long " * 100 if i % 50 == 49 else "x") for i in range(200)]
+    bundle = build_datasets(section(tmp_path, source(rows), max_length=60, max_rejected_share=0.03), processor, 0)
+    for _ in range(3):
+        for index in range(200):
+            assert bundle.train[index]["length"] <= 60
+    assert bundle.train.counters["data/rejected"] == 12
+    strict = build_datasets(section(tmp_path, source(rows), max_length=60, max_rejected_share=0.01), processor, 0)
+    with pytest.raises(UserError, match="3 rows keep no answer"):
+        _ = [strict.train[index] for index in range(200)]
+
+
+def test_a_row_that_the_template_refuses_is_named(tmp_path, source):
+    tokenizer = make_tokenizer("byte_bpe_pad_is_eos", "llava_llama_2")
+    original = tokenizer.chat_template
+    processor = SimpleNamespace(tokenizer=tokenizer, image_processor=Resize(), num_image_tokens=6)
+    bundle = build_datasets(section(tmp_path, source([row("7")])), processor, 0)
+    try:
+        tokenizer.chat_template = "{{ raise_exception('no images here') }}" + original
+        with pytest.raises(UserError, match=r"row rows/7: .*no images here"):
+            bundle.train[0]
+    finally:
+        tokenizer.chat_template = original
 
 
 def test_counters_see_what_worker_processes_count(tmp_path, source, processor):

@@ -185,8 +185,8 @@ def _competition(experts: PackedExperts, x_TD: Tensor) -> CompetitionResult:
     affinity_ET = F.softplus(y_ETO).mean(-1)
     won_KTO = y_ETO[: experts.num_winners].clone()
     output_TO = (won_KTO * affinity_ET[: experts.num_winners].unsqueeze(-1)).sum(0)
-    winners_TK = x_TD.new_empty(len(x_TD), experts.num_winners, dtype=torch.long)
-    return CompetitionResult(output_TO, affinity_ET.T, winners_TK, affinity_ET[0])
+    # Where nothing is recorded, only the output is read.
+    return CompetitionResult._make([output_TO] + [affinity_ET] * (len(CompetitionResult._fields) - 1))
 
 
 def _activate(experts: PackedExperts, up: Tensor) -> Tensor:

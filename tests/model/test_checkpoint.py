@@ -104,8 +104,8 @@ def test_missing_and_unexpected_keys_are_errors(saved: Path) -> None:
     with pytest.raises(UserError, match=r"unexpected projector\.extra"):
         load_checkpoint(saved)
     save_file({**weights, key: torch.zeros(2, 2)}, saved / "model.safetensors", {"format": "pt"})
-    with pytest.raises((UserError, RuntimeError), match=r"down_proj|size"):
-        load_checkpoint(saved)
+    with pytest.raises(UserError, match=r"mismatched .*down_proj \[2, 2\] \(expected \[4, 32, 48\]\)"):
+        AutoModelForImageTextToText.from_pretrained(saved)
 
 
 def test_damaged_and_foreign_directories(saved: Path, tmp_path: Path) -> None:
@@ -117,6 +117,8 @@ def test_damaged_and_foreign_directories(saved: Path, tmp_path: Path) -> None:
     (saved / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(UserError, match=r"model\.safetensors: truncated or damaged"):
         load_checkpoint(saved)
+    with pytest.raises(UserError, match="saved: truncated or damaged"):
+        AutoModelForImageTextToText.from_pretrained(saved)
     (saved / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no weights"):
         load_checkpoint(saved)
@@ -171,10 +173,14 @@ def test_quantized_loading_spares_the_experts_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, bits: str
 ) -> None:
     pytest.importorskip("bitsandbytes")
-    saved = tiny_model(moe={"language": {}})
+    # bitsandbytes' CPU kernel for bf16 takes rows of whole 64-element blocks only.
+    saved = tiny_model(moe={"language": {}}, language={"hidden_size": 64, "intermediate_size": 128})
     save_checkpoint(*saved, tmp_path)
     with caplog.at_level("WARNING", logger="llava_compete"):
-        model, processor = load_checkpoint(tmp_path, quantization_config=BitsAndBytesConfig(**{bits: True}))
+        model = AutoModelForImageTextToText.from_pretrained(
+            tmp_path, quantization_config=BitsAndBytesConfig(**{bits: True})
+        )
+    processor = saved[1]
     assert "the packed experts of language stay unquantised" in caplog.text
     kinds: dict[str, set[str]] = {}
     for name, module in model.named_modules():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
@@ -126,6 +128,27 @@ def test_shards_are_small_and_hold_everything_once(dense: Path, tmp_path: Path) 
         biggest = max(t.numel() * 4 for t in load_file(tmp_path / "many" / file).values())
         assert (tmp_path / "many" / file).stat().st_size <= max(64 * 1024, biggest) + 4096
     assert torch.equal(logits(tmp_path / "one"), logits(tmp_path / "many"))
+
+
+def test_memory_stays_near_a_shard(tmp_path: Path) -> None:
+    save_checkpoint(*tiny_model(language={"hidden_size": 128, "intermediate_size": 4096}), tmp_path / "dense")
+    moe = MoeConfig.model_validate({"language": {"num_experts": 16}})
+    process, peak, done = psutil.Process(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], process.memory_info().rss)
+
+    before = process.memory_info().rss
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    upcycle(tmp_path / "dense", tmp_path / "moe", moe, shard_bytes=8 * 1024**2)
+    done.set()
+    watcher.join()
+    largest = 16 * 2 * 4096 * 128 * 4  # one layer's gate and up projections, 32 MiB
+    written = sum(file.stat().st_size for file in (tmp_path / "moe").glob("*.safetensors"))
+    assert written > 2.9 * largest
+    assert peak[0] - before < 1.9 * largest
 
 
 def test_half_precision_stays(dense: Path, tmp_path: Path) -> None:

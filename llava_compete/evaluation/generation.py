@@ -24,6 +24,7 @@ from llava_compete.model.build import load_checkpoint
 
 ResultT = TypeVar("ResultT")
 _PLACEHOLDER = re.compile(r"<image(?: \d+)?>")
+_NUMBERED = re.compile(r"<image (\d+)>")
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class Answerer:
     def _load(self, prompt: Prompt) -> _Loaded:
         with document_errors(prompt.name):
             images = prompt.images()
+            images = [images[index] for index in reading_order(prompt.text, len(images))]
             parts = content_parts(prompt.text, len(images))
             if not self.chat:
                 return _Loaded(prompt.name, self._plain_ids(prompt.text, images), images)
@@ -260,6 +262,14 @@ def content_parts(text: str, num_images: int) -> list[dict[str, str]]:
         return [part for part in parts if part["type"] == "image" or part["text"]]
     images = [{"type": "image"} for _ in range(num_images)]
     return [*images, {"type": "text", "text": text}]
+
+
+def reading_order(text: str, num_images: int) -> list[int]:
+    """Which image stands at each place of the text: MMMU gives them by number and may mention the second one first."""
+    numbers = [int(number) for number in _NUMBERED.findall(text)]
+    if len(numbers) == num_images == len(set(numbers)):
+        return [sorted(numbers).index(number) for number in numbers]
+    return list(range(num_images))
 
 
 def _guarded(batch: list[Any], run: Callable[[list[Any]], list[ResultT]]) -> list[ResultT]:

@@ -31,8 +31,11 @@ def picture(seed: int) -> dict:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def rows_of() -> dict[str, tuple[str, str, str, list[dict]]]:
-    """By data set: config, split and rows, with the columns that the benchmark's code reads."""
+def rows_of() -> dict[str, tuple[str, str, list[str], list[dict]]]:
+    """By data set: config, split, image columns and rows, with the columns that the benchmark's code reads.
+
+    Half of the answers are "A" where the score is a plain share.
+    """
     pope = [
         {"id": str(i), "question_id": str(i), "question": "Is there a cat?", "answer": ("yes", "no")[i % 2],
          "image_source": "x", "category": "random"} for i in range(6)
@@ -51,12 +54,54 @@ def rows_of() -> dict[str, tuple[str, str, str, list[dict]]]:
         for index, answer in ((0, "A"), (1_000_000, "B"), (1, "A"), (2, "C"))
     ]  # fmt: skip
     science = [{"question": "Which?", "choices": ["one", "two"], "answer": i % 2, "hint": ""} for i in range(4)]
+    chartqa = [{"question": "Which?", "answer": "AB"[i % 2], "type": "human_test"} for i in range(4)]
+    textvqa = [
+        {"image_id": str(i // 2), "question_id": i, "question": "which?", "answers": ["ab"[i % 2]] * 10}
+        for i in range(4)
+    ]
+    infovqa = [
+        {"questionId": str(i), "question": "Which?", "answers": ["AB"[i % 2]], "image_url": str(i // 2)}
+        for i in range(4)
+    ]
+    # Category d has one question and e three: the score is the mean of the categories' shares, 1 and 1/3.
+    mmstar = [
+        {"index": i, "question": "Which?", "answer": "AABB"[i], "category": "math", "l2_category": "deee"[i]}
+        for i in range(4)
+    ]
+    mmmu = [
+        {"id": f"validation_{subject}_{i}", "question": "Is <image 2> like <image 1>?", "options": "['one', 'two']",
+         "question_type": "multiple-choice", "answer": "AB"[i % 2]}
+        for i, subject in enumerate(("Accounting", "Art", "Art", "Music"))
+    ]  # fmt: skip
+    ocr = [
+        {"dataset": "TextVQA", "question": "Which?", "question_type": "Scene Text-centric VQA", "answer": ["AB"[i % 2]]}
+        for i in range(4)
+    ]
+    seed = [
+        {"question": "Which?", **dict.fromkeys(("choice_A", "choice_B", "choice_C", "choice_D"), "x"),
+         "answer": "AB"[i % 2], "question_image_type": "chart", "question_id": str(i)} for i in range(4)
+    ]  # fmt: skip
+    world = [{"question": "Which?", "answer": "AB"[i % 2]} for i in range(4)]
+    arc = [
+        {"question": "what colour is the circle", "choices": {"text": ["red", "two shapes"], "label": ["A", "B"]},
+         "answerKey": "AB"[i % 2]} for i in range(5)
+    ]  # fmt: skip
+    one = ["image"]
     return {
-        "lmms-lab-encoder/POPE": ("default", "test", "image", pope),
-        "lmms-lab-encoder/MME": ("default", "test", "image", mme),
-        "lmms-lab-encoder/ai2d": ("default", "test", "image", ai2d),
-        "lmms-lab-encoder/MMBench": ("en", "dev", "image", mmbench),
-        "lmms-lab-encoder/ScienceQA": ("ScienceQA-IMG", "test", "image", science),
+        "lmms-lab-encoder/POPE": ("default", "test", one, pope),
+        "lmms-lab-encoder/MME": ("default", "test", one, mme),
+        "lmms-lab-encoder/ai2d": ("default", "test", one, ai2d),
+        "lmms-lab-encoder/MMBench": ("en", "dev", one, mmbench),
+        "lmms-lab-encoder/ScienceQA": ("ScienceQA-IMG", "test", one, science),
+        "lmms-lab-encoder/ChartQA": ("default", "test", one, chartqa),
+        "lmms-lab-encoder/textvqa": ("default", "validation", one, textvqa),
+        "lmms-lab-encoder/DocVQA": ("InfographicVQA", "validation", one, infovqa),
+        "Lin-Chen/MMStar": ("default", "val", one, mmstar),
+        "lmms-lab-encoder/MMMU": ("default", "validation", ["image_1", "image_2"], mmmu),
+        "echo840/OCRBench": ("default", "test", one, ocr),
+        "doolayer/SEED-Bench-2-Plus": ("default", "test", one, seed),
+        "lmms-lab-encoder/RealWorldQA": ("default", "test", one, world),
+        "allenai/ai2_arc": ("ARC-Easy", "test", [], arc),
     }  # fmt: skip
 
 
@@ -67,9 +112,12 @@ def local_copies(tmp_path_factory):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     root = tmp_path_factory.mktemp("hub")
-    for name, (config, split, _, rows) in rows_of().items():
-        table = datasets.Dataset.from_list([{**row, "image": picture(i)} for i, row in enumerate(rows)])
-        table.cast_column("image", datasets.Image()).to_parquet(root / "table.parquet")
+    for name, (config, split, images, rows) in rows_of().items():
+        pictures = [{column: picture(2 * i + j) for j, column in enumerate(images)} for i in range(len(rows))]
+        table = datasets.Dataset.from_list([row | shown for row, shown in zip(rows, pictures, strict=True)])
+        for column in images:
+            table = table.cast_column(column, datasets.Image())
+        table.to_parquet(root / "table.parquet")
         module.make_local(root, name, split, root / "table.parquet", config)
     return root
 
@@ -128,6 +176,39 @@ def test_benchmarks_run_on_local_copies_and_units_give_their_scores(evaluate):
     assert scores["mme"] == pytest.approx(mme / (200 * 3))
     assert scores["mme"] == pytest.approx((0.25 + 0.25 + 1) / 3)
     assert len(score_samples("mme", samples["mme"])) == 6  # images, not questions
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "score", "groups"),
+    [
+        ("chartqa", "relaxed_overall,none", 1 / 2, 0),
+        ("textvqa_val", "exact_match,none", 1 / 2, 2),
+        ("infovqa_val", "anls,none", 1 / 2, 2),
+        ("mmstar", "average,none", 2 / 3, 0),
+        ("mmmu_val", "mmmu_acc,none", 1 / 2, 0),
+        ("ocrbench", "ocrbench_accuracy,none", 1 / 2, 0),
+        ("seedbench_2_plus", "seedbench_2_plus_all,none", 1 / 2, 0),
+        ("realworldqa", "exact_match,none", 1 / 2, 0),
+    ],
+)
+def test_units_of_the_other_benchmarks_give_their_scores(evaluate, task, metric, score, groups):
+    """Always "A": what lmms-eval reports is what the units say, and questions about one image share a group."""
+    results, samples, _ = evaluate([task], lambda prompt: "A")
+    units = score_samples(task, samples[task])
+    assert weighted_mean(units) == pytest.approx(score)
+    # OCRBench divides by its 1,000 questions, however many there are.
+    assert results[task][metric] == pytest.approx(score * (4 / 1000 if task == "ocrbench" else 1), abs=1e-5)
+    assert len({unit.group for unit in units} - {None}) == groups
+    assert len({unit.id for unit in units}) == 4
+
+
+def test_language_benchmarks_rank_choices_without_an_image(evaluate):
+    results, samples, _ = evaluate(["arc_easy"])
+    units = score_samples("arc_easy", samples["arc_easy"])
+    assert len(units) == 5
+    assert weighted_mean(units) == pytest.approx(results["arc_easy"]["acc,none"])
+    likely = samples["arc_easy"][0]["filtered_resps"]
+    assert weighted_mean(units) == (0.6 if likely[0][0] < likely[1][0] else 0.4)  # all ask the same
 
 
 def _names(suite: str) -> list[str]:

@@ -10,7 +10,13 @@ import torch
 from kit import NUM_DOCUMENTS, save_tiny, write_tasks
 from PIL import Image
 
-from llava_compete.evaluation.generation import Answerer, DocumentError, Prompt, content_parts
+from llava_compete.evaluation.generation import (
+    Answerer,
+    DocumentError,
+    Prompt,
+    content_parts,
+    reading_order,
+)
 from llava_compete.evaluation.settings import GenerationSettings, cut_at
 
 lmms_eval = pytest.importorskip("lmms_eval")
@@ -226,3 +232,16 @@ def test_images_stand_where_the_text_names_them():
     # A literal placeholder that stands for no image is text, and images that it does not count go in front.
     assert content_parts("an <image> tag", 0) == [{"type": "text", "text": "an <image> tag"}]
     assert content_parts("<image 1> again <image 1>", 1)[0] == image
+
+
+def test_numbered_images_stand_at_their_number(checkpoint):
+    """Benchmarks hand them over by number, whatever the order of mention."""
+    assert reading_order("<image 2> or <image 1>, as in <image 4>?", 3) == [1, 0, 2]
+    assert reading_order("<image 1> again <image 1>", 2) == [0, 1]
+    assert reading_order("what?", 2) == [0, 1]
+    from llava_compete.model.build import load_checkpoint
+
+    answerer = Answerer(*load_checkpoint(checkpoint, dtype=torch.float32), 1)
+    images = [Image.new("RGB", (28, 28), color) for color in ("red", "blue")]
+    loaded = answerer._load(Prompt("is <image 2> like <image 1>?", lambda: images))
+    assert [image.getpixel((0, 0)) for image in loaded.images] == [(0, 0, 255), (255, 0, 0)]

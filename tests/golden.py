@@ -2,8 +2,8 @@
 
 Each *.safetensors file (format: README.md beside the vectors) becomes a `SparseMoeBlock`; every number of the file is
 compared, and one row a file shows the largest relative error (norm of the difference over norm) of the output, the
-auxiliary loss, its terms, the gradients and the routing tensors. Exit status 1 if an error exceeds its limit, a tensor
-is not understood or a file cannot be read.
+auxiliary loss, its terms, the gradients and the routing tensors, and which tensor has the largest of all. Exit status 1
+if an error exceeds its limit, a tensor is missing or not understood, or a file cannot be read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llava_compete.moe.block import SparseMoeBlock
-from llava_compete.moe.competition import CompetitionResult, winning_weights
+from llava_compete.moe.competition import CompetitionResult
 from llava_compete.moe.config import COMPETITION_COEFS, MoeLayerConfig
 from llava_compete.moe.state import RoutingState, TokenGroups
 
@@ -54,11 +54,10 @@ COLUMNS = ("output", "aux_loss", "loss", "grad", "routing")
 def layer_config(meta: dict[str, Any]) -> MoeLayerConfig:
     """The router and coefficients that the file was computed with."""
     router = ROUTERS[meta["reference"]]
-    coefs = {ours: meta["coefs"][theirs] for ours, theirs in COEFS.items()}
-    if not meta["coefs"]["hybrid"]:
+    terms = COEFS if router == "competition" else COEFS.keys() - COMPETITION_COEFS.keys()
+    coefs = {term: meta["coefs"][COEFS[term]] for term in terms}
+    if router == "competition" and not meta["coefs"]["hybrid"]:
         coefs["winner_distillation_coef"] = 0.0
-    if router != "competition":
-        coefs = {key: value for key, value in coefs.items() if key not in COMPETITION_COEFS}
     return MoeLayerConfig.model_validate(
         {"num_experts": meta["E"], "num_experts_per_tok": meta["K"], "router": router, **coefs}
     )
@@ -79,18 +78,21 @@ def build_block(meta: dict[str, Any], tensors: dict[str, Tensor]) -> SparseMoeBl
         gated=gated,
         bias="experts.down_proj_bias" in tensors,
     )
-    with torch.no_grad():
-        for name, parameter in block.experts.named_parameters():
-            parameter.copy_(tensors[f"experts.{name}"])
-        for name, parameter in block.router.named_parameters():
-            parameter.copy_(tensors[f"router.{ROUTER_NAMES[name]}"])
+    ours = {theirs: name for name, theirs in ROUTER_NAMES.items()}
+    weights = {name: tensor for name, tensor in tensors.items() if name.startswith("experts.")}
+    weights |= {f"router.{ours[name]}": tensors[f"router.{name}"] for name in ours if f"router.{name}" in tensors}
+    block.load_state_dict(weights)
     if meta["competition"]:
         state.competing, state.competition_enabled = frozenset({block.name}), True
     return block
 
 
 def compute(meta: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor that the file may hold, from our block, under the file's names."""
+    """Every tensor that the file must hold beside its inputs, from our block, under the file's names."""
+    sizes = {"x": [meta["B"], meta["N"], meta["D"]], "probe": [meta["B"], meta["N"], meta["O"]]}
+    for name, size in sizes.items():
+        if list(tensors[name].shape) != size:
+            raise ValueError(f"{name}: found shape {list(tensors[name].shape)}, expected {size}")
     block = build_block(meta, tensors)
     x = tensors["x"].clone().requires_grad_()
     block.state.begin("language", TokenGroups.from_mask(torch.ones(x.shape[:2])))
@@ -129,42 +131,55 @@ def both_policies(block: SparseMoeBlock, x: Tensor) -> dict[str, Tensor]:
         "router.weights_topk": routing.routing_weights_TK,
         "competition.affinity": contest.affinity_TE,
         "competition.indices": contest.winners_TK,
-        "competition.weights": winning_weights(contest.affinity_TE, contest.winners_TK),
+        "competition.weights": contest.weights_TK,
     }
     return {name: value.unflatten(0, x.shape[:2]) for name, value in policies.items()}
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
     """Norm of the difference over norm, in float64; infinite for another shape or a NaN."""
-    if ours.numel() != theirs.numel():
+    ours, theirs = ours.detach().double(), theirs.double()
+    ours = ours.reshape(ours.shape or (1,))  # the files hold scalars as [1]
+    if ours.shape != theirs.shape:
         return float("inf")
-    ours, theirs = ours.detach().double().reshape(-1), theirs.double().reshape(-1)
     difference, norm = (ours - theirs).norm(), theirs.norm()
     error = float(difference / norm) if norm > 0 else float(difference)
     return error if error == error else float("inf")
 
 
 def check_file(path: Path) -> tuple[dict[str, float], list[str]]:
-    """Largest error of each column, and a line for each tensor that is out of its limit."""
+    """Error of each tensor, and a line for each that is out of its limit."""
     with safe_open(path, "pt") as file:
-        meta = json.loads(file.metadata()["meta"])
+        metadata = file.metadata() or {}
+        if "meta" not in metadata:
+            raise ValueError("no metadata key 'meta'")
+        meta = json.loads(metadata["meta"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     ours = compute(meta, tensors)
     inputs = {"x", "probe"} | {name for name in tensors if name.startswith("experts.")}
     inputs |= {f"router.{name}" for name in ROUTER_NAMES.values()}
-    errors, failures = dict.fromkeys(COLUMNS, 0.0), []
-    for name, theirs in tensors.items():
-        if name in inputs:
-            continue
-        error = relative_error(ours[name], theirs) if name in ours else float("inf")
-        column = name if name in COLUMNS else name.split(".")[0]
-        column = column if column in COLUMNS else "routing"
-        errors[column] = max(errors[column], error)
+    missing = {name for name in ours if name.split(".")[0] in COLUMNS} - tensors.keys()
+    unknown = tensors.keys() - inputs - ours.keys()
+    if missing or unknown:
+        raise ValueError(f"tensors missing: {sorted(missing)}, not understood: {sorted(unknown)}")
+    errors, failures = {}, []
+    for name in sorted(tensors.keys() - inputs):
+        errors[name] = error = relative_error(ours[name], tensors[name])
         noisy = name.startswith("grad.router.") and meta["reference"] in ("smoe_share", "smoe_sharev3")
         limit = SHARED_ROUTER_LIMIT if noisy and meta["K"] == 2 else LIMIT
         if not error <= limit:
             failures.append(f"{path.name}: {name}: relative error {error:.2e} exceeds {limit:.0e}")
     return errors, failures
+
+
+def row(name: str, errors: dict[str, float]) -> str:
+    """One line of the table; a column that the file has nothing for is empty."""
+    cells = dict.fromkeys(COLUMNS, "")
+    for tensor in sorted(errors, key=errors.__getitem__):  # the largest comes last, and stays
+        group = tensor.split(".")[0]
+        cells[group if group in cells else "routing"] = f"{errors[tensor]:.1e}"
+    worst = max(errors, key=errors.__getitem__, default="")
+    return f"{name:<52}" + "".join(f"{cell:>10}" for cell in cells.values()) + f"  {worst}"
 
 
 def main(arguments: list[str]) -> int:
@@ -173,14 +188,15 @@ def main(arguments: list[str]) -> int:
         return 2
     files = sorted(Path(arguments[0]).glob("*.safetensors"))
     failures = [] if files else [f"{arguments[0]}: no *.safetensors file"]
-    print(f"{'file':<52}" + "".join(f"{column:>11}" for column in COLUMNS))
+    print(f"{'file':<52}" + "".join(f"{column:>10}" for column in COLUMNS) + "  largest error")
     for path in files:
         try:
             errors, failed = check_file(path)
         except Exception as error:  # noqa: BLE001 (whatever is wrong with a file, the others are still compared)
-            errors, failed = {}, [f"{path.name}: cannot be handled: {type(error).__name__}: {error}"]
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            errors, failed = {}, [f"{path.name}: cannot be handled: {reason}"]
         failures += failed
-        print(f"{path.name:<52}" + "".join(f"{errors.get(column, float('nan')):>11.1e}" for column in COLUMNS))
+        print(row(path.name, errors))
     for failure in failures:
         print(failure, file=sys.stderr)
     return 1 if failures else 0

@@ -7,6 +7,7 @@ activations of the block): the caching allocator's on CUDA, a count over every o
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import time
@@ -77,7 +78,7 @@ class _DenseMlps(nn.Module):
         self.gated = shape.gated
 
     def forward(self, x: Tensor) -> Tensor:
-        return sum((self._expert(up, down, x) for up, down in zip(self.ups, self.downs, strict=True)), torch.zeros(()))
+        return functools.reduce(torch.add, (self._expert(*pair, x) for pair in zip(self.ups, self.downs, strict=True)))
 
     def _expert(self, up: nn.Module, down: nn.Module, x: Tensor) -> Tensor:
         hidden = up(x)

@@ -24,15 +24,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, default=None, help="also write the rows as JSON")
 
 
+def _check_shape(width: int, hidden: int, experts: int, chosen: int) -> None:
+    """Refuse what one of the measured routers would: an odd E (cosine routers), K = 1 (shared experts), K > E."""
+    if min(width, hidden) < 1 or experts % 2 or not 2 <= chosen <= experts:
+        raise UserError(
+            f"--shape: found {width} {hidden} {experts} {chosen}, expected D and I >= 1, an even E, and 2 <= K <= E"
+        )
+
+
 def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from llava_compete.allocator import keep_freed_memory
     from llava_compete.bench import moe
 
-    for name in ("tokens", "rounds"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name}: found {getattr(arguments, name)}, expected at least 1")
+    for name in ("tokens", "rounds", "threads"):
+        number = getattr(arguments, name)
+        if number is not None and number < 1:
+            raise UserError(f"--{name}: found {number}, expected at least 1")
+    for sizes in arguments.shape or []:
+        _check_shape(*sizes)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     on_gpu = torch.cuda.is_available()
     if arguments.threads:

@@ -46,6 +46,7 @@ class SparseMoeBlock(nn.Module):
         super().__init__()
         self.config, self.name, self.state = config, name, state
         self.part = name.split(".")[0]
+        state.join(name)
         self.router = ROUTER_CLASSES[config.router](config, hidden_size)
         self.experts = PackedExperts(
             config,
@@ -133,6 +134,7 @@ class SparseMoeBlock(nn.Module):
         counted_T = groups.counted_T
         probs_TR, choices_TC = routing.probs_TR, routing.choices_TC
         used_TK = routing.selected_experts_TK if result is None else result.winners_TK
+        weights_TK = routing.routing_weights_TK if result is None else result.weights_TK
         load_E = counted_T.new_zeros(self.config.num_experts)
         load_E.index_add_(0, used_TK.reshape(-1), counted_T.repeat_interleave(used_TK.shape[1]))
         tokens, zero = counted_T.sum(), counted_T.new_zeros(())
@@ -146,7 +148,7 @@ class SparseMoeBlock(nn.Module):
             load_E=load_E,
             entropy_sum=(counted_T * torch.special.entr(probs_TR).sum(-1)).sum(),
             margin_sum=(counted_T * margin_T).sum(),
-            dropped=tokens * used_TK.shape[1] - load_E.sum(),
+            dropped=(counted_T * (weights_TK == 0).sum(-1)).sum(),
             recall_sum=zero if recall_T is None else (counted_T * recall_T).sum(),
             competition_tokens=zero if recall_T is None else tokens,
         )

@@ -7,7 +7,6 @@ Suffixes: T tokens, E experts, K winners, I hidden, O outputs, P winning (token,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ class CompetitionResult(NamedTuple):
     output_TO: Tensor
     affinity_TE: Tensor  # float32, before normalisation
     winners_TK: Tensor
+    weights_TK: Tensor  # float32, sum to 1
     diversity_T: Tensor  # `losses.token_diversity` of the winners' outputs
 
 
@@ -35,11 +35,17 @@ class _Affinity(NamedTuple):
 
 
 def softplus_mean(y_TO: Tensor) -> Tensor:
-    """mean of log(1 + e^y) = max(y, 0) + log(1 + e^-|y|), with one logarithm for up to 32 factors in [1, 2]."""
-    factors_TO = y_TO.abs().neg_().exp_().add_(1)
-    group = math.gcd(y_TO.shape[-1], 32)
-    logs_T = factors_TO.unflatten(-1, (-1, group)).prod(-1).log_().sum(-1)
-    return (y_TO.clamp_min(0).sum(-1) + logs_T) / y_TO.shape[-1]
+    """mean of log(1 + e^y) = max(y, 0) + log(1 + e^-|y|), with one logarithm for up to 32 coordinates.
+
+    log(1 + a) + log(1 + b) = log(1 + (a + b + ab)) loses nothing of small a and b, as a product of (1 + a) would.
+    """
+    rest_TO = y_TO.abs().neg_().exp_()
+    for _ in range(5):
+        if rest_TO.shape[-1] % 2:
+            break
+        left_TO, right_TO = rest_TO.chunk(2, dim=-1)
+        rest_TO = (left_TO + right_TO).addcmul_(left_TO, right_TO)
+    return (y_TO.clamp_min(0).sum(-1) + rest_TO.log1p_().sum(-1)) / y_TO.shape[-1]
 
 
 def _silu_slope(y_TO: Tensor, _: Tensor) -> Tensor:
@@ -123,11 +129,11 @@ def compete(
     weights_TK = winning_weights(affinity_TE, winners_TK)
     # Several times faster on CPU than a batched product of [K, O] with [K] for each token.
     output_TO = (won_TKO * weights_TK.to(won_TKO.dtype)[:, :, None]).sum(1)
-    return CompetitionResult(output_TO, affinity_TE, winners_TK, token_diversity(won_TKO))
+    return CompetitionResult(output_TO, affinity_TE, winners_TK, weights_TK, token_diversity(won_TKO))
 
 
 def winning_weights(affinity_TE: Tensor, winners_TK: Tensor) -> Tensor:
-    """s_i / sum of the winners' s; where relu or L2 leave a sum of exactly 0, all weights are 0."""
+    """s_i / sum of the winners' s; equal weights where relu or L2 leave a sum of exactly 0."""
     won_TK = affinity_TE.gather(1, winners_TK)
-    total_T1 = won_TK.sum(-1, keepdim=True)
-    return won_TK / total_T1.masked_fill(total_T1 == 0, 1)
+    won_TK = won_TK + (won_TK.sum(-1, keepdim=True) == 0)
+    return won_TK / won_TK.sum(-1, keepdim=True)

@@ -70,27 +70,29 @@ class Router(nn.Module):
     def route(self, logits_TR: Tensor) -> Routing:
         raise NotImplementedError
 
-    def renormalised(self, logits_TR: Tensor, scores_TR: Tensor, probs_TR: Tensor) -> Routing:
-        """Choose by `scores` and weight by them, renormalised over the choices."""
-        choices_TC = top_experts(scores_TR, self.num_choices)
-        chosen_TC = scores_TR.gather(1, choices_TC)
-        weights_TC = chosen_TC / chosen_TC.sum(-1, keepdim=True)
-        return Routing(logits_TR, probs_TR, choices_TC, choices_TC, weights_TC)
+    def renormalised(self, logits_TR: Tensor, log_scores_TR: Tensor) -> Routing:
+        """Choose the largest scores and weight by them, renormalised over the choices.
+
+        Given as logarithms (up to a constant of the token), for then scores that underflow still differ, and a single
+        choice has a weight of exactly 1 and a gradient of exactly 0.
+        """
+        choices_TC = top_experts(log_scores_TR, self.num_choices)
+        weights_TC = log_scores_TR.gather(1, choices_TC).softmax(-1)
+        return Routing(logits_TR, logits_TR.softmax(-1), choices_TC, choices_TC, weights_TC)
 
 
 class SoftmaxRouter(Router):
     """p = softmax(W x); the K largest, renormalised. Also the router that competition trains."""
 
     def route(self, logits_TR: Tensor) -> Routing:
-        probs_TR = logits_TR.softmax(-1)
-        return self.renormalised(logits_TR, probs_TR, probs_TR)
+        return self.renormalised(logits_TR, logits_TR)
 
 
 class SigmoidRouter(Router):
     """Chooses and weights by sigmoid(W x); the balance loss still reads softmax(W x)."""
 
     def route(self, logits_TR: Tensor) -> Routing:
-        return self.renormalised(logits_TR, logits_TR.sigmoid(), logits_TR.softmax(-1))
+        return self.renormalised(logits_TR, F.logsigmoid(logits_TR))
 
 
 class XMoeRouter(Router):
@@ -137,8 +139,8 @@ class _SharedExpert(Router):
         routed = {"num_experts": config.num_experts - 1, "num_experts_per_tok": config.num_experts_per_tok - 1}
         super().__init__(config.model_copy(update=routed), hidden_size)
 
-    def renormalised(self, logits_TR: Tensor, scores_TR: Tensor, probs_TR: Tensor) -> Routing:
-        routing = super().renormalised(logits_TR, scores_TR, probs_TR)
+    def renormalised(self, logits_TR: Tensor, log_scores_TR: Tensor) -> Routing:
+        routing = super().renormalised(logits_TR, log_scores_TR)
         shared_T1 = torch.full_like(routing.choices_TC[:, :1], self.num_routed)
         half_T1 = torch.full_like(logits_TR[:, :1], 0.5)
         return routing._replace(

@@ -7,7 +7,7 @@ do the same arithmetic, since groups and modes persist, but leave no second reco
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
@@ -63,7 +63,8 @@ class RoutingMetrics:
     """Sums over a layer's counted tokens, detached and on device; sums of several (`+`, all-reduce) stay valid.
 
     load_E counts all K choices of the output actually computed; margin is the router's probability of its last
-    chosen expert minus that of the best expert left out; recall counts winners that the router's top-K also has.
+    chosen expert minus that of the best expert left out; dropped counts choices that add nothing to their token's
+    output, for their weight is 0; recall counts winners that the router's top-K also has.
     """
 
     tokens: Tensor
@@ -113,12 +114,27 @@ class RoutingState:
     """One per model, held by every block of it; a plain object, so it never enters a state dict."""
 
     def __init__(self) -> None:
-        self.competing: frozenset[str] = frozenset()
+        # Every layer has a key, always: torch.compile guards a set, or a dict's keys, as a whole, and another layer's
+        # turn to compete would compile this layer's router step again. Of a dict's values it guards those it read.
+        self._competes: dict[str, bool] = {}
         self.competition_enabled = False
         self.records: dict[str, RoutingRecord] = {}
         self.groups: dict[str, TokenGroups] = {}
         self.is_recording = False
         self.recording_gradients = False
+
+    def join(self, name: str) -> None:
+        """Called by each block when it is built, under its name."""
+        self._competes.setdefault(name, False)
+
+    @property
+    def competing(self) -> frozenset[str]:
+        """Names of the layers that compete in this optimizer step, while competition is enabled."""
+        return frozenset(name for name, competes in self._competes.items() if competes)
+
+    @competing.setter
+    def competing(self, names: Collection[str]) -> None:
+        self._competes.update({name: name in names for name in {*self._competes, *names}})
 
     def begin(self, part: str, groups: TokenGroups) -> None:
         """Say how the tokens of `part` ("vision", "projector", "language"), about to run, group into sequences."""
@@ -136,7 +152,7 @@ class RoutingState:
 
     def competes(self, name: str) -> bool:
         """Whether layer `name` holds a competition in this step."""
-        return self.competition_enabled and name in self.competing
+        return self.competition_enabled and self._competes[name]
 
 
 def _scalar(value: int | Tensor, device: torch.device) -> Tensor:

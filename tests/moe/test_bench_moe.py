@@ -44,6 +44,9 @@ def test_recomputation_bounds_a_competition_steps_memory() -> None:
     assert peaks[moe.RECOMPUTED] < peaks[moe.COMPETITION]
 
 
-def test_bad_numbers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "moe", "--rounds", "0"]) == 2
-    assert "--rounds: found 0" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "option", ["--rounds 0", "--threads 0", "--shape 8 8 2 4", "--shape 8 8 5 2", "--shape 8 0 4 2"]
+)
+def test_bad_numbers_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "moe", *option.split()]) == 2
+    assert f"{option.split()[0]}: found {option.split()[1]}" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,42 @@ def test_one_changed_number_fails(name: str, tmp_path: Path) -> None:
         assert golden.main([str(tmp_path)]) == 1, f"{key}: a changed number was not noticed"
 
 
-def test_unknown_and_broken_files_fail(tmp_path: Path) -> None:
+def test_empty_and_broken_directories_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert golden.main([str(tmp_path)]) == 1, "an empty directory compares nothing"
     shutil.copy(VECTORS / FILES[0], tmp_path)
-    (tmp_path / "broken.safetensors").write_bytes(b"not safetensors")
+    (tmp_path / "broken.safetensors").write_bytes((VECTORS / FILES[0]).read_bytes()[:-1])
+    save_file({"x": torch.ones(1)}, tmp_path / "bare.safetensors")
+    assert golden.main([str(tmp_path)]) == 1
+    named = [line.split(":")[0] for line in capsys.readouterr().err.splitlines()]
+    assert named[1:] == ["bare.safetensors", "broken.safetensors"]
+
+
+def drop(name: str) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
+    return lambda meta, tensors: tensors.pop(name)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(drop(name) for name in ("x", "output", "loss.routerloss", "grad.router.weight", "experts.up_proj_bias")),
+        lambda meta, tensors: tensors.update({"loss.other": torch.ones(1)}),
+        lambda meta, tensors: tensors.update({"experts.other": torch.ones(1)}),
+        lambda meta, tensors: tensors.update(output=tensors["output"].flatten(0, 1)),
+        lambda meta, tensors: tensors.update({"experts.down_proj_bias": tensors["experts.down_proj_bias"][:1]}),
+        lambda meta, tensors: meta.update(reference="smoe2"),
+        lambda meta, tensors: meta.update(N=13),
+        lambda meta, tensors: meta.update(K=1),
+        lambda meta, tensors: meta.update(competition=False),
+        lambda meta, tensors: meta["coefs"].update(hybrid=False),
+        lambda meta, tensors: meta["coefs"].pop("router_theta"),
+    ],
+)
+def test_a_file_that_is_not_what_it_says_fails(damage: Callable[[Any, Any], Any], tmp_path: Path) -> None:
+    metadata, tensors = read(VECTORS / "competesmoe_competition-0.safetensors")
+    meta = json.loads(metadata["meta"])
+    damage(meta, tensors)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "a.safetensors", {"meta": json.dumps(meta)})
     assert golden.main([str(tmp_path)]) == 1
 
 

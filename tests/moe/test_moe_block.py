@@ -12,6 +12,7 @@ from slow_moe import AFFINITIES, forward
 from torch.utils.checkpoint import checkpoint
 
 from llava_compete.errors import UserError
+from llava_compete.moe.competition import affinity
 from llava_compete.moe.config import ROUTERS
 from llava_compete.moe.losses import balance_loss
 from llava_compete.moe.state import RoutingMetrics, TokenGroups
@@ -28,10 +29,10 @@ def test_router_step_equals_slow_version(router: str, balance_over: str) -> None
     check_against_slow(router, competing=False, balance_over=balance_over)
 
 
-@pytest.mark.parametrize("affinity", sorted(AFFINITIES))
-def test_competition_step_equals_slow_version(affinity: str) -> None:
-    check_against_slow("competition", competing=True, affinity=affinity, num_experts_per_tok=3)
-    check_against_slow("competition", competing=True, affinity=affinity, balance_over="all_choices")
+@pytest.mark.parametrize("name", sorted(AFFINITIES))
+def test_competition_step_equals_slow_version(name: str) -> None:
+    check_against_slow("competition", competing=True, affinity=name, num_experts_per_tok=3)
+    check_against_slow("competition", competing=True, affinity=name, balance_over="all_choices")
 
 
 def check_against_slow(router: str, competing: bool, **config: Any) -> None:
@@ -184,6 +185,44 @@ def test_non_finite_numbers_reach_the_output_and_the_loss(competing: bool) -> No
         assert step.output[others].isfinite().all()
 
 
+def test_routing_weights_stay_exact_where_scores_underflow() -> None:
+    """Every sigmoid is 0 in float32, and their ratios are powers of e."""
+    block = make_block(router="sigmoid")
+    routing = block.router.route(torch.tensor([[-200.0, -199.0, -201.0, -202.0]]))
+    assert routing.choices_TC.tolist() == [[1, 0]]
+    torch.testing.assert_close(routing.routing_weights_TK, torch.tensor([[1.0, 0.0]]).softmax(-1))
+
+
+def test_a_single_choice_has_weight_one_and_no_gradient() -> None:
+    for router in ("softmax", "sigmoid", "shared_softmax", "shared_sigmoid"):
+        shared = router.startswith("shared")
+        block = make_block(router=router, num_experts_per_tok=1 + shared)
+        routing = block.router(X.flatten(0, 1))
+        assert (routing.routing_weights_TK[:, 0] == (0.5 if shared else 1)).all()
+        (gradient,) = torch.autograd.grad(routing.routing_weights_TK[:, 0].sum(), block.router.weight)
+        assert (gradient == 0).all(), router
+
+
+@pytest.mark.parametrize(("name", "bias"), [("relu", -1.0), ("l2", 0.0)])
+def test_affinities_of_zero_leave_equal_weights(name: str, bias: float) -> None:
+    block = make_block(affinity=name)
+    with torch.no_grad():
+        block.experts.down_proj.zero_()
+        block.experts.down_proj_bias.fill_(bias)
+    step = run_step(block, X, competing=True)
+    torch.testing.assert_close(step.output, torch.full_like(X, bias))
+    assert step.record.metrics.dropped == 0
+    assert all(gradient.isfinite().all() for gradient in step.grads.values())
+
+
+@pytest.mark.parametrize("size", [1, 12, 64, 96])
+def test_softplus_affinity_is_exact_for_outputs_far_from_zero(size: int) -> None:
+    y = torch.randn(50, size, generator=torch.Generator().manual_seed(0))
+    for shift in (-80.0, -15.0, 0.0, 15.0, 1000.0):
+        exact = torch.nn.functional.softplus((y + shift).double()).mean(-1)
+        assert ((affinity("softplus", y + shift) - exact).abs() <= 1e-6 * exact).all(), shift
+
+
 def test_a_broken_expert_cannot_lose_the_competition_silently() -> None:
     block = make_block()
     with torch.no_grad():
@@ -273,14 +312,51 @@ def test_metrics_add_up_and_travel_as_a_vector() -> None:
     assert first.summary()["router_agreement"] is None
 
 
+def test_a_choice_of_no_effect_counts_as_dropped() -> None:
+    block = make_block()
+    x = torch.full((1, 3, 12), 100.0)
+    with torch.no_grad():
+        block.router.weight.copy_(torch.arange(4.0)[:, None].expand(4, 12))  # logits 1,200 apart: weights 1 and 0
+    metrics = run_step(block, x, torch.tensor([[1, 1, 0]])).record.metrics
+    assert metrics.summary()["dropped"] == 2
+
+
 @pytest.mark.parametrize(
     "backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
 )
-def test_router_step_compiles_without_a_graph_break(backend: str) -> None:
-    block = make_block(sizes={"hidden_size": 16, "intermediate_size": 32})
+@pytest.mark.parametrize("router", ROUTERS)
+def test_router_step_compiles_without_a_graph_break(router: str, backend: str) -> None:
+    torch._dynamo.reset()
+    block = make_block(router=router, sizes={"hidden_size": 16, "intermediate_size": 32})
     x = torch.randn(2, 9, 16)
     exact = run_step(block, x)
     compiled = torch.compile(block, backend=backend, fullgraph=True)
     step = run_step(block, x, through=lambda _, x: compiled(x))
     torch.testing.assert_close(step.output, exact.output, rtol=1e-4, atol=1e-5)
     assert largest_error(step.grads, exact.grads) < 1e-4
+
+
+def test_other_layers_competitions_do_not_compile_a_router_step_again() -> None:
+    torch._dynamo.reset()
+    block = make_block(sizes={"hidden_size": 16, "intermediate_size": 32})
+    for layer in range(12):
+        block.state.join(f"language.{layer}")
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for layer in range(1, 12):
+
+            def step(block: Any, x: torch.Tensor, layer: int = layer) -> torch.Tensor:
+                block.state.competing = frozenset({f"language.{layer}"} if layer % 4 else ())
+                return compiled(x)
+
+            run_step(block, torch.randn(2, 9, 16), through=step)
+
+
+def test_own_competition_is_right_in_a_compiled_layer() -> None:
+    torch._dynamo.reset()
+    block = make_block()
+    compiled = torch.compile(block, backend="eager")
+    for competing in (False, True, False, True):
+        exact = run_step(block, X, MASK, competing)
+        step = run_step(block, X, MASK, competing, through=lambda _, x: compiled(x))
+        assert largest_error(step.grads, exact.grads) < 1e-5

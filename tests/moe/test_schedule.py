@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,13 +51,17 @@ def test_rate_is_within_three_standard_deviations() -> None:
 
 
 def test_it_is_a_pure_function() -> None:
-    state = np.random.get_state()[1].copy()
+    """So every rank, and every resumed run, has the same, whatever else drew random numbers."""
     first = build(seed=4)
-    np.random.random(10)
+    state = np.random.get_state()[1].copy()
     assert build(seed=4) == first
     assert build(seed=5) != first
-    np.random.seed(0)
-    del state
+    assert (np.random.get_state()[1] == state).all()
+    source = "from test_schedule import build; print(hash(build(seed=4).competing))"
+    other = subprocess.run(
+        [sys.executable, "-c", source], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
+    assert int(other.stdout) == hash(first.competing)
 
 
 def test_moved_draws_stay_near(caplog: pytest.LogCaptureFixture) -> None:
@@ -90,7 +97,9 @@ def test_counts_are_kept_whenever_there_is_room(seed: int, steps: int, layers: i
         assert counts(capped, steps) == counts(free, steps)
 
 
-def test_a_long_run_is_built_in_seconds() -> None:
+@pytest.mark.parametrize("rate", [0.04, 0.05, 0.5])  # with room, with slightly too little, with far too little
+def test_a_long_run_is_built_in_seconds(rate: float) -> None:
     start = time.process_time()
-    build(steps=100_000, names=[f"language.{layer}" for layer in range(64)], rate=0.04)
+    schedule = build(steps=100_000, names=[f"language.{layer}" for layer in range(64)], rate=rate)
     assert time.process_time() - start < 5
+    assert schedule.count() == pytest.approx(min(64 * rate, 3) * 95_000, rel=0.01)

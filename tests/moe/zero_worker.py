@@ -31,10 +31,12 @@ class Model(nn.Module):
         torch.manual_seed(0)
         self.routing = RoutingState()
         self.first = nn.Linear(WIDTH, WIDTH)
-        config = MoeLayerConfig(num_experts=EXPERTS, num_experts_per_tok=2)
         self.blocks = nn.ModuleList(
             SparseMoeBlock(
-                config,
+                # The second layer holds its competition in chunks, and recomputes each in the backward pass.
+                MoeLayerConfig(
+                    num_experts=EXPERTS, num_experts_per_tok=2, competition_chunk_tokens=5 if layer == 1 else None
+                ),
                 name=f"language.{layer}",
                 state=self.routing,
                 hidden_size=WIDTH,

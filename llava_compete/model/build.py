@@ -5,36 +5,25 @@ Everything random is drawn after `seed` is set. Called by training, tests and `p
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import logging
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    PreTrainedConfig,
-)
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from llava_compete.data.encoding import stop_token_ids
-from llava_compete.data.templates import ensure_generation_markers, set_chat_template
+from llava_compete.data.templates import set_chat_template
 from llava_compete.errors import UserError
 from llava_compete.model.checkpoint import load_checkpoint, save_checkpoint
 from llava_compete.model.config import LanguageModelSection, ModelSection
 from llava_compete.model.configuration import LlavaCompeteConfig
 from llava_compete.model.image_processing import LlavaCompeteImageProcessor
+from llava_compete.model.language_source import load_language_model, load_tokenizer, text_config_of
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.processing import LlavaCompeteProcessor
 from llava_compete.model.projector import Projector
-from llava_compete.model.remote_code import register_remote_code
-from llava_compete.model.strict import refuse_wrong_keys
 from llava_compete.model.tokenizer import add_image_token
 from llava_compete.model.tower import VisionTower
 from llava_compete.model.tower_registry import load_pretrained, resolve_tower
@@ -73,7 +62,7 @@ def build_model(
             apply_moe_settings(model, moe)
         return model.train(), processor
     text_config = text_config_of(section, offline=False)
-    tokenizer = _tokenizer(section, tokenizer, text_config)
+    tokenizer = load_tokenizer(section, tokenizer, text_config)
     config = build_config(section, moe, text_config, tokenizer)
     model = _join(section, config, tokenizer).to(dtype)
     config.dtype = dtype
@@ -113,39 +102,10 @@ def _quantized(section: ModelSection) -> dict[str, Any]:
 def build_processor(section: ModelSection, tokenizer: Any = None) -> LlavaCompeteProcessor:
     """The processor of a new model, without the model: for checks of the data before training."""
     text_config = text_config_of(section, offline=False)
-    tokenizer = _tokenizer(section, tokenizer, text_config)
+    tokenizer = load_tokenizer(section, tokenizer, text_config)
     config = build_config(section, None, text_config, tokenizer)
     image_processor = None if config.tower is None else LlavaCompeteImageProcessor.from_tower(config.tower)
     return LlavaCompeteProcessor(image_processor, tokenizer, num_image_tokens=config.num_image_tokens)
-
-
-def text_config_of(section: ModelSection, offline: bool) -> PreTrainedConfig:
-    """The language model's config.
-
-    A named model has its own; inline values beside the name must agree with it, and stand for it when `offline`.
-    """
-    language = section.language_model
-    assert language is not None
-    if language.config is not None and (language.name is None or offline):
-        values = dict(language.config)
-        model_type = values.pop("model_type")
-        if model_type not in CONFIG_MAPPING:
-            near = difflib.get_close_matches(model_type, CONFIG_MAPPING, n=3) or ["llama", "qwen3"]
-            raise UserError(f"language_model.config.model_type: unknown {model_type!r}; such as {', '.join(near)}")
-        return AutoConfig.for_model(model_type, **values)
-    try:
-        stored, _ = PreTrainedConfig.get_config_dict(language.name)
-        register_remote_code(str(language.name), stored, section.trust_remote_code)
-        config = AutoConfig.from_pretrained(language.name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"language_model.name: {language.name}: {str(error).splitlines()[0]}") from error
-    if not hasattr(config, "hidden_size"):
-        raise UserError(f"language_model.name: {language.name}: a {config.model_type!r} model, expected a causal LM")
-    for key, value in (language.config or {}).items():
-        if getattr(config, key, None) != value:
-            found = getattr(config, key, None)
-            raise UserError(f"language_model.config.{key}: found {value!r}, but {language.name} has {found!r}")
-    return config
 
 
 def build_config(
@@ -191,7 +151,7 @@ def _join(section: ModelSection, config: LlavaCompeteConfig, tokenizer: Any) -> 
             )
         with torch.device("meta"):
             model = LlavaCompeteForConditionalGeneration(config)
-        model.language_model = _pretrained_language_model(language.name, section)
+        model.language_model = load_language_model(language.name, section)
         if config.tower is not None:
             model.vision_tower = VisionTower(config.tower)
             model.projector = Projector(
@@ -206,21 +166,6 @@ def _join(section: ModelSection, config: LlavaCompeteConfig, tokenizer: Any) -> 
     return model
 
 
-def _pretrained_language_model(name: str, section: ModelSection) -> Any:
-    """The named causal LM, every weight of it read from its files."""
-    try:
-        language_model, info = AutoModelForCausalLM.from_pretrained(
-            name,
-            attn_implementation=section.attention,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, with the other wrong keys
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"language_model.name: {name}: {str(error).splitlines()[0]}") from error
-    refuse_wrong_keys(name, info)
-    return language_model
-
-
 def _fit_vocabulary(model: LlavaCompeteForConditionalGeneration, tokenizer: Any) -> None:
     """Grow the embeddings where the tokenizer has more tokens than the language model."""
     size = _vocabulary(model)
@@ -232,30 +177,6 @@ def _fit_vocabulary(model: LlavaCompeteForConditionalGeneration, tokenizer: Any)
 
 def _vocabulary(model: LlavaCompeteForConditionalGeneration) -> int:
     return int(model.get_input_embeddings().get_parameter("weight").shape[0])
-
-
-def _tokenizer(section: ModelSection, trained: Any, text_config: PreTrainedConfig) -> Any:
-    if section.tokenizer is not None and section.tokenizer.train_on is not None:
-        if trained is None:
-            raise UserError("model.tokenizer.train_on: this command has no data to train a tokenizer on")
-        tokenizer = trained
-    elif trained is not None:
-        tokenizer = trained
-    else:
-        assert section.language_model is not None
-        name = section.tokenizer.name if section.tokenizer is not None else section.language_model.name
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=section.trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise UserError(f"tokenizer: {name}: {str(error).splitlines()[0]}") from error
-    add_image_token(tokenizer)
-    # What generation needs, also from a tokenizer loaded without the processor; training's collator pads by itself.
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-    if section.chat_template is not None:
-        set_chat_template(tokenizer, section.chat_template)
-    else:
-        ensure_generation_markers(tokenizer, text_config.model_type)
-    return tokenizer
 
 
 def _generation_config(tokenizer: Any, config: LlavaCompeteConfig) -> GenerationConfig:

@@ -14,19 +14,19 @@ from llava_compete.moe.state import RoutingRecord
 IGNORE_INDEX = -100
 
 
-def check_counts(places: Tensor, features: Tensor, may_wait: bool) -> None:
-    """As many placeholders as features.
+def check_counts(places: Tensor, num_images: int, features_per_image: int, may_wait: bool) -> None:
+    """As many placeholders (true in `places`) as features.
 
     may_wait: read the count back from an accelerator for an error that names both; else, in training, where the
         collator has counted already, an asynchronous assertion that costs no synchronisation.
     """
-    expected = features.shape[0] * features.shape[1]
+    expected = num_images * features_per_image
     count = places.sum()
     if places.device.type == "cpu" or (may_wait and places.device.type != "meta"):
         if int(count) != expected:
             raise UserError(
-                f"the text has {int(count)} image placeholders, but {features.shape[0]} image(s) of "
-                f"{features.shape[1]} features make {expected}"
+                f"the text has {int(count)} image placeholders, but {num_images} image(s) of "
+                f"{features_per_image} features make {expected}"
             )
     elif places.device.type != "meta":
         torch._assert_async(count == expected, f"image placeholders in the text differ from {expected} image features")

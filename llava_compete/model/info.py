@@ -7,19 +7,22 @@ from typing import Any
 
 import torch
 
-from llava_compete.model.checkpoint import read_config, read_weight_headers
+from llava_compete.model.checkpoint import TensorFacts, read_config, read_weight_headers
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.plan import count_parameters
+from llava_compete.model.strict import refuse_wrong_keys
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 
 
 def describe(directory: str | Path) -> dict[str, Any]:
-    """Stage, parents, parts, parameters and routers; checks that every shard is whole."""
+    """Stage, parents, parts, parameters and routers; refuses weights that a load would refuse."""
     config = read_config(directory)
     headers = read_weight_headers(directory)
     with torch.device("meta"):
         model = LlavaCompeteForConditionalGeneration(config)
+    if getattr(config, "quantization_config", None) is None:  # else stored packed, under more names
+        refuse_wrong_keys(str(directory), _compare(model, headers))
     counts = count_parameters(model)
     tower, text = config.tower, config.text_config
     moe = {} if config.moe is None else MoeConfig.model_validate(config.moe).parts()
@@ -52,5 +55,19 @@ def describe(directory: str | Path) -> dict[str, Any]:
                 "layers": layers[part],
             }
             for part, layer in moe.items()
+        },
+    }
+
+
+def _compare(model: LlavaCompeteForConditionalGeneration, headers: dict[str, TensorFacts]) -> dict[str, Any]:
+    """What does not fit, in the form of transformers' loading report."""
+    wanted, tied = model.state_dict(), set(model.all_tied_weights_keys)
+    return {
+        "missing_keys": wanted.keys() - headers.keys() - tied,
+        "unexpected_keys": headers.keys() - wanted.keys(),
+        "mismatched_keys": {
+            (key, headers[key].shape, tuple(tensor.shape))
+            for key, tensor in wanted.items()
+            if key in headers and headers[key].shape != tuple(tensor.shape)
         },
     }

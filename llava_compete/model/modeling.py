@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
 from llava_compete.errors import UserError
 from llava_compete.model.configuration import LlavaCompeteConfig
 from llava_compete.model.functional import check_counts, language_loss, routing_losses, sample_positions
+from llava_compete.model.generation import ImageGenerationMixin
 from llava_compete.model.install import install_language_experts, install_vision_experts, make_projector
 from llava_compete.model.projector import Projector
-from llava_compete.model.strict import refuse_wrong_keys, spare_from_quantization
+from llava_compete.model.strict import refuse_offloaded_tower, refuse_wrong_keys, spare_from_quantization
 from llava_compete.model.tower import VisionTower
 from llava_compete.moe.block import SparseMoeBlock, moe_blocks
 from llava_compete.moe.config import MoeConfig
@@ -49,7 +50,7 @@ class LlavaCompeteOutput(ModelOutput):
     loss_terms: dict[str, Tensor] | None = None
 
 
-class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class LlavaCompeteForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
     """A vision-language model whose feed-forward blocks may be sparse mixtures of experts.
 
     Parameters lie under `vision_tower.`, `projector.` and `language_model.`; a text-only model has only the last.
@@ -149,6 +150,8 @@ class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
         except SafetensorError as error:
             raise UserError(f"{path}: truncated or damaged weights ({error})") from error
         refuse_wrong_keys(path, info)
+        if model.vision_tower is not None:
+            refuse_offloaded_tower(getattr(model, "hf_device_map", {}))
         if quantization is not None and (blocks := moe_blocks(model)):
             parts = ", ".join(dict.fromkeys(block.part for block in blocks.values()))
             logger.warning("quantization: the packed experts of %s stay unquantised", parts)
@@ -192,17 +195,28 @@ class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.routing.begin("projector", TokenGroups.empty(features.shape[1], device))
         return self.projector(features) * 0
 
-    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None, num_sequences: dict[str, Any] | None) -> Tensor:
-        """Token embeddings [B, N, hidden] with the image features in the placeholders' places."""
+    def _embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        num_sequences: dict[str, Any] | None,
+        begins: bool,
+    ) -> Tensor:
+        """Token embeddings [B, N, hidden] with the image features in the placeholders' places; without a cache, where
+        the sequences begin (`begins`), placeholders without an image are an error too."""
         inputs_embeds = self.get_input_embeddings()(input_ids)
         if self.vision_tower is None:
+            if pixel_values is not None:
+                raise UserError(f"{len(pixel_values)} image(s) given, but this model has no vision tower")
             return inputs_embeds
+        places = input_ids == self.config.image_token_id
+        if pixel_values is not None or begins:
+            num_images = 0 if pixel_values is None else len(pixel_values)
+            check_counts(places, num_images, self.config.num_image_tokens, may_wait=not self.training)
         if pixel_values is not None:
             features = self.get_image_features(pixel_values, num_sequences)
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
-            places = (input_ids == self.config.image_token_id).unsqueeze(-1)
-            check_counts(places, features, may_wait=not self.training)
-            return inputs_embeds.masked_scatter(places, features)
+            return inputs_embeds.masked_scatter(places.unsqueeze(-1), features)
         if self.training:
             return inputs_embeds + self._dummy_image_features(input_ids.device).sum().to(inputs_embeds.dtype)
         return inputs_embeds
@@ -242,7 +256,7 @@ class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
         with self._routing_mode(), self.routing.recording() if record else nullcontext():
             if inputs_embeds is None:
                 assert input_ids is not None
-                inputs_embeds = self._embed(input_ids, pixel_values, num_sequences_in_batch)
+                inputs_embeds = self._embed(input_ids, pixel_values, num_sequences_in_batch, past_key_values is None)
             if self.routing.is_recording:
                 count = (num_sequences_in_batch or {}).get("language")
                 self._begin_language(attention_mask, sequence_ids, inputs_embeds, count, num_local_sequences)
@@ -317,21 +331,3 @@ class LlavaCompeteForConditionalGeneration(PreTrainedModel, GenerationMixin):
             yield
         finally:
             state.competing = scheduled
-
-    # --- generation ----------------------------------------------------------------------------------------------
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, input_ids: Tensor | None = None, **model_kwargs: Any
-    ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Repeat each row for beams or samples; its images (any number a row) are repeated as a group."""
-        pixel_values = model_kwargs.pop("pixel_values", None)
-        if pixel_values is not None and expand_size > 1 and input_ids is not None:
-            per_row = (input_ids == self.config.image_token_id).sum(1) // self.config.num_image_tokens
-            groups = pixel_values.split(per_row.tolist())
-            pixel_values = torch.cat([group for group in groups for _ in range(expand_size)])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, input_ids=input_ids, **model_kwargs
-        )
-        if pixel_values is not None:
-            model_kwargs["pixel_values"] = pixel_values
-        return input_ids, model_kwargs

@@ -1,7 +1,6 @@
 """What a recipe needs before a GPU is rented: parameters, memory a GPU by ZeRO stage, FLOPs, the largest micro-batch.
 
-Builds the model on the meta device and never downloads: a hub model's architecture is the inline `config` of the
-YAML, and a checkpoint that does not exist yet is followed to the recipe beside it that writes it.
+Builds the model on the meta device and never downloads (`recipe.py`); what a step costs is `meta_step.py`'s.
 """
 
 from __future__ import annotations
@@ -16,22 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_compete.config import apply_overrides, parse_config, read_yaml
-from llava_compete.data.text_config import TextSection
-from llava_compete.errors import UserError
-from llava_compete.model.build import build_config, check_moe_settings, text_config_of
-from llava_compete.model.checkpoint import read_config
-from llava_compete.model.config import ModelSection
 from llava_compete.model.configuration import LlavaCompeteConfig
 from llava_compete.model.meta_step import StepCost, simulate
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
+from llava_compete.model.recipe import Recipe, read_recipe
 from llava_compete.moe.block import competition_layers, moe_blocks
 from llava_compete.moe.config import MoeConfig
-from llava_compete.moe.upcycle import UpcycleConfig
 from llava_compete.train import trainable as stage_trainable
 from llava_compete.train.adapters import with_adapters
-from llava_compete.train.config import DEEPSPEED_DIR, Part, PartTraining, TrainConfig
-from llava_compete.train.start import moe_in_force
 
 GIB = 1024**3
 # Bytes of a weight that bitsandbytes holds in 8 or 4 bits, scales included.
@@ -61,25 +52,6 @@ class StateMemory:
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a YAML says that matters here; an upcycling, which trains nothing, is planned as the full training after it.
-
-    offload: which of "optimizer" (with the gradients) and "param" DeepSpeed keeps out of GPU memory.
-    """
-
-    config: LlavaCompeteConfig
-    dtype: torch.dtype = torch.bfloat16
-    trainable: dict[Part, PartTraining] | None = None
-    length: int = 2048
-    micro_batch: int = 1
-    accumulation: int = 1
-    checkpointing: bool = True
-    zero_stage: int = 2
-    offload: tuple[str, ...] = ()
-    quantization: str | None = None
 
 
 @dataclass(frozen=True)
@@ -243,73 +215,6 @@ def _heaviest_layers(model: LlavaCompeteForConditionalGeneration, config: LlavaC
     blocks = moe_blocks(model)
     names = sorted(competition_layers(model), key=lambda name: -sum(p.numel() for p in blocks[name].parameters()))
     return frozenset(names[: MoeConfig.model_validate(config.moe).max_competing_layers])
-
-
-def read_recipe(path: Path, overrides: list[str]) -> Recipe:
-    """Read a stage's YAML as far as it matters for a plan; errors are the same as those of training."""
-    content = apply_overrides(read_yaml(path), overrides)
-    if content.get("stage", "upcycle") == "upcycle":
-        upcycling = parse_config(UpcycleConfig, content, source=str(path))
-        return Recipe(_with_moe(architecture(path, upcycling.model), upcycling.moe))
-    stage = parse_config(TrainConfig, content, source=str(path))
-    config = architecture(path, stage.model)
-    if stage.model.checkpoint is None:
-        config = _with_moe(config, stage.moe) if stage.moe else config
-    elif (moe := moe_in_force(stage, config.moe)) is not None:
-        check_moe_settings(config, moe)
-        config = _with_moe(config, moe)
-    training = stage.training
-    bf16 = training.get("bf16") or training.get("fp16") or stage.model.dtype != "float32"
-    length = stage.data.context if isinstance(stage.data, TextSection) else stage.data.max_length
-    limit = getattr(config.text_config, "max_position_embeddings", length)
-    zero_stage, offload = _zero_options(stage.deepspeed)
-    return Recipe(
-        config=config,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
-        trainable=stage.trainable,
-        length=min(length, limit),
-        micro_batch=int(training.get("per_device_train_batch_size", 8)),
-        accumulation=int(training.get("gradient_accumulation_steps", 1)),
-        checkpointing=bool(training.get("gradient_checkpointing") or training.get("activation_checkpointing")),
-        zero_stage=zero_stage,
-        offload=offload,
-        quantization=stage.model.quantization,
-    )
-
-
-def _zero_options(name: str | None) -> tuple[int, tuple[str, ...]]:
-    """ZeRO stage of a file of configs/deepspeed, and what it offloads."""
-    if name is None:
-        return 0, ()
-    zero = json.loads((DEEPSPEED_DIR / f"{name}.json").read_text(encoding="utf-8"))["zero_optimization"]
-    return zero["stage"], tuple(what for what in ("optimizer", "param") if f"offload_{what}" in zero)
-
-
-def architecture(path: Path, section: ModelSection) -> LlavaCompeteConfig:
-    """config.json of what a `model:` section names, also of a checkpoint that a recipe beside `path` will write."""
-    if section.checkpoint is None:
-        config = build_config(section, None, text_config_of(section, offline=True))
-        config.image_token_id = 0  # no tokenizer is read; any id does for shapes
-        return config
-    if (section.checkpoint / "config.json").is_file():
-        return read_config(section.checkpoint, section.trust_remote_code)
-    for sibling in sorted(path.parent.glob("*.yaml")):
-        content = read_yaml(sibling)
-        if content.get("output_dir") != str(section.checkpoint) or "model" not in content or sibling == path:
-            continue
-        parent = architecture(sibling, parse_config(ModelSection, content["model"], source=f"{sibling}: model"))
-        if content.get("stage") == "upcycle":
-            return _with_moe(parent, parse_config(UpcycleConfig, content, source=str(sibling)).moe)
-        return parent
-    raise UserError(
-        f"{path}: model.checkpoint {section.checkpoint} does not exist, and no recipe in {path.parent} writes it"
-    )
-
-
-def _with_moe(config: LlavaCompeteConfig, moe: MoeConfig) -> LlavaCompeteConfig:
-    values = config.to_dict()
-    values["moe"] = moe.model_dump(mode="json")
-    return LlavaCompeteConfig.from_dict(values)
 
 
 def write_json(result: Plan, path: Path) -> None:

@@ -18,6 +18,18 @@ def spare_from_quantization(quantization: Any) -> None:
         quantization.llm_int8_skip_modules = ["vision_tower", "projector", "lm_head"]
 
 
+def refuse_offloaded_tower(device_map: dict[str, Any]) -> None:
+    """Raise a `UserError` where a device map leaves the tower's weights off the device that computes (see
+    `_no_split_modules`); anything else may be offloaded."""
+    hosts = {"disk"} if all(place in ("cpu", "disk") for place in device_map.values()) else {"cpu", "disk"}
+    for name, place in device_map.items():
+        if place in hosts and name in ("", "vision_tower"):
+            raise UserError(
+                f"device_map: the vision tower is offloaded to {place}, which works for any other part; allow more "
+                "max_memory, or choose smaller weights with dtype or quantization_config"
+            )
+
+
 def refuse_wrong_keys(path: str, info: dict[str, Any]) -> None:
     """Raise a `UserError` that names the tensors which transformers' loading report says do not fit; `path` is where
     they come from."""

@@ -80,8 +80,14 @@ def test_a_language_model_that_lacks_a_tensor_is_refused(language: Path) -> None
 
 
 def test_bad_language_models_are_named(language: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model_type: unknown 'lama'; such as .*llama"):
-        tiny_model(language={"model_type": "lama"})
+    for changes, message in (
+        ({"model_type": "lama"}, r"model_type: unknown 'lama'; such as .*llama"),
+        ({"hiden_size": 3}, r"unknown key 'language_model\.config\.hiden_size'.* did you mean 'hidden_size'\?"),
+        ({"hidden_size": "x"}, r"language_model\.config: .*'hidden_size' expected int, got str"),
+        ({"num_attention_heads": 3}, r"language_model\.config: .*not a multiple of the number of attention heads"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tiny_model(language=changes)
     with pytest.raises(UserError, match=r"language_model\.name: .*nowhere"):
         build_model(section(tmp_path / "nowhere"), None, seed=0)
     Gemma3Config().save_pretrained(tmp_path / "gemma3")

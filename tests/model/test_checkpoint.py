@@ -142,12 +142,17 @@ def test_sharded_and_missing_shard(tmp_path: Path) -> None:
         load_checkpoint(tmp_path)
 
 
-def test_precision_and_device_map(saved: Path) -> None:
+def test_precision_and_device_map(saved: Path, tmp_path: Path) -> None:
     model, processor = load_checkpoint(saved, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert torch.isfinite(run(model, processor)).all()
     placed, _ = load_checkpoint(saved, device_map="auto")
     assert torch.equal(run(placed, processor), run(*load_checkpoint(saved)))
+    parts = {"vision_tower": "cpu", "projector": "disk", "language_model": "disk"}
+    offloaded, _ = load_checkpoint(saved, device_map=parts, offload_folder=tmp_path)
+    assert torch.equal(run(offloaded, processor), run(*load_checkpoint(saved)))
+    with pytest.raises(UserError, match="vision tower is offloaded to disk"):
+        load_checkpoint(saved, device_map={**parts, "vision_tower": "disk"}, offload_folder=tmp_path)
 
 
 def test_grown_vocabulary_survives(tmp_path: Path) -> None:

@@ -149,6 +149,13 @@ def test_wrong_number_of_placeholders_names_both() -> None:
     inputs["pixel_values"] = inputs["pixel_values"].repeat(2, 1, 1, 1)
     with pytest.raises(UserError, match=r"16 image placeholders.* 2 image\(s\) of 16 features make 32"):
         model(**inputs)
+    alone = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    for call in (model, model.generate):
+        with pytest.raises(UserError, match=r"16 image placeholders.* 0 image\(s\) of 16 features make 0"):
+            call(**alone)
+    text_model, _ = tiny_model(tower=None)
+    with pytest.raises(UserError, match=r"2 image\(s\) given, but this model has no vision tower"):
+        text_model(**inputs)
 
 
 def test_text_longer_than_the_context_names_both_numbers() -> None:

@@ -213,5 +213,11 @@ def test_command_line(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert facts["moe"]["language"]["layers"] == [0, 1]
     model, _ = load_checkpoint(out)
     assert facts["parameters"]["total"] == sum(parameter.numel() for parameter in model.parameters())
+    weights = load_file(out / "model.safetensors")
+    lost = "language_model.model.layers.1.mlp.experts.down_proj"
+    del weights[lost]
+    save_file({**weights, "projector.mlp.up_proj.bias": torch.zeros(3)}, out / "model.safetensors", {"format": "pt"})
+    assert main(["info", str(out)]) == 2
+    assert f"missing {lost}; mismatched projector.mlp.up_proj.bias [3] (expected [32])" in capsys.readouterr().err
     assert main(["upcycle", "--config", str(config)]) == 2
     assert "no such checkpoint directory" in capsys.readouterr().err

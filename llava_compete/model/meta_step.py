@@ -28,20 +28,24 @@ from llava_compete.moe.experts import PackedExperts
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one micro-batch: bytes kept for backward by each repeated layer and by the rest, and floating operations."""
+    """Of one micro-batch: bytes kept for backward by each repeated layer and by the rest, and floating operations.
+
+    loss_bytes: the two float32 gradients as large as the logits with which backward begins.
+    """
 
     layer_bytes: dict[str, int]
     other_bytes: int
     layer_input_bytes: int
+    loss_bytes: int
     flops: int
     layer_forward_flops: int
 
     def activations(self, checkpointing: bool) -> int:
-        """Bytes kept for backward; with checkpointing each layer's input, and one layer while it is recomputed."""
+        """Bytes at the peak of a step: where backward begins or, with checkpointing, where a layer is recomputed."""
         layers = self.layer_bytes.values()
         if not checkpointing:
-            return sum(layers) + self.other_bytes
-        return self.layer_input_bytes + max(layers, default=0) + self.other_bytes
+            return sum(layers) + self.other_bytes + self.loss_bytes
+        return self.layer_input_bytes + self.other_bytes + max(self.loss_bytes, *layers)
 
     def step_flops(self, checkpointing: bool) -> int:
         """Of forward and backward, and of the layers' second forward with checkpointing."""
@@ -79,6 +83,7 @@ def simulate(
         layer_bytes=dict(recorder.layer_bytes),
         other_bytes=recorder.other_bytes,
         layer_input_bytes=recorder.input_bytes,
+        loss_bytes=2 * 4 * output.logits.numel(),
         flops=counter.get_total_flops(),
         layer_forward_flops=recorder.layer_flops,
     )

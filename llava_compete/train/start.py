@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -19,7 +19,9 @@ from llava_compete.model.checkpoint import read_config
 from llava_compete.model.tokenizer import train_byte_level_bpe
 from llava_compete.moe.config import MoeConfig
 from llava_compete.train.config import TrainConfig
-from llava_compete.train.distributed import Rank
+
+if TYPE_CHECKING:  # `plan` reads recipes with this module where DeepSpeed is not installed
+    from llava_compete.train.distributed import Rank
 
 _TOKENIZER_DOCUMENTS = 200_000
 

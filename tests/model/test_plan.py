@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 import torch
 from tiny import tiny_model
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_compete.cli import main
@@ -19,7 +22,8 @@ from llava_compete.errors import UserError
 from llava_compete.model.config import ModelSection
 from llava_compete.model.meta_step import simulate
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
-from llava_compete.model.plan import architecture, build_on_meta, plan, read_recipe, state_memory, weight_bytes
+from llava_compete.model.plan import build_on_meta, plan, state_memory, weight_bytes
+from llava_compete.model.recipe import architecture, read_recipe
 from llava_compete.moe.experts import PackedExperts
 from llava_compete.train.trainable import PREFIXES
 
@@ -53,42 +57,60 @@ def test_the_papers_recipe_has_5_1_billion_parameters(tmp_path: Path) -> None:
     assert facts["bytes_per_gpu"]["competition_step_extra"] > 0
 
 
-def tiny(device: str, moe: dict[str, Any] | None, hidden: int = 64) -> LlavaCompeteForConditionalGeneration:
-    model, _ = tiny_model(moe=moe, language={"hidden_size": hidden, "intermediate_size": 128, "num_hidden_layers": 3})
+def tiny(device: str, moe: dict[str, Any] | None) -> LlavaCompeteForConditionalGeneration:
+    model, _ = tiny_model(moe=moe, language={"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6})
     return model if device == "cpu" else model.to("meta")
 
 
 def token_ids(model: LlavaCompeteForConditionalGeneration) -> torch.Tensor:
-    """Two rows of 100 tokens that begin with an image."""
-    ids = torch.randint(5, 200, (2, 100))
+    """Two rows of 256 tokens that begin with an image."""
+    ids = torch.randint(5, 200, (2, 256))
     ids[:, :16] = model.config.image_token_id
     return ids
 
 
+class LiveBytes(TorchDispatchMode):
+    """The most bytes alive at once of what runs inside; `apart` are tensors that are not counted."""
+
+    def __init__(self, apart: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+        self._apart = {tensor.untyped_storage()._cdata for tensor in apart}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._sizes and storage._cdata not in self._apart:
+                    self._sizes[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self._sizes.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self._sizes.values()))
+        return result
+
+
 @pytest.mark.parametrize("moe", [None, {"language": {}}, MOE], ids=["dense", "language", "all"])
 @pytest.mark.parametrize("competing", [frozenset(), frozenset({"language.1"})], ids=["router", "competition"])
-def test_activations_and_flops_agree_with_a_real_step(moe: Any, competing: frozenset[str]) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_memory_and_flops_agree_with_a_real_step(moe: Any, competing: frozenset[str], checkpointing: bool) -> None:
     if competing and moe is None:
         pytest.skip("a dense model has no competition")
     model = tiny("cpu", moe)
     model.routing.competing = competing
-    rows, length, ids = 2, 100, token_ids(model)
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    seen: dict[int, int] = {}
-    kept = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters and storage.data_ptr() not in seen:
-            seen[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)
-        return tensor
-
-    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(input_ids=ids, pixel_values=torch.randn(rows, 3, 28, 28), labels=ids).loss.backward()
-    cost = simulate(tiny("meta", moe), rows, length, rows, competing)
-    assert cost.activations(checkpointing=False) == pytest.approx(sum(seen.values()), rel=0.15)
-    assert cost.step_flops(checkpointing=False) == pytest.approx(counter.get_total_flops(), rel=0.15)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    ids, pixels = token_ids(model), torch.randn(2, 3, 28, 28)
+    states = [tensor for parameter in model.parameters() for tensor in (parameter, parameter.grad)]
+    with LiveBytes(states) as live:
+        model(input_ids=ids, pixel_values=pixels, labels=ids).loss.backward()
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, pixel_values=pixels, labels=ids).loss.backward()
+    cost = simulate(tiny("meta", moe), 2, 256, 2, competing)
+    assert cost.activations(checkpointing) == pytest.approx(live.peak, rel=0.15)
+    assert cost.step_flops(checkpointing) == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
 @pytest.mark.parametrize("part", ["vision", "projector", "language"])
@@ -99,7 +121,7 @@ def test_checkpointed_steps_agree_with_real_ones(part: str) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(PREFIXES[part]))
         if device == "meta":
-            costs.append(simulate(model, 2, 100, 2, frozenset()).step_flops(checkpointing=True))
+            costs.append(simulate(model, 2, 256, 2, frozenset()).step_flops(checkpointing=True))
             continue
         model.activation_checkpointing_enable()
         ids = token_ids(model)
@@ -166,8 +188,8 @@ def test_frozen_parts_are_not_trainable() -> None:
 
 def test_adapters_quantisation_and_offload() -> None:
     lora = ["trainable={language: {mode: lora, lora_rank: 4}}", "model.dtype=bfloat16"]
-    path = CONFIGS / "qwen3_siglip2" / "sft.yaml"
-    adapted = plan(path, [*lora, "training.per_device_train_batch_size=1"], 1, 80)
+    path = CONFIGS / "demo" / "sft.yaml"
+    adapted = plan(path, lora, 1, 80)
     with_bits = plan(path, [*lora, "model.quantization=4bit"], 1, 80)
     offloaded = plan(path, ["deepspeed=zero2_offload"], 2, 80)
     base = build_on_meta(read_recipe(path, []))
@@ -178,6 +200,6 @@ def test_adapters_quantisation_and_offload() -> None:
         if isinstance(module, PackedExperts):
             matrices += [(module.num_experts, parameter) for parameter in module.parameters()]
     assert adapted.total.trainable == sum(4 * count * sum(matrix.shape[-2:]) for count, matrix in matrices)
-    assert adapted.states[0].weights - with_bits.states[0].weights == pytest.approx(linear * (2 - 0.52), rel=1e-6)
+    assert adapted.states[0].weights - with_bits.states[0].weights == pytest.approx(linear * (2 - 0.52), rel=1e-3)
     assert (offloaded.states[2].gradients, offloaded.states[2].optimizer) == (0, 0)
     assert offloaded.states[1].optimizer > 0

@@ -56,6 +56,11 @@ def test_loads_and_answers_without_deepspeed(saved: Path) -> None:
     assert "answered" in run(code, str(saved))
 
 
+def test_plan_and_info_need_no_deepspeed() -> None:
+    code = "import sys; sys.modules['deepspeed'] = None; import llava_compete.model.info, llava_compete.model.plan"
+    run(code)
+
+
 @pytest.mark.parametrize(
     "imports",
     ["import llava_compete, transformers", "import transformers, llava_compete"],

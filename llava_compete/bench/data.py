@@ -87,7 +87,7 @@ def steps(dataset: ConversationDataset, processor: Any, collate: Collator, count
     table = dataset.tables[0]
     folder = table.section.path.parent
     numbers = range(min(count, len(table.rows)))
-    read = _timed(lambda: [table.rows.data.fast_slice(number, 1).to_pylist()[0] for number in numbers])
+    read = _timed(lambda: [table.rows.row(number) for number in numbers])
     images = _timed(lambda: [open_image(folder / row["images"][0]["path"]) for row in read[0]])
     pixels = _timed(lambda: [processor.image_processor.preprocess([image]) for image in images[0]])
     encode = _timed(

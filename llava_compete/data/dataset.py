@@ -53,7 +53,7 @@ class ConversationDataset(Dataset):
             of_source = index[:, 0] == number
             rows = index[of_source, 1]
             images = _images_per_row(table)[rows]
-            chars = table.rows.data.column("chars").to_numpy()[rows]
+            chars = table.rows.column("chars").to_numpy()[rows]
             self.lengths[of_source] = chars // _CHARS_PER_TOKEN + images * processor.num_image_tokens
             self.modalities[of_source] = images > 0
         # Counted in shared memory, because rows are read in worker processes.
@@ -83,8 +83,7 @@ class ConversationDataset(Dataset):
     def _read(self, table: SourceTable, number: int) -> dict[str, Any] | None:
         """One item, or None if the row must be replaced by the next (and has been counted)."""
         _increment(self._read_rows)
-        # Straight from the Arrow table: the formatting of `datasets` costs more than reading the row.
-        row = table.rows.data.fast_slice(number, 1).to_pylist()[0]
+        row = table.rows.row(number)
         sample_id = f"{table.section.name}/{row['id']}"
         try:
             encoded = encode_row(self.processor, json.loads(row["messages"]), self.section.max_length)
@@ -172,7 +171,7 @@ def build_datasets(section: DataSection, processor: Any, seed: int) -> DataBundl
 
 
 def _images_per_row(table: SourceTable) -> np.ndarray:
-    chunks = [np.diff(chunk.offsets.to_numpy()) for chunk in table.rows.data.column("images").chunks]
+    chunks = [np.diff(chunk.offsets.to_numpy()) for chunk in table.rows.column("images").chunks]
     return np.concatenate(chunks)
 
 
@@ -180,7 +179,7 @@ def _held_out(table: SourceTable, fraction: float) -> np.ndarray:
     """bool [rows]: by a hash of the id, so that a row stays on its side when others come or go."""
     if fraction == 0:
         return np.zeros(len(table.rows), dtype=bool)
-    ids = table.rows.data.column("id")
+    ids = table.rows.column("id")
     hashes = (hashlib.blake2b(str(value).encode(), digest_size=8).digest() for value in ids)
     return np.fromiter((int.from_bytes(value) < fraction * 2**64 for value in hashes), bool, len(table.rows))
 

@@ -7,12 +7,15 @@ disk: worker processes and ranks share the pages. Caller: `data.dataset`.
 from __future__ import annotations
 
 import json
+import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
+from datasets.table import MemoryMappedTable
 from filelock import FileLock
 
 from llava_compete.data.config import SourceSection
@@ -30,13 +33,40 @@ _SCHEMA = pa.schema(
     }
 )
 _ROWS_PER_BATCH = 1000
+_READS_HELD = 200  # a read maps up to 64 KiB around the row
+
+
+class MappedTable(MemoryMappedTable):
+    """A memory-mapped table of `datasets` that lets pages go: reading all rows does not make a process hold the file.
+
+    The pages stay in the system's cache, for all processes. Pickled, it is its path.
+    """
+
+    def __init__(self, path: str) -> None:
+        with Path(path).open("rb") as file:
+            self._pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        super().__init__(pa.ipc.open_stream(pa.py_buffer(self._pages)).read_all(), path)
+        self._reads = 0
+
+    def __reduce__(self) -> tuple[type[MappedTable], tuple[str]]:
+        return MappedTable, (self.path,)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self.row, range(self.num_rows))
+
+    def row(self, number: int) -> dict[str, Any]:
+        """One row, copied out of the file."""
+        self._reads += 1
+        if self._reads % _READS_HELD == 0:
+            self._pages.madvise(mmap.MADV_DONTNEED)
+        return self.fast_slice(number, 1).to_pylist()[0]
 
 
 class SourceTable(NamedTuple):
     """Rows of one source, and the digest of the file they came from."""
 
     section: SourceSection
-    rows: datasets.Dataset
+    rows: MappedTable
     digest: str
 
 
@@ -59,7 +89,7 @@ def load_source(section: SourceSection, cache_dir: Path | None = None) -> Source
                 partial.rename(table)
             finally:
                 partial.unlink(missing_ok=True)
-    rows = datasets.Dataset.from_file(str(table))
+    rows = MappedTable(str(table))
     if len(rows) == 0:
         raise UserError(f"data source {section.name!r}: {section.path} holds no rows")
     return SourceTable(section, rows, digest)

@@ -39,7 +39,7 @@ def test_the_plain_loop_reads_the_same_rows(tmp_path, few_images):
 )
 def test_a_large_table_stays_on_disk(num_rows, tmp_path, few_images):
     processor = bench.processor_for(bench.make_rows(tmp_path, 50))
-    result = run_scale(tmp_path, processor, num_rows, rows_read=min(num_rows, 5_000))
+    result = run_scale(tmp_path, processor, num_rows, rows_read=min(num_rows, 20_000))
     assert result["rows"] == num_rows
-    assert 0 < result["worker_uss_growth_mib"] <= result["worker_rss_growth_mib"] < 150
+    assert 0 < result["worker_growth_mib"] < 150
     assert result["start_up_seconds"] < 30

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import tarfile
 from types import SimpleNamespace
 
@@ -316,6 +317,15 @@ def test_a_table_is_converted_once_and_again_when_the_content_changes(tmp_path, 
     changed = build_datasets(section(tmp_path, source([row("0", None, answer="Blue.")])), processor, 0)
     assert changed.digest != first.digest
     assert len(list((tmp_path / "cache").glob("*.arrow"))) == 2
+
+
+def test_rows_survive_letting_pages_go_and_another_process(tmp_path, source, processor, monkeypatch):
+    monkeypatch.setattr("llava_compete.data.tables._READS_HELD", 2)
+    bundle = build_datasets(section(tmp_path, source([row(str(i), None) for i in range(9)])), processor, 0)
+    table = bundle.train.tables[0].rows
+    assert [item["id"] for item in table] == [str(i) for i in range(9)]
+    copy = pickle.loads(pickle.dumps(table))
+    assert [copy.row(i) for i in (8, 0, 3)] == [table.row(i) for i in (8, 0, 3)]
 
 
 def test_packing_keeps_every_loss(tmp_path, source):

@@ -193,6 +193,32 @@ def test_local_directory_gives_the_visual_weights_alone(config: dict[str, Any], 
     assert tower.config.preprocess.mean == (0.5, 0.5, 0.5)
 
 
+def test_hub_gives_the_same_as_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(repo_id: str, filename: str, **_: Any) -> str:
+        path = tmp_path / repo_id / filename
+        if not path.is_file():
+            raise FileNotFoundError(f"{repo_id} has no {filename}")
+        return str(path)
+
+    monkeypatch.setattr("open_clip.pretrained.hf_hub_download", download)
+    state = {f"visual.{key}": value.contiguous() for key, value in open_clip_tower(TOWER, seed=5).state_dict().items()}
+    repository = tmp_path / "org" / "clip"
+    repository.mkdir(parents=True)
+    save_file(state, repository / "open_clip_model.safetensors")
+    content = {"model_cfg": {**TOWER, "text_cfg": {}}, "preprocess_cfg": {"mean": [0.4, 0.5, 0.6]}}
+    (repository / "open_clip_config.json").write_text(json.dumps(content))
+    features = []
+    for name in ("hf-hub:org/clip", f"local-dir:{repository}"):
+        section = VisionTowerSection(name=name)
+        tower = VisionTower(resolve_tower(section)).eval()
+        assert load_pretrained(tower, section)
+        assert tower.config.preprocess.mean == (0.4, 0.5, 0.6)
+        features.append(tower(torch.ones(1, 3, 28, 28)))
+    assert torch.equal(*features)
+    with pytest.raises(UserError, match="hf-hub:org/none: Failed to download file"):
+        resolve_tower(VisionTowerSection(name="hf-hub:org/none"))
+
+
 def test_weights_of_another_tower_are_refused(tmp_path: Path) -> None:
     save_file({"visual.conv1.weight": torch.zeros(1)}, tmp_path / "a.safetensors")
     section = VisionTowerSection(config=TOWER, pretrained=str(tmp_path / "a.safetensors"))

@@ -2,6 +2,7 @@
 
   llava-compete eval CKPT --suite NAME            a suite of eval/suites (demo, quick, text, paper)
   llava-compete eval CKPT --tasks pope,mme        lmms-eval's tasks, or those of eval/tasks, by name
+  llava-compete eval CKPT --suite NAME dtype=bfloat16 adapter=DIR attn_implementation=eager ...   any setting
   llava-compete eval --config FILE [key=value...] settings from a YAML file, as scripts/eval.sh does
   llava-compete eval prepare --suite NAME         fetch and verify data sets, while there is a network
 
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llava_compete.config import load_config, parse_config
+from llava_compete.config import apply_overrides, load_config, parse_config
 from llava_compete.errors import UserError
 
 
@@ -60,11 +61,12 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError(f"with --config, give settings as key=value, not as options: {', '.join(options)}")
         config = load_config(EvalConfig, arguments.config, overrides)
     else:
-        if arguments.checkpoint is None or overrides:
-            raise UserError("expected a checkpoint directory, or --config FILE with key=value overrides")
+        if arguments.checkpoint is None or "=" in arguments.checkpoint:
+            raise UserError("expected a checkpoint directory, or --config FILE, before key=value settings")
         if "suite" not in options and "tasks" not in options:
             raise UserError("expected --suite NAME or --tasks A,B (suites: see eval/suites)")
-        config = parse_config(EvalConfig, {"checkpoint": arguments.checkpoint, **options}, source="llava-compete eval")
+        content = apply_overrides({"checkpoint": arguments.checkpoint, **options}, overrides)
+        config = parse_config(EvalConfig, content, source="llava-compete eval")
 
     checkpoint_config(Path(config.checkpoint))  # before a log is written beside something else
     setup_console(config.directory / "eval.log")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -39,7 +39,7 @@ class EvalConfig(StrictConfig):
     include_path: str = str(EVAL_ROOT / "tasks")
     batch_size: int = Field(default=16, ge=1)
     limit: int | None = Field(default=None, ge=1)
-    processes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    processes: int | Literal["auto"] = "auto"
     device: str | None = None
     dtype: Dtype = "auto"
     attn_implementation: str | None = None
@@ -53,6 +53,13 @@ class EvalConfig(StrictConfig):
     def _no_comma(cls, value: str | None) -> str | None:
         if value and ("," in value or "=" in value):
             raise ValueError(f"found {value!r}: lmms-eval's --model_args cannot hold a path with ',' or '='")
+        return value
+
+    @field_validator("processes", mode="before")
+    @classmethod
+    def _at_least_one(cls, value: Any) -> Any:
+        if value != "auto" and not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"found {value!r}, expected a number of at least 1, or auto")
         return value
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from llava_compete.errors import UserError
 from llava_compete.evaluation import runner
 from llava_compete.evaluation.config import EvalConfig
 from llava_compete.evaluation.launch import command
+from llava_compete.evaluation.results import read_run
 from llava_compete.evaluation.suites import check_local_data, find_local_tasks
 
 TASKS = ["local_generate", "local_choice", "local_rounds"]
@@ -69,7 +70,7 @@ def test_summary_says_what_was_scored_and_from_what(config, finished):
 
 
 def test_a_stopped_suite_goes_on_with_the_tasks_that_are_missing(config, finished, monkeypatch, tmp_path):
-    """Finished tasks are not run again; another checkpoint, limit or data table makes them stale."""
+    """Finished tasks are not run again; another checkpoint, limit, data table or scorer makes them stale."""
     directory = tmp_path / "eval"
     shutil.copytree(config.directory, directory)
     asked = []
@@ -86,12 +87,23 @@ def test_a_stopped_suite_goes_on_with_the_tasks_that_are_missing(config, finishe
     with pytest.raises(UserError, match="asked to run"):
         runner.evaluate(again)
     assert asked == [["local_choice"]]
+    assert not (directory / "summary.json").exists()  # it would speak of other results than those beside it
 
-    other_data = tmp_path / "tasks"
-    shutil.copytree(config.include_path, other_data)
-    for name in ("documents.parquet",):
-        os.truncate(other_data / name, 100)
-    for changes in ({"limit": 2}, {"competition_at_inference": True}, {"include_path": str(other_data)}):
+    other_data, other_scorer, other_weights = tmp_path / "tasks", tmp_path / "scorer", tmp_path / "weights"
+    for copy in (other_data, other_scorer):
+        shutil.copytree(config.include_path, copy)
+    os.truncate(other_data / "documents.parquet", 100)
+    with (other_scorer / "functions.py").open("a") as file:
+        file.write("\n# another way to score\n")
+    shutil.copytree(config.checkpoint, other_weights)
+    (other_weights / "generation_config.json").write_text("{}")
+    for changes in (
+        {"limit": 2},
+        {"competition_at_inference": True},
+        {"include_path": str(other_data)},
+        {"include_path": str(other_scorer)},
+        {"checkpoint": str(other_weights)},
+    ):
         with pytest.raises(UserError, match="asked to run"):
             runner.evaluate(config.model_copy(update=changes))
         assert asked[-1] == TASKS
@@ -129,6 +141,34 @@ def test_a_failure_on_one_of_two_ranks_ends_the_run(config, tmp_path):
         runner.evaluate(config.model_copy(update=broken))
 
 
+def test_an_answer_that_got_lost_is_noticed(tmp_path):
+    """lmms-eval's mean would be over the others."""
+    raw = tmp_path / "model"
+    raw.mkdir()
+    results = {"results": {"pope": {"acc,none": 1.0}}, "configs": {}, "versions": {}, "group_subtasks": {}}
+    results["n-samples"] = {"pope": {"original": 9, "effective": 3}}
+    (raw / "now_results.json").write_text(json.dumps(results))
+    lines = [json.dumps({"doc_id": number, "acc": 1.0}) + "\n" for number in (2, 0, 1, 2)]
+    (raw / "now_samples_pope.jsonl").write_text("".join(lines))
+    found = read_run(tmp_path, ["pope"])["pope"]
+    assert [sample["doc_id"] for sample in found["samples"]] == [0, 1, 2]  # a second filter's lines do not count
+    (raw / "now_samples_pope.jsonl").write_text("".join(lines[:2]))
+    with pytest.raises(UserError, match="answers to 2 documents, expected 3"):
+        read_run(tmp_path, ["pope"])
+    with pytest.raises(UserError, match="no result or no samples of 'mme'"):
+        read_run(tmp_path, ["mme"])
+
+
+def test_an_adapter_is_part_of_what_was_evaluated(checkpoint, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    facts = []
+    for content in (b"one", b"two"):
+        (tmp_path / "adapter_model.safetensors").write_bytes(content)
+        facts.append(runner.checkpoint_facts(checkpoint, tmp_path))
+    assert facts[0]["sha256"] == facts[1]["sha256"]
+    assert facts[0]["adapter_sha256"] != facts[1]["adapter_sha256"]
+
+
 def test_command_line_of_lmms_eval(config, tmp_path):
     words = command(config.model_copy(update={"limit": 5, "adapter": "lora"}), ["a", "b"], tmp_path)
     text = " ".join(words)
@@ -148,13 +188,20 @@ def test_command_line_of_lmms_eval(config, tmp_path):
         (["nowhere", "--suite", "demo"], "no checkpoint here"),
         (["OTHER", "--suite", "demo"], "model_type is 'llava'"),
         (["a,b", "--suite", "demo"], "cannot hold a path with ','"),
+        (["CKPT", "--tasks", "hallusion_bench_image"], "OPENAI_API_KEY is not set"),
+        (["CKPT", "--suite", "demo", "adapter=nowhere"], "nowhere: no adapter here"),
+        (["CKPT", "--suite", "demo", "dtyp=float32"], "did you mean 'dtype'"),
+        (["CKPT", "--suite", "demo", "--processes", "0"], "processes: found 0, expected a number of at least 1"),
+        (["dtype=float32", "--suite", "demo"], "expected a checkpoint directory"),
+        (["prepare", "--suite", "demo", "--limit", "3"], "expected: llava-compete eval prepare"),
         ([], "expected a checkpoint directory"),
         (["--config", "configs/demo/eval.yaml", "suit=demo"], "did you mean 'suite'"),
         (["--config", "configs/demo/eval.yaml", "--limit", "3"], "give settings as key=value"),
         (["--config", "configs/demo/eval.yaml", "tasks=[pope]"], "either suite or tasks"),
     ],
 )
-def test_bad_input_is_one_line(arguments, message, checkpoint, tmp_path, capsys):
+def test_bad_input_is_one_line(arguments, message, checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "llava"}')

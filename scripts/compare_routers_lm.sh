@@ -36,7 +36,7 @@ run_one() {
   case "$method" in
     dense) config=configs/lm/tiny_dense.yaml ;;
     competition) ;;
-    *) moe=("moe.language={num_experts: 16, num_experts_per_tok: 4, router: $method}") ;;
+    *) moe=(moe.language.router="$method" moe.language.winner_distillation_coef=null) ;;
   esac
   llava-compete train "$config" --stage pretrain_lm output_dir="$directory/model" seed="$seed" deepspeed=none \
     "${moe[@]}" "${overrides[@]}"

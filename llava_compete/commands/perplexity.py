@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print, write."""
+    import torch
+
     from llava_compete.config import parse_config, read_yaml
     from llava_compete.data.text_config import TextSection
     from llava_compete.evaluation.scores import weighted_mean
@@ -32,6 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     path = arguments.config or arguments.checkpoint / "run" / "config.yaml"
     section = parse_config(TextSection, read_yaml(path).get("data", {}), source=f"{path}: data")
     model, processor = load_checkpoint(arguments.checkpoint)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     found, scores = measure(model, processor.tokenizer, section, arguments.batch_size)
     out = arguments.out or arguments.checkpoint / "eval_perplexity"
     (out / "samples").mkdir(parents=True, exist_ok=True)

@@ -48,8 +48,10 @@ def build_stdlib_text(directory: Path, library: Path | None = None) -> Summary:
     sizes = {}
     for split, documents in rows.items():
         lines = [json.dumps(row, ensure_ascii=False) for row in documents]
-        (directory / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        sizes[split] = sum(len(row["text"].encode("utf-8", "surrogatepass")) for row in documents)
+        path = directory / f"{split}.jsonl"
+        # A docstring may escape half a surrogate pair, which UTF-8 cannot hold.
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")
+        sizes[split] = sum(len(row["text"].encode("utf-8", "replace")) for row in documents)
     summary = Summary(len(rows["train"]), sizes["train"], len(rows["validation"]), sizes["validation"])
     meta = summary._asdict() | {"python": platform.python_version()}
     (directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")

@@ -223,14 +223,19 @@ class TextRows(Dataset):
 
 
 class HeldOutRows(Dataset):
-    """The first `max_validation_rows` full rows of the held-out documents, packed in order; kept in memory."""
+    """The first `max_validation_rows` full rows of the held-out documents, packed in order; kept in memory.
+
+    `texts`: the documents that the rows were cut from, of the last one only the beginning.
+    """
 
     def __init__(self, section: TextSection, tokenizer: Any) -> None:
         encode, context = encoder(tokenizer), section.context
         tokens: list[int] = []
         documents: list[int] = []
+        self.texts: list[str] = []
         for number, text in enumerate(read_validation(section)):
             found = encode(text)
+            self.texts.append(text)
             tokens += found
             documents += [number] * len(found)
             if len(tokens) >= context * section.max_validation_rows:

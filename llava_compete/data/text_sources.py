@@ -74,19 +74,28 @@ def digest(source: TextSource) -> str:
 def read_source(source: TextSource, skip: int = 0) -> Iterator[str]:
     """Documents of one pass over a source, without the first `skip`."""
     if source.hub is not None:
-        yield from _read_hub(source, skip)
+        yield from map(_encodable, _read_hub(source, skip))
         return
     for file in list_files(source):
         for text in _read_file(file, source.field, skip):
             if isinstance(text, _Skipped):
                 skip = max(0, skip - text.documents)
             else:
-                yield text
+                yield _encodable(text)
+
+
+def _encodable(text: str) -> str:
+    """The text without half surrogate pairs, which JSON can spell but UTF-8 and the tokenizers cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+    return text
 
 
 def is_held_out(text: str, fraction: float) -> bool:
     """Whether a document belongs to the validation split that is chosen by hash."""
-    return zlib.crc32(text.encode("utf-8", "surrogatepass")) % _HASH_BUCKETS < fraction * _HASH_BUCKETS
+    return zlib.crc32(text.encode()) % _HASH_BUCKETS < fraction * _HASH_BUCKETS
 
 
 def read_validation(section: TextSection) -> Iterator[str]:
@@ -107,15 +116,17 @@ def read_train(section: TextSection, seed: int, epoch: int = 0, number: int = 0)
     fraction = 0.0 if section.validation is not None else section.validation_fraction
     while True:
         first_block = number // block_size
-        seen = False
+        read = given = 0
         for index, block in enumerate(_blocks(section.train, block_size, first_block), start=first_block):
-            seen = True
+            read += len(block)
             order = _permutation(len(block), seed, epoch, index) if section.shuffle_block else range(len(block))
             for place, chosen in enumerate(order, start=index * block_size):
                 if place >= number and not (fraction and is_held_out(block[chosen], fraction)):
+                    given += 1
                     yield Document(epoch, place, block[chosen])
-        if not seen and number == 0:
-            raise UserError(f"{section.train.path or section.train.hub}: holds no document")
+        if not given and number == 0:
+            name = section.train.path or section.train.hub
+            raise UserError(f"{name}: found {read} documents and none to train on (the held-out share is {fraction})")
         epoch, number = epoch + 1, 0
 
 
@@ -210,8 +221,16 @@ def _read_parquet(file: Path, field: str, skip: int) -> Iterator[str | _Skipped]
         if left >= rows:
             left -= rows
             continue
-        texts = table.read_row_group(group, columns=[field]).column(field).to_pylist()
-        yield from texts[left:]
+        try:
+            texts = table.read_row_group(group, columns=[field]).column(field).to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{file}: row group {group} cannot be read: {error}") from error
+        for row, text in enumerate(texts[left:], start=left):
+            if not isinstance(text, str):
+                raise UserError(
+                    f"{file}: row group {group}, row {row}: expected a text under {field!r}, found {text!r}"
+                )
+            yield text
         left = 0
     yield _Skipped(skip - left)
 
@@ -230,7 +249,7 @@ def _open(file: Path) -> io.TextIOBase:
 
 def _read_errors() -> tuple[type[Exception], ...]:
     """What a damaged file raises; zstandard's own exception where it is installed, being needed for .zst files only."""
-    common = (UnicodeDecodeError, EOFError, OSError)
+    common = (UnicodeDecodeError, EOFError, OSError, zlib.error)
     try:
         from zstandard import ZstdError
     except ImportError:

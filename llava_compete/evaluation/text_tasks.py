@@ -42,6 +42,7 @@ def evaluate_text(
 ) -> dict[str, Any]:
     """Run the tasks; writes results.json (the harness's own), summary.json and samples/TASK.jsonl into `out`."""
     import lm_eval
+    import torch
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
@@ -54,6 +55,7 @@ def evaluate_text(
             f"task {unknown[0]!r}: not known to lm-evaluation-harness {lm_eval.__version__} (lm-eval ls tasks)"
         )
     model, processor = load_checkpoint(checkpoint)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # the harness leaves a loaded model where it is
     language_model = HFLM(
         pretrained=model,
         tokenizer=processor.tokenizer,

@@ -1,12 +1,14 @@
 """Perplexity and bits per byte of a language model on its held-out text, beside bigram models of the same split.
 
 A row's first token is not predicted. Bits per byte divides all bits of the predicted tokens by the bytes of text that
-they stand for, so that models with other tokenizers can be compared. Caller: `llava-compete perplexity`.
+they stand for, so that models with other tokenizers can be compared. The bigrams count the training text from its
+beginning, up to 20 million symbols: text from the hub has no end. Caller: `llava-compete perplexity`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,15 +20,16 @@ from tqdm import tqdm
 from llava_compete.data.bigram import Bigram
 from llava_compete.data.text import HeldOutRows, TextCollator, encoder, token_byte_lengths
 from llava_compete.data.text_config import TextSection
-from llava_compete.data.text_sources import is_held_out, read_source, read_validation
+from llava_compete.data.text_sources import is_held_out, read_source
 from llava_compete.evaluation.scores import Unit
 
 _BYTE_END = 256
+_BIGRAM_SYMBOLS = 20_000_000
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """On the same held-out rows: the model's loss in nats a token, and bits per byte of the model and of bigrams."""
+    """Loss in nats a token, and bits per byte of the model and of bigrams, all on the same held-out text."""
 
     tokens: int
     text_bytes: int
@@ -76,7 +79,7 @@ def measure(model: Any, tokenizer: Any, section: TextSection, batch_size: int = 
         perplexity=math.exp(loss),
         bits_per_byte=bits / text_bytes,
         token_bigram_bits_per_byte=_token_bigram(rows, tokenizer, section, lengths),
-        byte_bigram_bits_per_byte=_byte_bigram(section),
+        byte_bigram_bits_per_byte=_byte_bigram(rows.texts, section),
     )
     return found, scores
 
@@ -94,28 +97,38 @@ def comparison_units(scores: list[RowScore]) -> dict[str, list[Unit]]:
     return {"text_compression": compression, "text_next_token": accuracy}
 
 
-def _train_texts(section: TextSection) -> Any:
+def _counted(section: TextSection, encode: Callable[[str], Sequence[int]]) -> Iterator[Sequence[int]]:
+    """Training documents as symbols, the beginning of them."""
     fraction = 0.0 if section.validation is not None else section.validation_fraction
-    return (text for text in read_source(section.train) if not (fraction and is_held_out(text, fraction)))
+    left = _BIGRAM_SYMBOLS
+    for text in read_source(section.train):
+        if not (fraction and is_held_out(text, fraction)):
+            symbols = encode(text)
+            yield symbols
+            left -= len(symbols)
+        if left <= 0:
+            return
 
 
 def _token_bigram(rows: HeldOutRows, tokenizer: Any, section: TextSection, lengths: torch.Tensor) -> float:
-    encode = encoder(tokenizer)
-    bigram = Bigram((encode(text) for text in _train_texts(section)), len(tokenizer))
-    tokens_RN = rows.tokens_RN.numpy()
+    bigram = Bigram(_counted(section, encoder(tokenizer)), len(tokenizer))
+    before, after = rows.tokens_RN[:, :-1], rows.tokens_RN[:, 1:]
+    if section.separate_documents:  # then a document's first token is not predicted, as in training
+        within = rows.documents_RN[:, :-1] == rows.documents_RN[:, 1:]
+        before, after = before[within], after[within]
     # Behind an end token a bigram knows nothing of the next document but how documents begin in general.
-    nats = -bigram.log_probs(tokens_RN[:, :-1].ravel(), tokens_RN[:, 1:].ravel()).sum()
-    return float(nats / math.log(2) / int(lengths[rows.tokens_RN[:, 1:]].sum()))
+    nats = -bigram.log_probs(before.numpy().ravel(), after.numpy().ravel()).sum()
+    return float(nats / math.log(2) / int(lengths[after].sum()))
 
 
-def _byte_bigram(section: TextSection) -> float:
+def _byte_bigram(texts: list[str], section: TextSection) -> float:
     def encode(text: str) -> list[int]:
-        return [*text.encode("utf-8", "surrogatepass"), _BYTE_END]
+        return [*text.encode(), _BYTE_END]
 
-    bigram = Bigram((encode(text) for text in _train_texts(section)), _BYTE_END + 1)
+    bigram = Bigram(_counted(section, encode), _BYTE_END + 1)
     bits, count = 0.0, 0
-    for text in read_validation(section):
+    for text in texts:
         ids = np.array(encode(text), dtype=np.int64)
         bits -= float(bigram.log_probs(ids[:-1], ids[1:]).sum()) / math.log(2)
-        count += len(ids) - 2  # without the end symbol, and the first byte is not predicted
+        count += max(len(ids) - 2, 0)  # without the end symbol, and the first byte is not predicted
     return bits / count

@@ -1,5 +1,6 @@
 """The bigram yardstick is a probability distribution and learns; the corpus builder keeps words and drops code."""
 
+import itertools
 import json
 
 import numpy as np
@@ -7,6 +8,8 @@ import numpy as np
 from llava_compete import cli
 from llava_compete.data.bigram import Bigram
 from llava_compete.data.stdlib_text import build_stdlib_text, extract_prose
+from llava_compete.data.text_config import TextSection, TextSource
+from llava_compete.study import perplexity
 
 
 def test_probabilities_sum_to_one_for_seen_and_unseen_contexts():
@@ -30,6 +33,13 @@ def test_it_approaches_the_entropy_of_a_known_chain():
     nats = -bigram.log_probs(test[:-1], test[1:]).mean()
     entropy = -(2 / 3 * (0.9 * np.log(0.9) + 0.1 * np.log(0.1)) + 1 / 3 * (0.2 * np.log(0.2) + 0.8 * np.log(0.8)))
     assert abs(nats - entropy) < 0.02
+
+
+def test_of_endless_text_the_bigrams_count_the_beginning(monkeypatch):
+    monkeypatch.setattr(perplexity, "read_source", lambda source: itertools.repeat("some words"))
+    monkeypatch.setattr(perplexity, "_BIGRAM_SYMBOLS", 5000)
+    bits = perplexity._byte_bigram(["some words"], TextSection(train=TextSource(hub="endless/text")))
+    assert 0.1 < bits < 0.5  # only "o" (m, r) and "s" (o, end) leave a choice, a bit each
 
 
 SOURCE = '''"""Module words."""

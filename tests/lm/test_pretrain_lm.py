@@ -117,7 +117,7 @@ def test_compare_reads_the_runs(workplace, tmp_path):
     assert cli.main(["perplexity", str(workplace / "run"), "--out", str(tmp_path / "a")]) == 0
     assert cli.main(["perplexity", str(workplace / "run"), "--out", str(tmp_path / "b")]) == 0
     runs = [f"{name}={tmp_path / name}" for name in ("a", "b")]
-    assert cli.main(["compare", *runs, "--resamples", "100", "--out", str(tmp_path / "out")]) == 0
+    assert cli.main(["compare", *runs, "--resamples", "1000", "--out", str(tmp_path / "out")]) == 0
     assert list((tmp_path / "out").iterdir())
 
 

@@ -69,6 +69,17 @@ def test_held_out_documents_are_not_trained_on(tmp_path):
     assert not set(held_out) & set(trained)
 
 
+def test_a_held_out_share_that_leaves_nothing_is_named(tmp_path):
+    section = TextSection(train=TextSource(path=write(tmp_path, "jsonl")), validation_fraction=0.999)
+    with pytest.raises(UserError, match="found 23 documents and none to train on"):
+        next(read_train(section, seed=0))
+
+
+def test_half_surrogate_pairs_do_not_reach_the_tokenizer(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "half \\ud800 and whole \\ud83d\\ude42"}\n')
+    assert list(read_source(TextSource(path=tmp_path))) == ["half ? and whole 🙂"]
+
+
 def test_a_hub_source_streams_and_skips(monkeypatch):
     calls = []
 
@@ -89,6 +100,14 @@ def test_the_digest_follows_the_content(tmp_path):
     assert digest(TextSource(path=path)) != first
 
 
+LONG = " ".join(map(str, range(5000)))
+
+
+def damaged(content):
+    """Some bytes in the middle are others."""
+    return content[:200] + b"\xff" * 50 + content[250:]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -97,6 +116,7 @@ def test_the_digest_follows_the_content(tmp_path):
         ("a.jsonl", b"[1]\n", "found list"),
         ("a.jsonl", b'{"text": "\xff"}\n', "cannot be read to its end"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000, mtime=0)[:-20], "cannot be read to its end"),
+        ("a.jsonl.gz", damaged(gzip.compress(json.dumps({"text": LONG}).encode(), mtime=0)), "cannot be read to its"),
         ("a.jsonl.zst", b"not zstandard", "cannot be read to its end"),
         ("a.parquet", b"not parquet", "not a parquet file"),
         ("a.csv", b"text\n", "unknown kind of file"),
@@ -107,6 +127,14 @@ def test_broken_files_are_named(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as error:
         list(read_source(TextSource(path=tmp_path / name)))
     assert name in str(error.value)
+
+
+@pytest.mark.parametrize("value", [None, 3])
+def test_parquet_rows_without_text_are_named(tmp_path, value):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [value, value]}), path)
+    with pytest.raises(UserError, match=rf"a\.parquet: row group 0, row 0: expected a text .* found {value}"):
+        list(read_source(TextSource(path=path)))
 
 
 def test_missing_files_and_contradicting_keys_are_refused(tmp_path):

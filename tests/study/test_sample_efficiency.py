@@ -72,6 +72,19 @@ def test_a_fit_recovers_known_experts(family):
     torch.testing.assert_close(fits.value_B, at_truth.value_B, atol=1e-8, rtol=0)
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_an_over_specified_fit_is_at_least_as_likely_and_its_starts_double_either_atom(family):
+    truth = study.true_parameters(family)
+    generator = torch.Generator().manual_seed(4)
+    x, y = sample(family, truth, 1, 500, study.WIDTH, generator)
+    starts = near_truth_starts(family, truth, 3, 2, 0.0, generator)
+    torch.testing.assert_close(starts[:, 2, family.gate_params :], truth[:, family.gate_params :])
+    exact = maximise(family, truth[None], x, y)
+    spread = near_truth_starts(family, truth, 3, 6, 0.3, generator)
+    over = maximise(family, spread, x.expand(6, -1), y.expand(6, -1))
+    assert over.value_B.max() >= exact.value_B[0] - 1e-9
+
+
 def test_slopes_and_their_intervals_are_those_of_a_known_power_law():
     rng = np.random.default_rng(0)
     sizes = (100, 1000, 10_000, 100_000)

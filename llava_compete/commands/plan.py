@@ -41,8 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(parts)
     recipe = result.recipe
     table = Table(
-        "ZeRO", "weights", "gradients", "optimizer", "sum", "largest micro-batch", "with checkpointing",
-        title=f"GiB on each of {result.num_gpus} GPU(s)",
+        "ZeRO", "weights", "gradients", "optimizer", "sum", "batch", "with ckpt.",
+        title=f"GiB on each of {result.num_gpus} GPU(s); largest micro-batch, without and with checkpointing",
     )  # fmt: skip
     for stage, state in result.states.items():
         sizes = result.largest_micro_batch[stage]

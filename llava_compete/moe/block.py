@@ -1,8 +1,9 @@
 """`SparseMoeBlock` = router + packed experts: takes the place of a dense feed-forward block anywhere in the model.
 
 It never guesses its mode: the shared `RoutingState` says which tokens count and whether this layer competes in this
-step. Its forward has no counter, RNG, print or host synchronisation (CPU's grouped products aside), and its losses
-leave through the state's records. Suffixes: T tokens, D in, O out, E experts, K chosen.
+step. Its forward has no counter, RNG or print, and no host synchronisation (but for the eager experts' products, which
+read their row counts); its losses leave through the state's records. Suffixes: T tokens, D in, O out, E experts,
+K chosen.
 """
 
 from __future__ import annotations

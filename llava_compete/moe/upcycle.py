@@ -40,7 +40,7 @@ DENSE_NAMES = {
 }
 SHARD_BYTES = 2 * 1024**3
 # What a checkpoint directory holds besides config and weights, and what of it belongs to the parent's run only.
-_RUN_FOLDERS = ("checkpoint-*", "run")
+_RUN_FOLDERS = ("checkpoint-*", "run", "adapter")
 
 
 class UpcycleConfig(StrictConfig):
@@ -123,7 +123,8 @@ def _plan(
     parent: Path,
 ) -> dict[str, _Source]:
     """A source for each tensor of the new model, checked against the parent's tensors for names and shapes."""
-    tied = set(model.all_tied_weights_keys) - set(headers)
+    # A tied tensor is one with its source, also where a checkpoint stores it a second time.
+    tied = {key for key, source in model.all_tied_weights_keys.items() if key not in headers or source in headers}
     sources = {key: _Source((key,), None) for key in model.state_dict() if key not in tied}
     for path, block in blocks.items():
         for key in [key for key in sources if key.startswith(f"{path}.")]:

@@ -126,6 +126,20 @@ def test_implementations_agree(implementation: str, gated: bool) -> None:
     assert largest_error(other.grads, eager.grads) < 1e-5
 
 
+def test_few_tokens_take_the_grouped_kernel_where_it_fits() -> None:
+    """An odd width or O != D does not; the results are the same to rounding."""
+    for sizes, tokens, name in (
+        ({"hidden_size": 16, "intermediate_size": 32}, 1, "grouped_mm"),
+        ({"hidden_size": 16, "intermediate_size": 32}, 2, "eager"),
+        ({"hidden_size": 15, "intermediate_size": 32}, 1, "eager"),
+        ({"hidden_size": 16, "intermediate_size": 32, "output_size": 20}, 1, "eager"),
+    ):
+        x = torch.randn(1, tokens, sizes["hidden_size"])
+        block, eager = make_block(sizes=sizes), make_block(sizes=sizes, experts_implementation="eager")
+        assert block.experts._choose_implementation(x[0], 2 * tokens) == name
+        torch.testing.assert_close(run_step(block, x).output, run_step(eager, x).output)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 def test_expert_without_tokens_has_a_gradient_of_zeros(implementation: str) -> None:
     block = make_block(experts_implementation=implementation, sizes={"hidden_size": 16, "intermediate_size": 32})

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, default=Path("playground/data/scenes_hard/instruct.json"), help="all rows")
     parser.add_argument("--suite", default="demo_hard", help="what to evaluate (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="training seeds (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of every run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="optimizer steps of every run (default: one pass over all rows)")
     parser.add_argument("--limit", type=int, help="only the first questions of each task")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: cores)")
     parser.add_argument("--out", type=Path, default=Path("outputs/learning_curve"), help="runs and results")

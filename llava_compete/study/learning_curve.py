@@ -2,7 +2,7 @@
 
 From one dense parent every run upcycles, trains `sft` on the first n rows of one shuffled order (so that smaller sets
 are inside larger ones) and is evaluated. Every run takes the same number of optimizer steps: only the number of
-different samples changes, small sets are seen more often. Each run is done by the user's own commands in a process
+different samples changes, small sets are seen more often; the steps suffice to see all rows once. Each run is done by the user's own commands in a process
 of its own, and finished runs are kept. Caller: `llava-compete study learning-curve`.
 """
 
@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llava_compete.config import read_yaml
 from llava_compete.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,8 @@ class Settings:
     """One study.
 
     parent: dense checkpoint. config, upcycle: YAMLs of `sft` and of the upcycling. data: LLaVA JSON of all rows.
-    suite: what to evaluate. jobs: runs at a time, one core each on a CPU.
+    suite: what to evaluate. steps: of every run; None for one pass over all rows. jobs: runs at a time, one core each
+    on a CPU.
     """
 
     parent: Path
@@ -44,7 +47,7 @@ class Settings:
     routers: tuple[str, ...] = ("softmax", "competition")
     fractions: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
     seeds: int = 3
-    steps: int = 400
+    steps: int | None = None
     limit: int | None = None
     jobs: int = 1
 
@@ -60,6 +63,8 @@ class Run(NamedTuple):
 def run(settings: Settings) -> dict[str, Any]:
     """Train and evaluate what is missing, then put the curve together as plain data."""
     total = _count_rows(settings.data)
+    settings = replace(settings, steps=_steps(settings, total))
+    _refuse_other_settings(settings)
     sizes = sorted({max(1, round(total * fraction)) for fraction in settings.fractions})
     runs = [Run(router, rows, seed) for seed in range(settings.seeds) for rows in sizes for router in settings.routers]
     with ThreadPoolExecutor(settings.jobs) as pool:
@@ -79,6 +84,35 @@ def _count_rows(data: Path) -> int:
     if not data.is_file():
         raise UserError(f"{data}: no such file; build it with `llava-compete data scenes-hard`")
     return len(json.loads(data.read_text(encoding="utf-8")))
+
+
+def _steps(settings: Settings, rows: int) -> int:
+    """Steps that see all rows at least once: else the larger sets would be the same in effect."""
+    training = read_yaml(settings.config).get("training", {})
+    batch = training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1)
+    needed = math.ceil(rows / batch)
+    if settings.steps is not None and settings.steps < needed:
+        raise UserError(
+            f"--steps: found {settings.steps}, which see {settings.steps * batch:,} of {rows:,} rows in batches of "
+            f"{batch}; expected at least {needed}"
+        )
+    return settings.steps or needed
+
+
+def _refuse_other_settings(settings: Settings) -> None:
+    """A curve must not mix runs: what was trained into this folder before was trained in the same way."""
+    free = {"out", "jobs", "seeds", "fractions", "routers"}  # more of these only adds runs
+    content = {key: str(value) for key, value in asdict(settings).items() if key not in free}
+    path = settings.out / "settings.json"
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in content.items():
+            if before.get(key) != value:
+                raise UserError(
+                    f"{settings.out}: holds runs with {key} {before.get(key)}, now {value}; give another --out"
+                )
+    settings.out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _folder(settings: Settings, one: Run) -> Path:

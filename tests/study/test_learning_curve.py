@@ -1,5 +1,6 @@
 """The curve's bookkeeping: which commands run, what is kept, intervals; a stand-in plays the runs themselves."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -15,6 +16,7 @@ def settings(tmp_path):
     data.write_text(json.dumps([{"id": str(number)} for number in range(160)]))
     names = {"parent": "parent", "config": "sft.yaml", "upcycle": "upcycle.yaml", "out": "out"}
     paths = {key: tmp_path / name for key, name in names.items()}
+    paths["config"].write_text("training: {per_device_train_batch_size: 8}\n")
     return learning_curve.Settings(**paths, data=data, suite="demo_hard", seeds=3, jobs=2)
 
 
@@ -58,6 +60,15 @@ def test_the_curve_covers_every_size_router_and_seed_once(settings, calls, tmp_p
     before = len(calls)
     learning_curve.run(settings)
     assert len(calls) == before  # finished runs are kept
+    with pytest.raises(UserError, match="holds runs with steps 20, now 30"):
+        learning_curve.run(dataclasses.replace(settings, steps=30))
+
+
+def test_steps_see_all_rows_once_or_are_refused(settings, calls):
+    learning_curve.run(settings)
+    assert all("training.max_steps=20" in words for words in calls if words[0] == "train")
+    with pytest.raises(UserError, match="found 19, which see 152 of 160 rows in batches of 8; expected at least 20"):
+        learning_curve.run(dataclasses.replace(settings, steps=19))
 
 
 def test_missing_data_and_failing_commands_are_named(settings, tmp_path):

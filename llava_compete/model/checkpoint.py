@@ -107,5 +107,7 @@ def save_checkpoint(
 ) -> None:
     """Write weights (`state_dict` where ZeRO gathered one), config, tokenizer with chat template, preprocessing."""
     copy_remote_code(model.language_model, directory)
+    if state_dict is not None:  # gathered tensors no longer share memory, by which transformers would see the ties
+        state_dict = {key: tensor for key, tensor in state_dict.items() if key not in model.all_tied_weights_keys}
     model.save_pretrained(directory, state_dict=state_dict, max_shard_size=max_shard_size)
     processor.save_pretrained(directory)

@@ -62,6 +62,8 @@ class LlavaCompeteProcessor(ProcessorMixin):
         """Model inputs; the counts of images and placeholders must agree. An empty list of images means none."""
         if images is not None and not isinstance(images, str) and hasattr(images, "__len__") and len(images) == 0:
             images = None
+        if images is not None:
+            self._check_sees_images()
         try:
             return super().__call__(images=images, text=text, **kwargs)
         except ValueError as error:
@@ -114,9 +116,14 @@ class LlavaCompeteProcessor(ProcessorMixin):
         tensors = None if return_tensors == "auto" else return_tensors
         data = dict(self.tokenizer.pad({"input_ids": rows}, padding=len(rows) > 1))
         if images:
+            self._check_sees_images()
             data["pixel_values"] = self.image_processor(images)["pixel_values"]
         inputs = BatchFeature(data, tensor_type=tensors)
         return inputs if return_dict else inputs["input_ids"]
+
+    def _check_sees_images(self) -> None:
+        if self.image_processor is None:
+            raise UserError("images given, but this model has no vision tower")
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The text that one image's placeholder becomes."""

@@ -49,6 +49,7 @@ def test_named_parts_keep_their_weights(language: Path, tmp_path: Path, caplog: 
         model, processor = build_model(section(language, vision_tower=tower), None, seed=0)
     assert "new parts with random weights: projector" in caplog.text
     assert "vocabulary grows from" in caplog.text
+    assert model.language_model.config._attn_implementation == "sdpa"
     for name, value in model.vision_tower.trunk.state_dict().items():
         assert torch.equal(value, weights[f"visual.{name}"])
     plain = AutoModelForCausalLM.from_pretrained(language).eval()

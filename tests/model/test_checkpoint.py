@@ -142,6 +142,14 @@ def test_sharded_and_missing_shard(tmp_path: Path) -> None:
         load_checkpoint(tmp_path)
 
 
+def test_tied_tensors_are_stored_once_also_when_gathered(tmp_path: Path) -> None:
+    model, processor = tiny_model(language={"tie_word_embeddings": True})
+    gathered = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}  # as ZeRO-3 does
+    save_checkpoint(model, processor, tmp_path, state_dict=gathered)
+    assert "language_model.lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    assert torch.equal(run(*load_checkpoint(tmp_path)), run(model, processor))
+
+
 def test_precision_and_device_map(saved: Path, tmp_path: Path) -> None:
     model, processor = load_checkpoint(saved, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

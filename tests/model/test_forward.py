@@ -153,7 +153,12 @@ def test_wrong_number_of_placeholders_names_both() -> None:
     for call in (model, model.generate):
         with pytest.raises(UserError, match=r"16 image placeholders.* 0 image\(s\) of 16 features make 0"):
             call(**alone)
-    text_model, _ = tiny_model(tower=None)
+    text_model, text_processor = tiny_model(tower=None)
+    conversation = [{"role": "user", "content": [{"type": "image", "image": picture()}]}]
+    with pytest.raises(UserError, match="images given, but this model has no vision tower"):
+        text_processor(text=["a <image>"], images=[picture()])
+    with pytest.raises(UserError, match="images given, but this model has no vision tower"):
+        text_processor.apply_chat_template(conversation, tokenize=True)
     with pytest.raises(UserError, match=r"2 image\(s\) given, but this model has no vision tower"):
         text_model(**inputs)
 

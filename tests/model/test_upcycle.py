@@ -184,6 +184,20 @@ def test_refusals(dense: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_a_tied_tensor_that_is_stored_twice_counts_once(tmp_path: Path) -> None:
+    save_checkpoint(*tiny_model(language={"tie_word_embeddings": True}), tmp_path / "dense")
+    weights = load_file(tmp_path / "dense" / "model.safetensors")
+    head, embeddings = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    save_file(
+        {**weights, head: weights[embeddings].clone()}, tmp_path / "dense" / "model.safetensors", {"format": "pt"}
+    )
+    report = upcycle(tmp_path / "dense", tmp_path / "moe", MoeConfig.model_validate({"vision": {}}))
+    assert report.parameters_before == parameters
+    assert head not in load_file(tmp_path / "moe" / "model.safetensors")
+    torch.testing.assert_close(logits(tmp_path / "moe"), logits(tmp_path / "dense"), rtol=0, atol=1e-5)
+
+
 def test_unknown_family_says_what_to_add(tmp_path: Path) -> None:
     model, processor = tiny_model(language={"model_type": "olmo", "pad_token_id": 0})
     save_checkpoint(model, processor, tmp_path / "dense")

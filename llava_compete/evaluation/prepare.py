@@ -17,7 +17,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from llava_compete.errors import UserError
-from llava_compete.evaluation.catalogue import check_names
+from llava_compete.evaluation.catalogue import check_names, data_sets
 
 log = logging.getLogger(__name__)
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -38,7 +38,8 @@ def prepare(tasks: list[str], include_path: Path, offline_only: bool = False) ->
     for task in tqdm(tasks, desc="data sets", unit="task"):
         fetched = None if offline_only else _load(task, include_path, {})
         verified = fetched if fetched is not None and fetched.error else _load(task, include_path, OFFLINE)
-        log.info("%s: %s", task, verified.error or f"{verified.documents:,} documents, ready offline")
+        if verified.error is None:
+            log.info("%s: %s documents, ready offline", task, f"{verified.documents:,}")
         results.append(verified)
     return results
 
@@ -50,7 +51,7 @@ def _load(task: str, include_path: Path, environment: dict[str, str]) -> Prepare
     if done.returncode == 0:
         return Prepared(task, json.loads(done.stdout.splitlines()[-1])["documents"], None)
     lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
-    return Prepared(task, 0, lines[-1].strip())
+    return Prepared(task, 0, f"data set {' and '.join(data_sets(task, include_path))}: {lines[-1].strip()}")
 
 
 def count_documents(task: str, include_path: Path) -> int:
@@ -70,6 +71,16 @@ def count_documents(task: str, include_path: Path) -> int:
     return total
 
 
-if __name__ == "__main__":
-    number = count_documents(sys.argv[1], Path(sys.argv[2]))
+def _main() -> None:
+    from tenacity import RetryError
+
+    try:
+        number = count_documents(sys.argv[1], Path(sys.argv[2]))
+    except RetryError as error:  # lmms-eval tries again several times, and then only says that it did
+        reason = error.last_attempt.exception()
+        sys.exit(f"{type(reason).__name__}: {' '.join(str(reason).split())}")
     sys.stdout.write(json.dumps({"documents": number}) + "\n")
+
+
+if __name__ == "__main__":
+    _main()

@@ -268,9 +268,9 @@ def test_prepare_verifies_a_local_copy(local_copies, monkeypatch):
     from llava_compete.evaluation.prepare import prepare
 
     monkeypatch.chdir(local_copies)
-    pope, missing = prepare(["pope", "realworldqa"], TASKS, offline_only=True)
+    pope, missing = prepare(["pope", "gqa"], TASKS, offline_only=True)
     assert (pope.documents, pope.error) == (6, None)
-    assert missing.error
+    assert "lmms-lab-encoder/GQA" in missing.error
 
 
 def test_exact_variants_score_as_the_benchmarks_do():

@@ -34,20 +34,6 @@ class _Affinity(NamedTuple):
     slope: Callable[[Tensor, Tensor], Tensor]
 
 
-def softplus_mean(y_TO: Tensor) -> Tensor:
-    """mean of log(1 + e^y) = max(y, 0) + log(1 + e^-|y|), with one logarithm for up to 32 coordinates.
-
-    log(1 + a) + log(1 + b) = log(1 + (a + b + ab)) loses nothing of small a and b, as a product of (1 + a) would.
-    """
-    rest_TO = y_TO.abs().neg_().exp_()
-    for _ in range(5):
-        if rest_TO.shape[-1] % 2:
-            break
-        left_TO, right_TO = rest_TO.chunk(2, dim=-1)
-        rest_TO = (left_TO + right_TO).addcmul_(left_TO, right_TO)
-    return (y_TO.clamp_min(0).sum(-1) + rest_TO.log1p_().sum(-1)) / y_TO.shape[-1]
-
-
 def _silu_slope(y_TO: Tensor, _: Tensor) -> Tensor:
     gate_TO = y_TO.sigmoid()
     return gate_TO * (1 + y_TO * (1 - gate_TO))
@@ -59,7 +45,7 @@ def _sigmoid_slope(y_TO: Tensor, _: Tensor) -> Tensor:
 
 
 AFFINITIES: dict[str, _Affinity] = {
-    "softplus": _Affinity(softplus_mean, lambda y, _: y.sigmoid()),
+    "softplus": _Affinity(lambda y: F.softplus(y).mean(-1), lambda y, _: y.sigmoid()),
     "relu": _Affinity(lambda y: y.relu().mean(-1), lambda y, _: (y > 0).to(y.dtype)),
     "silu": _Affinity(lambda y: F.silu(y).mean(-1), _silu_slope),
     "sigmoid": _Affinity(lambda y: y.sigmoid().mean(-1), _sigmoid_slope),

@@ -143,12 +143,14 @@ def build_trunk(embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bool) ->
     except TypeError as error:
         raise UserError(f"vision_tower.config.vision_cfg: {error}") from error
     size = parsed.image_size
-    if parsed.timm_model_name is None and isinstance(size, int) and isinstance(parsed.patch_size, int):
+    if not isinstance(size, int):
+        raise UserError(f"vision tower: image_size {size}: expected one number, the side of a square")
+    if parsed.timm_model_name is None and isinstance(parsed.patch_size, int):
         _check_grid(size, parsed.patch_size)
     with _quiet():
         try:
             visual = _build_vision_tower(embed_dim, parsed, quick_gelu)
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, TypeError, ValueError) as error:
             raise UserError(f"vision tower {parsed.timm_model_name or vision_cfg}: {error}") from error
         trunk = visual.trunk if isinstance(visual, TimmModel) else visual
         is_timm_transformer = hasattr(trunk, "blocks") and hasattr(trunk, "patch_embed")
@@ -159,7 +161,7 @@ def build_trunk(embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bool) ->
             )
         # A timm trunk's own size stays as its weights were trained, also 384 on patches of 14, where the patches leave
         # a margin out; any other size must divide.
-        if isinstance(visual, TimmModel) and isinstance(size, int) and size != trunk.patch_embed.img_size[0]:
+        if isinstance(visual, TimmModel) and size != trunk.patch_embed.img_size[0]:
             _check_grid(size, trunk.patch_embed.feat_ratio())
             trunk.set_input_size(img_size=size)
     return trunk

@@ -37,7 +37,11 @@ class OpenClipModel(NamedTuple):
 def resolve_tower(section: VisionTowerSection) -> TowerConfig:
     """Spell out everything that decides the tower's pixels and features. Only `hf-hub:` needs a network."""
     model_cfg, preprocess_cfg = _lookup(section)
-    embed_dim, vision_cfg = int(model_cfg["embed_dim"]), dict(model_cfg["vision_cfg"])
+    embed_dim, vision_cfg = model_cfg["embed_dim"], model_cfg["vision_cfg"]
+    if not isinstance(embed_dim, int) or not isinstance(vision_cfg, dict):
+        raise UserError(
+            "vision_tower: expected open_clip's model config, with embed_dim a number and vision_cfg a mapping"
+        )
     quick_gelu = bool(model_cfg.get("quick_gelu", False))
     facts = tower_facts(embed_dim, vision_cfg, quick_gelu, section.feature_layer, section.select)
     resize_mode = preprocess_cfg.get("resize_mode") or "shortest"
@@ -117,8 +121,10 @@ def _lookup_registry(name: str, pretrained: str | None) -> OpenClipModel:
 
     model_cfg = open_clip.get_model_config(name)
     if model_cfg is None:
-        near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "see open_clip.list_models()"
+        models = open_clip.list_models()
+        near = difflib.get_close_matches(name, models, n=3, cutoff=0.5)
+        near = near or [model for model in models if name.lower() in model.lower()]
+        hint = f"did you mean {', '.join(near[:5])}?" if near else "see open_clip.list_models()"
         raise UserError(f"vision_tower.name: unknown open_clip model {name!r}; {hint}")
     if pretrained is None or Path(pretrained).is_file():
         return OpenClipModel(model_cfg, {})
@@ -191,12 +197,14 @@ def _read_visual(path: Path) -> dict[str, Tensor]:
                 return {key.removeprefix("visual."): file.get_tensor(key) for key in _visual_keys(file.keys(), path)}
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: truncated or damaged weights ({error})") from error
+        if "TorchScript" in str(error):
+            raise UserError(f"{path}: a TorchScript archive, which holds code; use safetensors") from error
+        raise UserError(f"{path}: truncated or damaged weights ({_line(error)})") from error
     except Exception as error:
         if type(error).__name__ != "UnpicklingError":
             raise
         raise UserError(
-            f"{path}: holds more than weights, and running its code is not safe; use safetensors"
+            f"{path}: not a file of weights alone, and running code out of it is not safe; use safetensors"
         ) from error
     content = content.get("state_dict", content)
     content = {key.removeprefix("module."): value for key, value in content.items()}

@@ -145,7 +145,11 @@ def test_gradient_checkpointing_changes_nothing() -> None:
             {"config": {**TOWER, "vision_cfg": {**TOWER["vision_cfg"], "image_size": 30}}},
             "30 is not a multiple of its patch",
         ),
+        ({"name": "siglip"}, "did you mean"),
         ({"config": {"embed_dim": 8}}, "missing key 'vision_cfg'"),
+        ({"config": {**TOWER, "embed_dim": "x"}}, "embed_dim a number"),
+        ({"config": {**TOWER, "vision_cfg": {"layers": "three"}}}, "'three'"),
+        ({"config": {**TOWER, "vision_cfg": {"image_size": [28, 56]}}}, "image_size [28, 56]: expected one number"),
         ({"config": {**TOWER, "vision_cfg": {"layer": 2}}}, "layer"),
         ({"config": TOWER, "feature_layer": 7}, "feature_layer: found 7, but the tower has 3 blocks"),
         ({"name": "ViT-SO400M-14-SigLIP", "select": "cls_patch"}, "no class token"),
@@ -230,10 +234,15 @@ def test_weights_of_another_tower_are_refused(tmp_path: Path) -> None:
         load_pretrained(VisionTower(resolve_tower(section)), section)
 
 
+@pytest.mark.filterwarnings("ignore:'torch.load' received a zip file:UserWarning")
 def test_pickled_code_is_not_run(tmp_path: Path) -> None:
     torch.save({"visual.conv1.weight": Path("/tmp")}, tmp_path / "evil.pt")
     section = VisionTowerSection(config=TOWER, pretrained=str(tmp_path / "evil.pt"))
-    with pytest.raises(UserError, match="holds more than weights"):
+    with pytest.raises(UserError, match="not a file of weights alone"):
+        load_pretrained(VisionTower(resolve_tower(section)), section)
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pt")
+    section = VisionTowerSection(config=TOWER, pretrained=str(tmp_path / "script.pt"))
+    with pytest.raises(UserError, match="a TorchScript archive, which holds code"):
         load_pretrained(VisionTower(resolve_tower(section)), section)
 
 

@@ -44,6 +44,9 @@ class MoeLayerConfig(StrictConfig):
 
     `winner_distillation_coef` is the paper's theta: it multiplies the distillation at the winners inside the
     distillation loss, so that term enters the total with `distillation_coef * winner_distillation_coef`.
+    `experts_implementation` is for the chosen experts; where the output's width differs from the input's, as in a
+    projector, it is always eager. `competition_chunk_tokens` bounds a competition's memory: so many tokens at a time,
+    run again in the backward pass.
     """
 
     num_experts: int = Field(default=4, ge=1)

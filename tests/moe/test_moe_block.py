@@ -336,9 +336,12 @@ def test_a_choice_of_no_effect_counts_as_dropped() -> None:
 
 
 @pytest.mark.parametrize(
-    "backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+    ("router", "backend"),
+    [
+        *((router, "eager") for router in ROUTERS),
+        pytest.param("competition", "inductor", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+    ],
 )
-@pytest.mark.parametrize("router", ROUTERS)
 def test_router_step_compiles_without_a_graph_break(router: str, backend: str) -> None:
     torch._dynamo.reset()
     block = make_block(router=router, sizes={"hidden_size": 16, "intermediate_size": 32})

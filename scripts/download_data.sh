@@ -108,7 +108,7 @@ get_sft() {
   # The original pictures have left the web; this archive, made for LLaVA's mix, has what that names.
   images ocr_vqa "$HUB/weizhiwang/llava_v15_instruction_images/resolve/main/ocr_vqa_images_llava_v15.zip" \
     .ocr_vqa_unpacked . 80000
-  if [ -d "$DATA_ROOT/.ocr_vqa_unpacked" ]; then
+  if [ "$dry_run" = no ] && [ -d "$DATA_ROOT/.ocr_vqa_unpacked" ]; then
     # Wherever the archive keeps them: all files into one folder, as .jpg, which is how the mix names them.
     mkdir -p "$DATA_ROOT/ocr_vqa/images"
     find "$DATA_ROOT/.ocr_vqa_unpacked" -type f -exec sh -c '
@@ -126,7 +126,7 @@ get_pft() {
   for part in 0 1 2 3 4 5 6 7 8 9; do
     images "allava_laion_images_$part" "$from/allava_laion/image_chunks/images_$part.zip" \
       "allava_laion/.unpacked_$part" . 1
-    if [ -d "$DATA_ROOT/allava_laion/.unpacked_$part" ]; then
+    if [ "$dry_run" = no ] && [ -d "$DATA_ROOT/allava_laion/.unpacked_$part" ]; then
       mkdir -p "$DATA_ROOT/allava_laion/images"
       find "$DATA_ROOT/allava_laion/.unpacked_$part" -type f -exec mv -t "$DATA_ROOT/allava_laion/images" {} +
       rm -rf "$DATA_ROOT/allava_laion/.unpacked_$part"

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     from llava_compete.config import apply_overrides, parse_config, read_yaml
     from llava_compete.console import setup_console
     from llava_compete.data.check import check_data
-    from llava_compete.data.check_output import RowWriter, problem_table, refuse_overwriting, source_table, write_report
+    from llava_compete.data.check_output import RowWriter, prepare_outputs, problem_table, source_table, write_report
     from llava_compete.data.check_setup import text_side_of
     from llava_compete.data.config import DataSection
 
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     section = parse_config(DataSection, content.get("data", content), source=name)
     text_side = text_side_of(content["model"], section, name) if "model" in content else None
     target = arguments.json or Path("outputs/data_check") / f"{arguments.config.stem}.json"
-    refuse_overwriting([target], section.sources)
+    prepare_outputs([target], section.sources)
     with (
         RowWriter(arguments.write_clean, arguments.write_bad, section.sources) as writer,
         tqdm(unit=" rows", desc="check", mininterval=1) as bar,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -61,7 +62,6 @@ def write_report(report: CheckReport, path: Path) -> None:
         "sources": {name: asdict(source) for name, source in report.sources.items()},
         "problems": problems,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -83,12 +83,11 @@ class RowWriter:
             for source in sources:
                 name = f"{base.stem}.{source.name}{base.suffix}" if len(sources) > 1 else base.name
                 self._paths[kind, source.name] = base.with_name(name)
-        refuse_overwriting(self._paths.values(), sources)
+        prepare_outputs(self._paths.values(), sources)
         self._open: dict[Path, TextIO] = {}
 
     def __enter__(self) -> RowWriter:
         for path in self._paths.values():
-            path.parent.mkdir(parents=True, exist_ok=True)
             self._open[path] = _partial(path).open("w", encoding="utf-8")
         return self
 
@@ -112,13 +111,19 @@ class RowWriter:
         self._open[path].write(json.dumps(content, default=str) + "\n")
 
 
-def refuse_overwriting(targets: Iterable[Path], sources: list[SourceSection]) -> None:
-    """`UserError` if a file to be written is a data source, or is named twice."""
+def prepare_outputs(targets: Iterable[Path], sources: list[SourceSection]) -> None:
+    """Make the folders of files to be written; `UserError` if one is a data source, named twice or cannot be made."""
     taken = {source.path.resolve() for source in sources}
     for path in targets:
         if path.resolve() in taken:
             raise UserError(f"{path}: this is a data source or another output; write to another file")
         taken.add(path.resolve())
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{path}: its folder cannot be made: {error.strerror}") from error
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise UserError(f"{path}: {'a folder' if path.is_dir() else 'its folder is not writable'}")
 
 
 def _partial(path: Path) -> Path:

@@ -354,3 +354,8 @@ def test_output_never_overwrites_a_source(tmp_path, images, capsys):
     assert main(["data", "check", str(config), "--json", str(source)]) == 2
     assert "is a data source" in capsys.readouterr().err
     assert source.read_bytes() == before
+    # Said before the check, not after it.
+    assert main(["data", "check", str(config), "--json", str(source / "report.json")]) == 2
+    assert "its folder cannot be made" in capsys.readouterr().err
+    assert main(["data", "check", str(config), "--json", str(images)]) == 2
+    assert "a folder" in capsys.readouterr().err

@@ -1,15 +1,36 @@
 #!/usr/bin/env bash
 # Runs every stage whose YAML is in CONFIG_DIR, in order, skipping finished ones; stops at the first that fails.
 #   bash scripts/train_all.sh CONFIG_DIR [KEY=VALUE ...]     for example configs/phi35_siglip
-# Overrides go to every training stage. Environment: see scripts/lib/launch.sh
+# Overrides go to every training stage. Environment: see scripts/lib/launch.sh; several machines with HOSTFILE only,
+# since upcycling runs on one.
 set -euo pipefail
 scripts=$(dirname "${BASH_SOURCE[0]}")
-if [ $# -lt 1 ] || [ ! -d "$1" ]; then
-  echo "error: scripts/train_all.sh: expected a directory with stage YAMLs, found '${1:-nothing}'" >&2
+die() {
+  echo "error: scripts/train_all.sh: $*" >&2
   exit 2
+}
+if [ $# -lt 1 ] || [ ! -d "$1" ]; then die "expected a directory with stage YAMLs, found '${1:-nothing}'"; fi
+if [ "${NNODES:-1}" -gt 1 ]; then
+  die "NNODES=$NNODES: run the stage scripts one by one on each machine, upcycle.sh on one; or set HOSTFILE"
 fi
 configs=$1
 shift
+
+# Runs a stage so that a signal to this script reaches it: it saves, and no further stage starts.
+run() {
+  local status=0
+  bash "$@" &
+  local pid=$!
+  # shellcheck disable=SC2064 # this stage's pid
+  trap "kill -TERM $pid 2>/dev/null || true" TERM USR1 INT
+  while kill -0 "$pid" 2>/dev/null; do
+    status=0
+    wait "$pid" || status=$?
+  done
+  trap - TERM USR1 INT
+  return "$status"
+}
+
 found=no
 for stage in pretrain_align pft upcycle sft; do
   config=$configs/$stage.yaml
@@ -18,17 +39,14 @@ for stage in pretrain_align pft upcycle sft; do
   echo "== $stage" >&2
   # A training stage that has finished says so and returns; upcycling is a transform, done when its result is there.
   if [ "$stage" = upcycle ]; then
-    output=$(sed -n 's/^output_dir: *//p' "$config")
+    output=$(sed -n 's/^output_dir: *\([^ #]*\).*/\1/p' "$config")
     if [ -f "$output/config.json" ]; then
       echo "$output: upcycled already" >&2
     else
-      bash "$scripts/upcycle.sh" "$config"
+      run "$scripts/upcycle.sh" "$config"
     fi
   else
-    bash "$scripts/$stage.sh" "$config" "$@"
+    run "$scripts/$stage.sh" "$config" "$@"
   fi
 done
-if [ "$found" = no ]; then
-  echo "error: $configs: no pretrain_align.yaml, pft.yaml, upcycle.yaml or sft.yaml" >&2
-  exit 2
-fi
+if [ "$found" = no ]; then die "$configs: no pretrain_align.yaml, pft.yaml, upcycle.yaml or sft.yaml"; fi

@@ -46,7 +46,6 @@ class Shape(NamedTuple):
     rows: int
     length: int
     dtype: str
-    checkpointing: bool = False
 
 
 # Sized so that the MLPs dominate, as in real models (there about two thirds of the arithmetic).
@@ -82,10 +81,7 @@ def build(case: str, shape: Shape, device: torch.device) -> LlavaCompeteForCondi
     config = LlavaCompeteConfig(text_config=text_config, moe=moe)
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlavaCompeteForConditionalGeneration(config).to(getattr(torch, shape.dtype)).train()
-    if shape.checkpointing:
-        model.gradient_checkpointing_enable()
-    return model
+        return LlavaCompeteForConditionalGeneration(config).to(getattr(torch, shape.dtype)).train()
 
 
 def make_step(

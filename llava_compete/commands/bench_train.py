@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+from llava_compete.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
@@ -29,6 +31,8 @@ def run(arguments: argparse.Namespace) -> None:
         device = torch.device("cuda")
         # Dense and both mixtures are held at once.
         shape = GPU_SHAPE._replace(layers=fit_layers(GPU_SHAPE, torch.cuda.mem_get_info()[0] // 3))
+    if arguments.repeats < 1:
+        raise UserError(f"--repeats: found {arguments.repeats}, expected at least 1")
     result = run_bench(shape, device, arguments.repeats)
     speeds, memory = result["tokens_per_second"], result["peak_mb"]
     sys.stdout.write(f"{result['device']}, {shape.layers} layers, {shape.hidden}/{shape.intermediate}, {shape.dtype}\n")

@@ -7,7 +7,9 @@ Each callback owns one concern and reads the trainer it is given. The schedule c
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import statistics
 import time
 from types import FrameType
 from typing import Any
@@ -78,10 +80,12 @@ class StepCallback(TrainerCallback):
     def __init__(self, trainer: StageTrainer, competition: CompetitionCallback) -> None:
         self.trainer = trainer
         self.competition = competition
+        trainer.take_window = self.take_window
         self.bad_in_a_row = 0
         self._peak = device_peak(trainer.args.device)
         self._flops: Flops | None = None
         self.tokens = self.samples = 0
+        self._seconds: dict[str, list[float]] = {}
         self._reset_window()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -95,7 +99,9 @@ class StepCallback(TrainerCallback):
         assert counts is not None
         layers = sorted(self.competition.layers_at(state.global_step - 1))
         kind = "competition_step" if layers else "router_step"
-        self._times.setdefault(kind, []).append(time.perf_counter() - self._begun)
+        seconds = time.perf_counter() - self._begun
+        for times in (self._times, self._seconds):
+            times.setdefault(kind, []).append(seconds)
         self._layers.update(layers)
         self._window_tokens += counts.tokens
         self._window_images += counts.images
@@ -115,7 +121,10 @@ class StepCallback(TrainerCallback):
             self.bad_in_a_row = 0
             return
         self.bad_in_a_row += 1
-        where = ", ".join(_on_any_rank(culprits)) or "the gradient norm"
+        names = _on_any_rank(culprits)
+        if not any(name.startswith("layer ") for name in names):
+            names = [f"layer {name}" for name in _on_any_rank(self.trainer.first_bad_layer())[:1]] + names
+        where = ", ".join(names) or "the gradient norm"
         limit = self.trainer.config.guards.max_bad_steps
         if self.bad_in_a_row > limit:
             raise SharedError(
@@ -142,10 +151,21 @@ class StepCallback(TrainerCallback):
         self._reset_window()
         return window
 
+    def competition_overhead(self) -> float | None:
+        """What competitions added to this run's step time, as a share: router steps are the softmax router's steps.
+
+        Medians, since a few first steps compile and allocate; None until there were steps of both kinds.
+        """
+        router, competition = (self._seconds.get(kind) for kind in ("router_step", "competition_step"))
+        if not router or not competition:
+            return None
+        share = len(competition) / (len(router) + len(competition))
+        return share * (statistics.median(competition) / statistics.median(router) - 1)
+
     def _utilisation(self, seconds: float, peak: float) -> float:
         if self._flops is None:
             length = max(self.tokens // max(self.samples, 1), 1)
-            self._flops = count_flops(self.trainer.core_model, length)
+            self._flops = count_flops(self.trainer.core_model, length, self.trainer.config.trainable)
         devices = self.trainer.args.world_size
         return mfu(self._flops, self._window_tokens, self._window_images, seconds, peak, devices)
 
@@ -164,17 +184,30 @@ def _on_any_rank(names: list[str]) -> list[str]:
 
 
 class StopOnSignal:
-    """While entered, SIGTERM asks the trainer to save and stop after the step; a second one kills as usual."""
+    """While entered, SIGTERM and SIGUSR1 ask the trainer to save and stop after the step; asked later again, it kills.
+
+    One request often arrives twice: Ctrl-C, systemd and Slurm signal the launchers and the ranks, and the launchers
+    pass it on. What comes within `ECHO_SECONDS` is the same request.
+    """
+
+    ECHO_SECONDS = 5.0
 
     def __init__(self, trainer: StageTrainer) -> None:
         self.trainer = trainer
+        self._asked: float | None = None
 
     def __enter__(self) -> None:
-        self._previous = signal.signal(signal.SIGTERM, self._request)
+        self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._asked is None:
+            self._asked = now
+        elif now - self._asked > self.ECHO_SECONDS:
+            signal.signal(number, self._previous[signal.Signals(number)])
+            os.kill(os.getpid(), number)
         self.trainer.stop_requested = True
-        signal.signal(signal.SIGTERM, self._previous)

@@ -1,7 +1,8 @@
 """Checkpoints that are whole or absent, what may be resumed, and the marks of a running and a finished stage.
 
 A checkpoint is written under `.saving/`, marked with `complete.json` and renamed, so a kill or a full disk leaves the
-last good one in place. `run/lock` keeps a second run out; `run/finished.json` is a stage's last file.
+last good one in place; the mark lists the files, so one that lost some later is noticed too. `run/lock` keeps a second
+run out; `run/finished.json` is a stage's last file.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def clear_staging(output_dir: Path) -> None:
 def publish(output_dir: Path, name: str, identity: dict[str, Any]) -> None:
     """Mark `.saving/<name>` complete and move it into place; `identity` is what a resume compares."""
     staged, target = output_dir / STAGING / name, output_dir / name
-    write_json(staged / COMPLETE, identity)
+    files = {str(path.relative_to(staged)): path.stat().st_size for path in staged.rglob("*") if path.is_file()}
+    write_json(staged / COMPLETE, {"identity": identity, "bytes": files})
     _sync(staged)
     if target.exists():
         shutil.rmtree(target)
@@ -81,12 +83,28 @@ def publish(output_dir: Path, name: str, identity: dict[str, Any]) -> None:
 def list_complete(output_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first; an incomplete one is named in a warning and left out."""
     found = []
-    for path in sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])):
-        if (path / COMPLETE).is_file():
-            found.append(path)
+    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-"))):
+        if problem := _torn(path):
+            logger.warning("%s: incomplete checkpoint skipped (%s)", path, problem)
         else:
-            logger.warning("%s: incomplete checkpoint skipped", path)
+            found.append(path)
     return found
+
+
+def _torn(checkpoint: Path) -> str | None:
+    """What is missing of a checkpoint, or None."""
+    if not (checkpoint / COMPLETE).is_file():
+        return f"no {COMPLETE}"
+    for name, size in _mark(checkpoint)["bytes"].items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != size:
+            return f"{name} should have {size} bytes, {'has another size' if path.is_file() else 'is not there'}"
+    return None
+
+
+def _mark(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
 
 
 # The same global batch may be shared out to ranks and micro-batches anew.
@@ -94,18 +112,28 @@ SPLIT = ("world_size", "per_device_train_batch_size", "gradient_accumulation_ste
 
 
 def check_identity(checkpoint: Path, identity: dict[str, Any], *, allow_changed: bool) -> bool:
-    """Refuse to resume when data, seed or batch geometry changed, naming the keys.
+    """Refuse to resume when data, seed or batch geometry changed, naming the keys, or when there is no state to resume.
 
     Returns:
-        whether the number of ranks is another one (with the same global batch).
+        whether DeepSpeed must cut the state anew: for another number of ranks (same global batch) or ZeRO stage.
     """
-    saved = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+    if not (checkpoint / "scheduler.pt").is_file():
+        raise UserError(
+            f"{checkpoint}: holds the model alone (training.save_only_model): no optimizer or schedule to go on from. "
+            "Choose another output_dir, and this as model.checkpoint to start from its weights"
+        )
+    saved = _mark(checkpoint)["identity"]
+    if (saved["zero_stage"] == 0) != (identity["zero_stage"] == 0):
+        raise UserError(
+            f"{checkpoint}: written {_engine(saved)}, which a run {_engine(identity)} cannot read: "
+            "restore the key deepspeed, or choose another output_dir"
+        )
     same_batch = _global_batch(saved) == _global_batch(identity)
     ignored = SPLIT if same_batch and saved["world_size"] != identity["world_size"] else ()
     changed = [
         f"{key} was {saved.get(key)!r}, is {value!r}"
         for key, value in identity.items()
-        if saved.get(key) != value and key not in ignored
+        if saved.get(key) != value and key not in (*ignored, "zero_stage")
     ]
     if changed and not allow_changed:
         raise UserError(
@@ -114,7 +142,11 @@ def check_identity(checkpoint: Path, identity: dict[str, Any], *, allow_changed:
         )
     if changed:
         logger.warning("%s: going on although %s", checkpoint, "; ".join(changed))
-    return bool(saved["world_size"] != identity["world_size"])
+    return any(saved[key] != identity[key] for key in ("world_size", "zero_stage"))
+
+
+def _engine(identity: dict[str, Any]) -> str:
+    return f"with ZeRO-{identity['zero_stage']}" if identity["zero_stage"] else "without DeepSpeed"
 
 
 def _global_batch(identity: dict[str, Any]) -> int:

@@ -37,8 +37,8 @@ class Guards(StrictConfig):
     """When a run stops or warns by itself.
 
     max_bad_steps: steps with a non-finite loss or gradient norm that are skipped before the run stops.
-    collapse_share, collapse_patience: warn when an expert gets less than this share of a layer's choices in this
-        many logging steps in a row.
+    collapse_share, collapse_patience: warn when an expert gets less than this share of a layer's tokens in this many
+        logging steps in a row.
     """
 
     max_bad_steps: int = Field(default=3, ge=0)

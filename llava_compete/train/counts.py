@@ -40,7 +40,11 @@ class StepCounts:
 
 
 def gather(batches: Sequence[dict[str, Any]], device: torch.device, *, stop: bool) -> StepCounts:
-    """Sum this rank's `batches` over ranks. `sample_ids` is taken out of each batch: the model has no use for it."""
+    """Sum this rank's `batches` over ranks.
+
+    `sample_ids` is taken out of each batch: the model has no use for it. A batch with `sequence_ids` gets
+    `num_local_sequences`, which the model would have to wait for the device for.
+    """
     totals = torch.zeros(6, dtype=torch.int64)
     for batch in batches:
         totals += torch.tensor(_count(batch), dtype=torch.int64)
@@ -74,6 +78,8 @@ def _count(batch: dict[str, Any]) -> list[int]:
     sequence_ids = batch.get("sequence_ids")
     # A rank without rows in the last batch has one filler token, which is part of no sequence.
     tokens = batch["attention_mask"] if sequence_ids is None else sequence_ids >= 0
+    if sequence_ids is not None:
+        batch["num_local_sequences"] = int(sequence_ids.max()) + 1
     checksum = sum(zlib.crc32(str(sample).encode()) for sample in batch.pop("sample_ids", ()))
     return [supervised, int(tokens.sum()), _num_samples(batch), images, checksum, 0]
 

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import deepspeed
 import torch
@@ -18,8 +18,12 @@ import torch.distributed as dist
 
 from llava_compete.errors import UserError
 
+T = TypeVar("T")
+
 # Long enough for rank 0 to convert a data set while the others wait.
 TIMEOUT = timedelta(minutes=30)
+# Importing from a slow shared disk keeps some ranks back; one that has not come by then has not been started.
+JOIN_LIMIT = timedelta(minutes=5)
 
 
 class SharedError(UserError):
@@ -50,11 +54,11 @@ _ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 @contextmanager
-def process_group(rank: Rank) -> Iterator[None]:
-    """Hold the default process group; gloo on CPU, NCCL beside gloo on GPU.
+def process_group(rank: Rank) -> Iterator[dist.Store]:
+    """Hold the default process group (gloo on CPU, NCCL beside gloo on GPU); gives the store that ranks met at.
 
     Raises:
-        UserError: the rendezvous port is taken or the other ranks cannot be reached.
+        UserError: the rendezvous port is taken or other ranks did not come.
     """
     for name, value in _ALONE.items():
         os.environ.setdefault(name, value)
@@ -68,16 +72,57 @@ def process_group(rank: Rank) -> Iterator[None]:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if rank.on_gpu else "gloo", timeout=TIMEOUT)
+        store = _open_store(rank)
+        meet(store, rank, "start", JOIN_LIMIT)
+        backend = "cpu:gloo,cuda:nccl" if rank.on_gpu else "gloo"
+        dist.init_process_group(
+            backend,
+            timeout=TIMEOUT,
+            store=dist.PrefixStore("group", store),
+            rank=rank.number,
+            world_size=rank.world_size,
+        )
     except (dist.DistError, RuntimeError, ValueError) as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise UserError(f"port in use: {address}; set MASTER_PORT to a free port") from error
         raise UserError(f"rank {rank.number}: no process group at {address}: {_first_line(error)}") from error
     try:
-        yield
+        yield store
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _open_store(rank: Rank) -> dist.Store:
+    """The rendezvous: small keys and values that all ranks see."""
+    # Under torchrun its agent serves the store already.
+    serves = rank.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        rank.world_size,
+        is_master=serves,
+        timeout=JOIN_LIMIT,
+        wait_for_workers=False,
+    )
+
+
+def meet(store: dist.Store, rank: Rank, place: str, limit: timedelta) -> None:
+    """Wait for all ranks to call this with the same `place`; needs no group, so it can tell who stays away.
+
+    Raises:
+        SharedError: naming the ranks that have not come within `limit`.
+    """
+    keys = [f"{place}/{number}" for number in range(rank.world_size)]
+    store.set(keys[rank.number], "here")
+    try:
+        store.wait(keys, limit)
+    except dist.DistStoreError:  # its way of saying that the time is over
+        absent = [str(number) for number, key in enumerate(keys) if not store.check([key])]
+        raise SharedError(
+            f"rank {', '.join(absent)} of {rank.world_size} did not come to the {place} within {limit.seconds} s; "
+            "is it running, and can its machine reach MASTER_ADDR?"
+        ) from None
 
 
 def main_first(rank: Rank) -> _MainFirst:
@@ -100,9 +145,14 @@ class _MainFirst:
     @staticmethod
     def _share(succeeded: bool | None) -> bool:
         """Rank 0 tells the others whether its body went well."""
-        box = [succeeded]
-        dist.broadcast_object_list(box, src=0)
-        return bool(box[0])
+        return bool(of_main(succeeded))
+
+
+def of_main(value: T) -> T:
+    """Rank 0's value, on all ranks; what it read from disk may not be everywhere yet."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 @contextmanager

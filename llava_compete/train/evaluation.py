@@ -61,9 +61,9 @@ def greedy_answers(
     answers = []
     for row in range(min(count, len(dataset))):
         item = dataset[row]
-        supervised = (item["labels"] != IGNORED_LABEL).nonzero()[:, 0].tolist()
-        start = supervised[0]
-        end = next((n for n in range(start, len(item["labels"])) if n not in set(supervised)), len(item["labels"]))
+        supervised = item["labels"] != IGNORED_LABEL
+        start = int(supervised.nonzero()[0, 0])
+        end = start + int(supervised[start:].cumprod(0).sum())
         prompt = item["input_ids"][:start].unsqueeze(0).to(device)
         pixels = item["pixel_values"]
         images = int((prompt == model.config.image_token_id).sum()) // max(processor.num_image_tokens, 1)

@@ -100,12 +100,16 @@ def _by_layer(layer: str, sums: RoutingMetrics) -> dict[str, Any]:
 
 
 def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The part of the metrics that TensorBoard and the console can show."""
-    return {key: float(value) for key, value in metrics.items() if isinstance(value, int | float)}
+    """The part of the metrics that TensorBoard and Weights & Biases can show: numbers, and of a list of expert loads
+    its least and its greatest."""
+    result = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float)}
+    for layer, load in expert_loads(metrics):
+        result |= {f"expert_load_min/{layer}": min(load), f"expert_load_max/{layer}": max(load)}
+    return result
 
 
 def expert_loads(metrics: Mapping[str, Any]) -> Iterable[tuple[str, list[float]]]:
-    """(layer, share of tokens by expert) pairs of one logging step."""
+    """(layer, share of the layer's choices by expert) pairs of one logging step."""
     for key, value in metrics.items():
         if key.startswith("expert_load/"):
             yield key.removeprefix("expert_load/"), value

@@ -1,6 +1,6 @@
 """Minutes of a cluster are dear: before anything is loaded, find the rank that cannot take part, and name it.
 
-A barrier with a limit, a small all-reduce on the devices, equal package versions, one shared output directory.
+A roll-call and a small all-reduce on the devices with a limit, equal package versions, one shared output directory.
 `check_space` runs later, once the model's size is known.
 """
 
@@ -11,14 +11,13 @@ import shutil
 import socket
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from llava_compete.errors import UserError
 from llava_compete.manifest import package_versions
-from llava_compete.train.distributed import Rank, SharedError
+from llava_compete.train.distributed import Rank, SharedError, meet
 
 logger = logging.getLogger(__name__)
 
@@ -26,15 +25,28 @@ LIMIT = timedelta(seconds=60)
 GIB = 2**30
 
 
-def preflight(rank: Rank, output_dir: Path) -> None:
-    """Check that all ranks can work together.
+def check_links(rank: Rank, store: dist.Store) -> None:
+    """Everybody is there within the limit, and the devices can talk.
+
+    Raises:
+        UserError: naming the ranks that are missing, or the one whose device cannot reach the others.
+    """
+    meet(store, rank, "preflight", LIMIT)
+    ones = torch.ones(1, device="cuda" if rank.on_gpu else "cpu")
+    try:
+        if not dist.all_reduce(ones, async_op=True).wait(timeout=LIMIT) or int(ones) != rank.world_size:
+            raise RuntimeError(f"the sum of {rank.world_size} ones is {int(ones)}")
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"rank {rank.number} on {socket.gethostname()}: all-reduce failed: {text}") from error
+
+
+def check_alike(rank: Rank, output_dir: Path) -> None:
+    """All ranks have the same package versions and see the same output directory.
 
     Raises:
         UserError: naming the rank and its host.
     """
-    if rank.world_size == 1:
-        return
-    _meet(rank)
     facts: list[tuple[str, dict[str, str], bool]] = [("", {}, False)] * rank.world_size
     probe = output_dir / "run" / ".preflight"
     if rank.is_main:
@@ -49,25 +61,16 @@ def preflight(rank: Rank, output_dir: Path) -> None:
     for number, (host, versions, sees_output) in enumerate(facts):
         if not sees_output:
             raise SharedError(f"rank {number} on {host} does not see {output_dir}, where rank 0 writes; share it")
-        for name, version in versions.items():
-            if expected.get(name) != version:
+        for name in sorted(expected.keys() | versions.keys()):
+            if expected.get(name) != versions.get(name):
                 raise SharedError(
-                    f"rank {number} on {host} has {name} {version}, rank 0 has {expected.get(name)}; install the same"
+                    f"rank {number} on {host} has {_version(name, versions)}, rank 0 has {_version(name, expected)}; "
+                    "install the same"
                 )
 
 
-def _meet(rank: Rank) -> None:
-    """Everybody is there within the limit, and the devices can talk."""
-    group: Any = dist.new_group(backend="gloo")
-    try:
-        dist.monitored_barrier(group, timeout=LIMIT, wait_all_ranks=True)
-        if rank.on_gpu:
-            ones = torch.ones(1, device="cuda")
-            if not dist.all_reduce(ones, async_op=True).wait(timeout=LIMIT) or int(ones) != rank.world_size:
-                raise RuntimeError(f"all-reduce over {rank.world_size} GPUs gave {int(ones)}")
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        raise UserError(f"rank {rank.number} on {socket.gethostname()}: the ranks do not meet: {text}") from error
+def _version(name: str, versions: dict[str, str]) -> str:
+    return f"{name} {versions[name]}" if name in versions else f"no {name}"
 
 
 def check_space(output_dir: Path, parameters: int, trainable: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ from llava_compete.train.adapters import with_adapters
 from llava_compete.train.arguments import build_arguments
 from llava_compete.train.callbacks import CompetitionCallback, StepCallback, StopOnSignal
 from llava_compete.train.config import DEEPSPEED_DIR, TrainConfig
-from llava_compete.train.distributed import Rank, all_or_none, main_first, process_group, this_rank
+from llava_compete.train.distributed import Rank, all_or_none, main_first, of_main, process_group, this_rank
 from llava_compete.train.feed import Feed, build_feed
-from llava_compete.train.preflight import check_space, preflight
+from llava_compete.train.preflight import check_alike, check_links, check_space
 from llava_compete.train.start import start_model
 from llava_compete.train.trainer import StageTrainer
 from llava_compete.train.watch import AnswersCallback, WatchCallback
@@ -48,20 +48,22 @@ def train(config: TrainConfig, *, allow_changed: bool = False) -> None:
     """
     rank = this_rank()
     with ExitStack() as stack:
-        stack.enter_context(process_group(rank))
+        store = stack.enter_context(process_group(rank))
         if not rank.on_gpu:
             keep_freed_memory()
         config.output_dir.mkdir(parents=True, exist_ok=True)
         setup_console(config.output_dir / "run" / "console.log", rank.number)
         disable_progress_bar()
+        check_links(rank, store)
+        finished = False
         with all_or_none(rank, "output directory"):
             if rank.is_main:
                 stack.enter_context(checkpoints.output_lock(config.output_dir))
-            finished = _already_finished(config)
-        if finished:
+                finished = _already_finished(config)
+        if of_main(finished):
             logger.info("%s: stage %s has finished already", config.output_dir, config.stage)
             return
-        preflight(rank, config.output_dir)
+        check_alike(rank, config.output_dir)
         _run(config, rank, allow_changed)
 
 
@@ -89,7 +91,7 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> None:
     set_seed(config.seed)
     with all_or_none(rank, "model"), main_first(rank):
         # Built whole on every rank, never under zero.Init: DeepSpeed shards it afterwards (design rule 6).
-        sharding = getattr(arguments, "hf_deepspeed_config", None)  # set by TrainingArguments only with DeepSpeed
+        sharding = getattr(arguments, "hf_deepspeed_config", None)
         unset_hf_deepspeed_config()
         model, processor, moe = start_model(config, rank)
         if sharding is not None:
@@ -106,19 +108,23 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> None:
     trainer = _build_trainer(config, rank, arguments, model, processor, data)
     competition = CompetitionCallback(trainer, moe)
     steps = StepCallback(trainer, competition)
-    watch = WatchCallback(trainer, steps, config.output_dir / "run" / "metrics.jsonl")
+    watch = WatchCallback(trainer, config.output_dir / "run" / "metrics.jsonl")
     answers = AnswersCallback(trainer, config.output_dir / "run" / "answers.jsonl")
     for callback in (competition, steps, watch, answers):
         trainer.add_callback(callback)
+    checkpoint, resharded = None, False
     with all_or_none(rank, "checkpoint"):
-        checkpoint = _checkpoint_to_resume(config, rank, trainer.identity, sharding, allow_changed)
         if rank.is_main:
+            checkpoint, resharded = _checkpoint_to_resume(config, trainer.identity, allow_changed)
             rows = _trainable_rows(config, trainer)
             check_space(config.output_dir, sum(r.parameters for r in rows), sum(r.trainable_parameters for r in rows))
+    checkpoint, resharded = of_main((checkpoint, resharded))
+    if resharded and sharding is not None:
+        universal.load_universal(sharding)
     if rank.is_main:
         _describe(config, trainer, data, moe)
     started = time.perf_counter()
-    with StopOnSignal(trainer):
+    with StopOnSignal(trainer), closing(watch):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < trainer.state.max_steps:
         logger.info("stopped at step %d; the same command goes on from here", trainer.state.global_step)
@@ -132,10 +138,19 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> None:
             "tokens": steps.tokens,
             "samples": steps.samples,
             "competition_steps": competition.count(trainer.state.max_steps),
+            "competition_overhead": steps.competition_overhead(),
         }
         watch.write_end(summary)
         checkpoints.write_finished(config.output_dir, summary)
+        if (overhead := summary["competition_overhead"]) is not None:
+            logger.info("competitions added %.1f%% to the step time", 100 * overhead)
         logger.info("%s: wrote the %s model to %s", config.stage, config.stage, config.output_dir)
+
+
+def _zero_stage(arguments: Any) -> int:
+    """1 to 3; 0 without DeepSpeed."""
+    sharding = getattr(arguments, "hf_deepspeed_config", None)  # set by TrainingArguments only with DeepSpeed
+    return sharding.get_value("zero_optimization.stage", 0) if sharding is not None else 0
 
 
 def _gather_whole(model: Any) -> None:
@@ -154,6 +169,7 @@ def _build_trainer(
         "seed": config.seed,
         "data_digest": data.digest,
         "world_size": rank.world_size,
+        "zero_stage": _zero_stage(arguments),
         "per_device_train_batch_size": arguments.per_device_train_batch_size,
         "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
         "max_steps": arguments.max_steps,
@@ -177,20 +193,18 @@ def _build_trainer(
 
 
 def _checkpoint_to_resume(
-    config: TrainConfig, rank: Rank, identity: dict[str, Any], sharding: Any, allow_changed: bool
-) -> Path | None:
-    if rank.is_main:
-        checkpoints.clear_staging(config.output_dir)
+    config: TrainConfig, identity: dict[str, Any], allow_changed: bool
+) -> tuple[Path | None, bool]:
+    """The last complete checkpoint, if there is one, and whether DeepSpeed must cut its state anew; rank 0 only."""
+    checkpoints.clear_staging(config.output_dir)
     complete = checkpoints.list_complete(config.output_dir)
     if not complete:
-        return None
+        return None, False
     resharded = checkpoints.check_identity(complete[-1], identity, allow_changed=allow_changed)
-    if resharded and sharding is not None:
-        if rank.is_main:
-            universal.convert(complete[-1])
-        universal.load_universal(sharding)
+    if resharded and identity["zero_stage"]:
+        universal.convert(complete[-1])
     logger.info("%s: going on from %s", config.stage, complete[-1].name)
-    return complete[-1]
+    return complete[-1], resharded
 
 
 def _describe(config: TrainConfig, trainer: StageTrainer, data: Feed, moe: MoeConfig | None) -> None:

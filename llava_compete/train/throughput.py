@@ -6,12 +6,15 @@ backward (recomputation under checkpointing and the experts that a competition a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from llava_compete.model.meta_step import simulate
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
+from llava_compete.train.adapters import with_adapters
+from llava_compete.train.config import Part, PartTraining
 
 # Dense bf16 matrix products, FLOP/s, from the makers' data sheets; first match in the device's name.
 PEAK_BF16 = {
@@ -40,13 +43,17 @@ def device_peak(device: torch.device) -> float | None:
     return next((peak for key, peak in PEAK_BF16.items() if key in name), None)
 
 
-def count_flops(model: Any, length: int) -> Flops:
-    """Operations of `model`, with its present `requires_grad` flags, for samples of about `length` tokens."""
+def count_flops(model: Any, length: int, trainable: Mapping[Part, PartTraining] | None = None) -> Flops:
+    """Operations of `model`, with its present `requires_grad` flags, for samples of about `length` tokens.
+
+    trainable: the stage's map, when it has put adapters into the model.
+    """
     with torch.device("meta"):
         twin = LlavaCompeteForConditionalGeneration(model.config).train()
+        with_adapters(twin, trainable or {})
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in twin.named_parameters():
-        parameter.requires_grad_(flags.get(name, True))
+        parameter.requires_grad_(flags[name])
     images = 0 if model.config.tower is None else 1
     short = simulate(twin, 1, length, images, frozenset()).flops
     long = simulate(twin, 1, 2 * length, images, frozenset()).flops

@@ -46,8 +46,8 @@ def apply(model: nn.Module, trainable: Mapping[Part, PartTraining]) -> None:
         UserError: a named part has no parameters in this model.
     """
     found = {part_of(name) for name, _ in model.named_parameters()}
-    for part, setting in trainable.items():
-        if part not in found and setting.mode != "frozen":
+    for part in trainable:
+        if part not in found:
             raise UserError(f"trainable.{part}: the model has no {part} part; it has {', '.join(sorted(found))}")
     for name, parameter in model.named_parameters():
         mode = _setting(trainable, part_of(name)).mode

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -28,11 +29,16 @@ from llava_compete.model.build import save_checkpoint
 from llava_compete.train import checkpoints, counts, trainable, universal
 from llava_compete.train.adapters import save_merged
 from llava_compete.train.config import TrainConfig
+from llava_compete.train.diagnose import first_bad_layer
 from llava_compete.train.evaluation import validation_loss
 from llava_compete.train.metrics import StepMetrics, scalars
 
 # With less than this left, a failed write is taken for a full disk.
 FULL_DISK_BYTES = 64 * 2**20
+# What a checkpoint of a LoRA stage holds beside peft's adapter: parts that train in full.
+ADAPTED_WEIGHTS = "trained.safetensors"
+# torch's kinds of running out of memory that are plain RuntimeErrors.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class StageLoader(DataLoader):
@@ -65,6 +71,9 @@ class StageTrainer(Trainer):
         self.bad_step = False
         self._steps_since_log = self._good_steps_since_log = 0
         self.record: dict[str, Any] = {}
+        # Throughput and times since its last call; the step callback, which measures them, sets it.
+        self.take_window: Callable[[], dict[str, Any]] = dict
+        self._micro_batch = "before the first step"
 
     # ---- data: the sampler already shares rows out to ranks, so accelerate must not do it again ----
 
@@ -93,6 +102,7 @@ class StageTrainer(Trainer):
                 str(error).strip().splitlines()[-1].removeprefix("llava_compete.errors.UserError: ")
             ) from error
         self.step_counts = counts.gather(batches, device, stop=self.stop_requested)
+        self._batches = batches
         self._loss_before_step = self._tr_loss.clone()
         return batches, self.step_counts.supervised_tokens
 
@@ -116,22 +126,33 @@ class StageTrainer(Trainer):
             ]
         return self.optimizer
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; running out of memory, wherever, says what did not fit and which settings to change."""
+        try:
+            return super().train(*args, **kwargs)
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
+                raise UserError(self._out_of_memory()) from error
+            raise
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """As the Trainer's; running out of memory says what did not fit and which settings make it smaller."""
-        try:
-            return super().training_step(model, inputs, num_items_in_batch)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise UserError(self._out_of_memory(inputs)) from error
-
-    def _out_of_memory(self, inputs: dict[str, Any]) -> str:
+        """As the Trainer's; notes the micro-batch's shape, should it not fit in memory."""
         rows, length = inputs["input_ids"].shape
         images = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
-        competing = sorted(self.core_model.routing.competing)
+        competing = (
+            ", competition in " + ", ".join(sorted(layers)) if (layers := self.core_model.routing.competing) else ""
+        )
+        self._micro_batch = (
+            f"in step {self.state.global_step + 1}: micro-batch of {rows} rows, padded to {length} tokens, "
+            f"{images} images{competing}"
+        )
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _out_of_memory(self) -> str:
         return (
-            f"out of memory in step {self.state.global_step + 1}: micro-batch of {rows} rows, padded to {length} "
-            f"tokens, {images} images{', competition in ' + ', '.join(competing) if competing else ''}. Halve "
+            f"out of memory {self._micro_batch}. Halve "
             f"training.per_device_train_batch_size (now {self.args.per_device_train_batch_size}) and double "
             f"training.gradient_accumulation_steps (now {self.args.gradient_accumulation_steps}); then "
             "training.activation_checkpointing=true, moe.<part>.competition_chunk_tokens, a smaller data.max_length, "
@@ -156,6 +177,13 @@ class StageTrainer(Trainer):
         loss = outputs.loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
+    def first_bad_layer(self) -> list[str]:
+        """Where this step's forward first is not finite, run again; every rank must call it."""
+        with self.compute_loss_context_manager():
+            return first_bad_layer(
+                self.core_model, lambda batch: self.model_wrapped(**self._prepare_inputs(batch)), self._batches
+            )
+
     @property
     def core_model(self) -> Any:
         """The LlavaCompete model inside peft's wrapper."""
@@ -172,6 +200,7 @@ class StageTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         norm = norm.item() if isinstance(norm, Tensor) else float(norm if norm is not None else 0.0)
         self.bad_step = not math.isfinite(norm) or self.accelerator.optimizer_step_was_skipped
+        norm = math.nan if self.bad_step else norm  # ZeRO-3 keeps the last good step's
         self._steps_since_log += 1
         self._good_steps_since_log += not self.bad_step
         if self.bad_step:
@@ -198,6 +227,7 @@ class StageTrainer(Trainer):
             metrics = self.step_metrics.collect(self.train_dataset.counters)
             metrics |= {f"learning_rate/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
             metrics["memory_gib"] = _peak_memory_gib(self.args.device)
+            metrics |= self.take_window()
             self.record |= metrics
             logs = {**logs, **scalars(metrics)}
         super().log(logs, start_time)
@@ -255,7 +285,7 @@ class StageTrainer(Trainer):
         engine = self.model_wrapped if self.is_deepspeed_enabled else self.model
         state_dict = self.accelerator.get_state_dict(engine)
         if self.args.should_save:
-            trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            trained = self._trained()
             state_dict = {name: tensor for name, tensor in state_dict.items() if name in trained}
             save_merged(base(), self.config.trainable, state_dict, self.processing_class, directory)
 
@@ -264,10 +294,29 @@ class StageTrainer(Trainer):
         directory = Path(output_dir or self.args.output_dir)
         if not self.args.should_save:
             return
-        if _has_adapters(self.model):
-            self.model.save_pretrained(directory, state_dict=state_dict)
-        else:
+        if not _has_adapters(self.model):
             save_checkpoint(self.model, self.processing_class, directory, state_dict)
+            return
+        self.model.save_pretrained(directory, state_dict=state_dict)
+        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        save_file({name: state_dict[name].contiguous() for name in self._trained()}, directory / ADAPTED_WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The weights of a checkpoint without DeepSpeed: peft's loading would leave out parts that train in full."""
+        if not _has_adapters(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        weights = load_file(Path(resume_from_checkpoint) / ADAPTED_WEIGHTS)
+        result = self.model.load_state_dict(weights, strict=False)
+        lost = self._trained() - weights.keys()
+        if lost or result.unexpected_keys:
+            raise UserError(
+                f"{resume_from_checkpoint}/{ADAPTED_WEIGHTS}: does not fit the `trainable` map: "
+                f"{sorted(lost)[:2] + result.unexpected_keys[:2]}"
+            )
+
+    def _trained(self) -> set[str]:
+        return {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
 
 def _has_adapters(model: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llava_compete.train.callbacks import StepCallback
+from llava_compete.moe.block import moe_blocks
 from llava_compete.train.evaluation import greedy_answers, write_answers
 from llava_compete.train.metrics import expert_loads
 from llava_compete.train.trainer import StageTrainer
@@ -26,9 +26,8 @@ logger = logging.getLogger(__name__)
 class WatchCallback(TrainerCallback):
     """Rank 0's console (a bar, one line a logging step) and `run/metrics.jsonl`; warns when experts starve."""
 
-    def __init__(self, trainer: StageTrainer, steps: StepCallback, path: Path) -> None:
+    def __init__(self, trainer: StageTrainer, path: Path) -> None:
         self.trainer = trainer
-        self.steps = steps
         self.path = path
         self.bar: Any = None
         self._starved: dict[str, int] = {}
@@ -51,11 +50,9 @@ class WatchCallback(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        record = {"step": state.global_step, "epoch": state.epoch, **self.trainer.record}
-        if "loss" in record:
-            record |= self.steps.take_window()
         if not state.is_world_process_zero:
             return
+        record = {"step": state.global_step, "epoch": state.epoch, **self.trainer.record}
         if "loss" in record:
             self._check_collapse(record)
             logger.info("%s", _console_line(record, state.max_steps))
@@ -64,7 +61,8 @@ class WatchCallback(TrainerCallback):
         if "train_runtime" not in record:
             self._write(record)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def close(self) -> None:
+        """End the bar's line, so that an error has one of its own."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -80,14 +78,16 @@ class WatchCallback(TrainerCallback):
 
     def _check_collapse(self, record: dict[str, Any]) -> None:
         guards = self.trainer.config.guards
+        blocks = moe_blocks(self.trainer.core_model)
         for layer, load in expert_loads(record):
             low = min(range(len(load)), key=load.__getitem__)
-            starved = load[low] < guards.collapse_share
-            self._starved[layer] = self._starved.get(layer, 0) + 1 if starved else 0
+            # A token makes K choices, so an expert's share of tokens is K times its share of choices.
+            share = load[low] * blocks[layer].config.num_experts_per_tok
+            self._starved[layer] = self._starved.get(layer, 0) + 1 if share < guards.collapse_share else 0
             if self._starved[layer] == guards.collapse_patience:
                 logger.warning(
                     "step %d: router collapse in %s: expert %d got %.2f%% of tokens for %d logging steps",
-                    *(record["step"], layer, low, 100 * load[low], guards.collapse_patience),
+                    *(record["step"], layer, low, 100 * share, guards.collapse_patience),
                 )
 
 

@@ -1,7 +1,7 @@
 # Sourced by the stage scripts: starts `llava-compete train` on all ranks through the right launcher.
 # shellcheck shell=bash
 #
-#   NUM_GPUS        GPUs of this machine to use (default: all; 0 = CPU)
+#   NUM_GPUS        GPUs of this machine to use (default: all that CUDA_VISIBLE_DEVICES names, or all; 0 = CPU)
 #   NUM_PROCESSES   ranks on CPU (default 2)
 #   HOSTFILE        DeepSpeed hostfile: several machines over ssh, started from one
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several machines over torchrun, started on each
@@ -12,7 +12,9 @@ ensure_venv
 export PATH="$VENV/bin:$PATH"
 
 count_gpus() {
-  if command -v nvidia-smi >/dev/null; then nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true; else echo 0; fi
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
+  elif command -v nvidia-smi >/dev/null; then nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true; else echo 0; fi
 }
 
 free_port() {
@@ -26,14 +28,20 @@ stop_ranks() {
   stopped=yes
   if [ "$name" = torchrun ]; then
     pkill -TERM -P "$launcher" || true
-  else # `deepspeed` starts one process, which starts the ranks
-    for child in $(pgrep -P "$launcher"); do pkill -TERM -P "$child" || true; done
+    return
   fi
+  for child in $(pgrep -P "$launcher"); do
+    if [ "$(ps -o comm= -p "$child")" = pdsh ]; then
+      kill -TERM "$launcher" # it alone reaches the other machines' ranks
+    else # `deepspeed` starts one process, which starts the ranks
+      pkill -TERM -P "$child" || true
+    fi
+  done
 }
 
 # run_stage STAGE [CONFIG] [KEY=VALUE | --option ...]
 run_stage() {
-  local stage=$1 config=configs/demo/$1.yaml gpus processes launcher status=0
+  local stage=$1 config=configs/demo/$1.yaml gpus processes devices launcher status=0
   shift
   if [ $# -gt 0 ] && [[ $1 != *=* && $1 != -* ]]; then
     config=$1
@@ -48,6 +56,10 @@ run_stage() {
     cores=$(nproc)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
   fi
+  devices=(--num_gpus "$processes")
+  if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then # `deepspeed --num_gpus` would take others
+    devices=(--include "localhost:$(cut -d, -f "1-$gpus" <<<"$CUDA_VISIBLE_DEVICES")")
+  fi
   export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 
   if [ -n "${NNODES:-}" ]; then
@@ -57,7 +69,7 @@ run_stage() {
   elif [ -n "${HOSTFILE:-}" ]; then
     launcher=(deepspeed --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}" --no_local_rank --log_level critical --module)
   else
-    launcher=(deepspeed --num_gpus "$processes" --master_addr 127.0.0.1 --master_port "${MASTER_PORT:-$(free_port)}"
+    launcher=(deepspeed "${devices[@]}" --master_addr 127.0.0.1 --master_port "${MASTER_PORT:-$(free_port)}"
       --no_local_rank --log_level critical --module)
   fi
   stopped=no

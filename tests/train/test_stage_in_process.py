@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from llava_compete.config import parse_config
 from llava_compete.errors import UserError
 from llava_compete.model.build import load_checkpoint
 from llava_compete.moe.upcycle import upcycle
-from llava_compete.train import callbacks, checkpoints, trainer
+from llava_compete.train import callbacks, checkpoints, trainer, watch
 from llava_compete.train.config import TrainConfig
 from llava_compete.train.run import train
 
@@ -80,8 +81,10 @@ def _assert_same_curve(left: Path, right: Path, tolerance: float = 1e-5) -> None
     for one, other in pairs:
         assert one["sample_checksum"] == other["sample_checksum"]
         assert one["competition_layers"] == other["competition_layers"]
-        for key in ("loss", "lm_loss", "grad_norm", "language/aux_loss", "vision/aux_loss", "projector/aux_loss"):
-            assert one[key] == pytest.approx(other[key], rel=tolerance, abs=1e-9), (one["step"], key)
+        for key in ("loss", "grad_norm", *(key for key in one if key.endswith("_loss"))):
+            # Single terms of a small competition jump by about 1e-8 where a tie falls the other way.
+            exact = key in ("loss", "grad_norm", "lm_loss") or key.endswith("aux_loss")
+            assert one[key] == pytest.approx(other[key], rel=tolerance, abs=1e-9 if exact else 1e-6), (one["step"], key)
 
 
 def test_stages_one_after_the_other(data: Path, tmp_path: Path) -> None:
@@ -103,6 +106,12 @@ def test_stages_one_after_the_other(data: Path, tmp_path: Path) -> None:
     assert len(record["expert_load/language.0"]) == 4
     assert sum(record["expert_load/language.0"]) == pytest.approx(1.0)
     assert record["dropped/language.0"] == 0
+    for key in ("supervised_tokens_per_second", "memory_gib", "learning_rate/projector", "competition_share"):
+        assert record[key] >= 0
+    for name in ("router_entropy/language.0", "router_margin/language.0"):
+        assert record[name] > 0
+    log = [line for line in read_metrics(tuned) if "router_agreement/language.0" in line]
+    assert all(0 <= line["router_agreement/language.0"] <= 1 for line in log)
     end = json.loads((tuned / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert (end["event"], end["steps"]) == ("end", 3)
     assert end["competition_steps"] >= 1
@@ -133,14 +142,15 @@ def test_loss_does_not_depend_on_micro_batches_or_checkpointing(data: Path, tmp_
 
 
 def test_resume_equals_straight(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_steps": 3}
+    # 3 steps an epoch: step 4 is inside the second.
+    training = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_steps": 4}
     straight = _run(stage_config("sft", data, tmp_path / "straight", training=training, **FRESH))
     broken = stage_config("sft", data, tmp_path / "broken", training=training, **FRESH)
     _at_step(monkeypatch, 5, _fail)
     with pytest.raises(KeyboardInterrupt):
         _run(broken)
-    assert [path.name for path in checkpoints.list_complete(tmp_path / "broken")] == ["checkpoint-3"]
-    (tmp_path / "broken" / "checkpoint-4").mkdir()
+    assert [path.name for path in checkpoints.list_complete(tmp_path / "broken")] == ["checkpoint-4"]
+    (tmp_path / "broken" / "checkpoint-5").mkdir()
     with pytest.raises(UserError, match=r"the run has changed: seed was 0, is 1"):
         _run({**broken, "seed": 1})
     with pytest.raises(UserError, match=r"per_device_train_batch_size was 4, is 2"):
@@ -177,7 +187,10 @@ def test_non_finite_steps_are_skipped_then_stop_the_run(
 
     monkeypatch.setattr(trainer.StageTrainer, "compute_loss", compute_loss)
     training = {"max_steps": 12, "save_steps": 2, "per_device_train_batch_size": 8}
-    with pytest.raises(UserError, match=r"not finite: .*(vision|projector|lm_loss).*stopped after 2 such steps"):
+    terms = (
+        r"not finite: layer vision\.0, lm_loss, .*stopped after 2 such steps in a row \(guards\.max_bad_steps is 1\)"
+    )
+    with pytest.raises(UserError, match=terms):
         _run(stage_config("sft", data, tmp_path / "nan", training=training, guards={"max_bad_steps": 1}, **FRESH))
     good = checkpoints.list_complete(tmp_path / "nan")[0]
     assert all(tensor.isfinite().all() for tensor in load_file(good / "model.safetensors").values())
@@ -200,6 +213,44 @@ def test_exactly_the_trainable_tensors_change(data: Path, tmp_path: Path) -> Non
     before, after = load_file(start / "model.safetensors"), load_file(tuned / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.startswith("projector.")}
+
+
+def test_lora_resume_equals_straight(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = _run(stage_config("pretrain_align", data, tmp_path / "start", training={"max_steps": 1}, deepspeed=None))
+
+    def stage(name: str, micro: int) -> dict[str, Any]:
+        return stage_config(
+            "pft",
+            data,
+            tmp_path / name,
+            model={"checkpoint": str(start)},
+            trainable={"projector": "full", "language": {"mode": "lora", "lora_rank": 2}},
+            training={
+                "per_device_train_batch_size": micro,
+                "gradient_accumulation_steps": 8 // micro,
+                "save_steps": 4,
+            },
+            deepspeed=None,
+        )
+
+    straight = _run(stage("straight", 8))
+    _at_step(monkeypatch, 5, _fail)
+    with pytest.raises(KeyboardInterrupt):
+        _run(stage("broken", 2))
+    _assert_same_curve(straight, _run(stage("broken", 2)))
+
+
+def test_a_checkpoint_of_weights_alone_is_not_gone_on_from(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"save_steps": 2, "save_only_model": True}
+    config = stage_config("sft", data, tmp_path / "out", training=training, **FRESH)
+    _at_step(monkeypatch, 3, _fail)
+    with pytest.raises(KeyboardInterrupt):
+        _run(config)
+    assert not list((tmp_path / "out" / "checkpoint-2").glob("optimizer*"))
+    with pytest.raises(UserError, match=r"checkpoint-2: holds the model alone \(training\.save_only_model\)"):
+        _run(config)
 
 
 @pytest.mark.parametrize("quantization", [None, "4bit"])
@@ -265,3 +316,59 @@ def test_a_full_disk_leaves_the_last_checkpoint(data: Path, tmp_path: Path, monk
     out = _run(config)
     assert checkpoints.read_finished(out) is not None
     assert not (out / checkpoints.STAGING).exists()
+
+
+def test_everything_watched_reaches_tensorboard(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    monkeypatch.setattr(callbacks, "device_peak", lambda _: 1e12)
+    training = {"max_steps": 4, "report_to": "tensorboard"}  # in which every part competes
+    out = _run(stage_config("sft", data, tmp_path / "out", training=training, **FRESH))
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    shown = {tag.removeprefix("train/") for tag in board.Tags()["scalars"]}
+    records = read_metrics(out)
+    logged = {key for record in records for key, value in record.items() if isinstance(value, int | float)}
+    assert logged - shown == {"step"}
+    assert {"expert_load_min/vision.0", "time/competition_step", "competition_share", "mfu", "memory_gib"} <= shown
+    assert all(0 < record["mfu"] < 1 for record in records)
+    terms = ("distillation_loss", "winner_distillation_loss", "diversity_loss", "balance_loss", "aux_loss")
+    assert {f"{part}/{term}" for part in ("vision", "projector", "language") for term in terms} <= shown
+
+
+def test_router_collapse_is_a_warning(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Of 2 choices a token, expert 3 of language.1 gets 0.4% (0.8% of tokens), expert 3 of language.0 0.6% (1.2%).
+    loads = {"language.0": [0.4, 0.3, 0.294, 0.006], "language.1": [0.4, 0.3, 0.296, 0.004]}
+    monkeypatch.setattr(watch, "expert_loads", lambda _: loads.items())
+    _run(stage_config("sft", data, tmp_path / "out", training={"max_steps": 4}, **FRESH))
+    (warning,) = re.findall("warning: .*collapse.*", capsys.readouterr().err)
+    assert warning == "warning: step 3: router collapse in language.1: expert 3 got 0.80% of tokens for 3 logging steps"
+
+
+@pytest.mark.parametrize("where", ["forward", "optimizer step"])
+def test_out_of_memory_says_what_did_not_fit(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def no_memory(*_: Any, **options: Any) -> Any:
+        torch.empty(2**60)
+
+    if where == "forward":
+        monkeypatch.setattr(trainer.StageTrainer, "compute_loss", no_memory)
+    else:
+        monkeypatch.setattr(torch.optim.AdamW, "step", no_memory)
+    expected = (
+        r"out of memory in step 1: micro-batch of 4 rows, padded to \d+ tokens, \d images.* Halve "
+        r"training\.per_device_train_batch_size \(now 4\).*training\.activation_checkpointing=true"
+    )
+    with pytest.raises(UserError, match=expected):
+        _run(stage_config("sft", data, tmp_path / "out", **FRESH))
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_alike(data: Path, tmp_path: Path) -> None:
+    plain = _run(stage_config("sft", data, tmp_path / "plain", **FRESH))
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    _assert_same_curve(plain, _run(stage_config("sft", data, tmp_path / "compiled", training=compiled, **FRESH)))

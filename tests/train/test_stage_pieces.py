@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from stage_kit import stage_config
+from stage_kit import stage_config, write_data
 from torch import nn
 
 from llava_compete.config import parse_config
+from llava_compete.data.sampler import GlobalBatchSampler
 from llava_compete.errors import UserError
 from llava_compete.train import checkpoints, counts, trainable, universal
 from llava_compete.train.config import DEEPSPEED_DIR, PartTraining, TrainConfig
@@ -91,8 +93,18 @@ def test_trainable_map_sets_gradients_groups_and_table() -> None:
 def test_trainable_part_that_the_model_lacks_is_refused() -> None:
     model = _Parts()
     del model.vision_tower
-    with pytest.raises(UserError, match=r"trainable\.vision: the model has no vision part"):
-        trainable.apply(model, {"vision": PartTraining()})
+    for mode in ("full", "frozen"):
+        with pytest.raises(UserError, match=r"trainable\.vision: the model has no vision part"):
+            trainable.apply(model, {"vision": PartTraining(mode=mode)})  # type: ignore[arg-type]
+
+
+def test_the_data_of_the_launched_tests_has_a_step_with_text_alone_on_one_rank(tmp_path: Path) -> None:
+    rows = 48
+    records = json.loads(write_data(tmp_path / "data", rows).read_text(encoding="utf-8"))
+    modalities = np.array(["image" in record for record in records], dtype=np.int8)
+    ranks = [GlobalBatchSampler(np.ones(rows), modalities, 8, 4, 2, rank, 0) for rank in range(2)]
+    kinds = [tuple(set(modalities[batch].tolist()) for batch in step) for step in zip(*ranks, strict=True)]
+    assert ({0}, {1}) in kinds
 
 
 def test_counts_of_a_step() -> None:
@@ -124,32 +136,69 @@ def _filler() -> dict[str, object]:
 
 
 def test_a_checkpoint_counts_only_when_published(tmp_path: Path) -> None:
-    staged = tmp_path / checkpoints.STAGING / "checkpoint-3"
-    staged.mkdir(parents=True)
-    (staged / "weights").write_text("w", encoding="utf-8")
+    staged = _stage(tmp_path, "checkpoint-3")
     assert checkpoints.list_complete(tmp_path) == []
-    split = {"world_size": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-    checkpoints.publish(tmp_path, "checkpoint-3", {"seed": 1, **split})
-    (tmp_path / "checkpoint-9").mkdir()
+    checkpoints.publish(tmp_path, "checkpoint-3", {"seed": 1, "data_digest": "a", **_identity(2, 4, 1)})
+    assert not staged.exists()
+    for name in ("checkpoint-9", "checkpoint-3.old"):
+        (tmp_path / name).mkdir()
     assert checkpoints.list_complete(tmp_path) == [tmp_path / "checkpoint-3"]
-    checkpoints.check_identity(tmp_path / "checkpoint-3", {"seed": 1, **split}, allow_changed=False)
-    with pytest.raises(UserError, match="seed was 1, is 2"):
-        checkpoints.check_identity(tmp_path / "checkpoint-3", {"seed": 2, **split}, allow_changed=False)
-    checkpoints.check_identity(tmp_path / "checkpoint-3", {"seed": 2, **split}, allow_changed=True)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_checkpoint_that_lost_a_file_is_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    for name in ("checkpoint-3", "checkpoint-6"):
+        _stage(tmp_path, name)
+        checkpoints.publish(tmp_path, name, _identity(2, 4, 1))
+    torn = tmp_path / "checkpoint-6" / "global_step6" / "weights"
+    torn.write_text("w", encoding="utf-8") if damage == "cut" else torn.unlink()
+    with caplog.at_level("WARNING"):
+        assert checkpoints.list_complete(tmp_path) == [tmp_path / "checkpoint-3"]
+    assert "checkpoint-6: incomplete checkpoint skipped (global_step6/weights should have 7 bytes" in caplog.text
+
+
+def test_what_changed_is_named_unless_allowed(tmp_path: Path) -> None:
+    saved = {"seed": 1, "data_digest": "a", **_identity(2, 4, 1)}
+    _stage(tmp_path, "checkpoint-3")
+    checkpoints.publish(tmp_path, "checkpoint-3", saved)
+    checkpoints.check_identity(tmp_path / "checkpoint-3", saved, allow_changed=False)
+    changed = {**saved, "seed": 2, "data_digest": "b"}
+    with pytest.raises(UserError, match=r"seed was 1, is 2; data_digest was 'a', is 'b'.*--allow-changed"):
+        checkpoints.check_identity(tmp_path / "checkpoint-3", changed, allow_changed=False)
+    checkpoints.check_identity(tmp_path / "checkpoint-3", changed, allow_changed=True)
+    with pytest.raises(UserError, match="written with ZeRO-2, which a run without DeepSpeed cannot read"):
+        checkpoints.check_identity(tmp_path / "checkpoint-3", {**saved, "zero_stage": 0}, allow_changed=True)
+    (tmp_path / "checkpoint-3" / "scheduler.pt").unlink()
+    with pytest.raises(UserError, match="holds the model alone"):
+        checkpoints.check_identity(tmp_path / "checkpoint-3", saved, allow_changed=True)
+
+
+def _stage(output_dir: Path, name: str) -> Path:
+    """What the trainer has written of a checkpoint before it is published."""
+    staged = output_dir / checkpoints.STAGING / name
+    (staged / "global_step6").mkdir(parents=True)
+    (staged / "global_step6" / "weights").write_text("weights", encoding="utf-8")
+    (staged / "scheduler.pt").touch()
+    return staged
+
+
+def _identity(world: int, micro: int, accumulation: int, zero_stage: int = 2) -> dict[str, int]:
+    return {**dict(zip(checkpoints.SPLIT, (world, micro, accumulation), strict=True)), "zero_stage": zero_stage}
 
 
 def test_the_same_global_batch_may_be_split_over_another_number_of_ranks(tmp_path: Path) -> None:
-    def identity(world: int, micro: int, accumulation: int) -> dict[str, int]:
-        return dict(zip(checkpoints.SPLIT, (world, micro, accumulation), strict=True))
-
-    (tmp_path / checkpoints.STAGING / "checkpoint-1").mkdir(parents=True)
-    checkpoints.publish(tmp_path, "checkpoint-1", identity(2, 4, 1))
-    resharded = checkpoints.check_identity(tmp_path / "checkpoint-1", identity(1, 4, 2), allow_changed=False)
+    _stage(tmp_path, "checkpoint-1")
+    checkpoints.publish(tmp_path, "checkpoint-1", _identity(2, 4, 1))
+    resharded = checkpoints.check_identity(tmp_path / "checkpoint-1", _identity(1, 4, 2), allow_changed=False)
     assert resharded
+    assert checkpoints.check_identity(tmp_path / "checkpoint-1", _identity(2, 4, 1, 3), allow_changed=False)
+    assert not checkpoints.check_identity(tmp_path / "checkpoint-1", _identity(2, 4, 1), allow_changed=False)
     with pytest.raises(UserError, match="world_size was 2, is 1"):
-        checkpoints.check_identity(tmp_path / "checkpoint-1", identity(1, 4, 1), allow_changed=False)
+        checkpoints.check_identity(tmp_path / "checkpoint-1", _identity(1, 4, 1), allow_changed=False)
     with pytest.raises(UserError, match="per_device_train_batch_size was 4, is 2"):
-        checkpoints.check_identity(tmp_path / "checkpoint-1", identity(2, 2, 2), allow_changed=False)
+        checkpoints.check_identity(tmp_path / "checkpoint-1", _identity(2, 2, 2), allow_changed=False)
 
 
 def test_second_run_on_one_directory_is_refused(tmp_path: Path) -> None:

@@ -67,9 +67,9 @@ def encode_conversation(
     turn_ends: list[TurnEnd] = []
     images = position = 0
 
-    def add(piece: str, before: str, learnt: bool) -> None:
+    def add(start: int, end: int, learnt: bool) -> None:
         nonlocal images
-        ids = encoder.encode(piece, before)
+        ids = encoder.encode(text[start:end], before=text[:start], answer=learnt)
         if not learnt and image_id in ids:
             images += ids.count(image_id)
             ids = [same for token in ids for same in ([token] * tokens_per_image if token == image_id else [token])]
@@ -77,11 +77,11 @@ def encode_conversation(
         labels.extend(ids if learnt else [IGNORE_INDEX] * len(ids))
 
     for start, end in spans:
-        add(text[position:start], text[:position][-1:], learnt=False)
-        add(text[start:end], text[:start][-1:], learnt=True)
+        add(position, start, learnt=False)
+        add(start, end, learnt=True)
         turn_ends.append(TurnEnd(len(input_ids), images))
         position = end
-    add(text[position:], text[:position][-1:], learnt=False)
+    add(position, len(text), learnt=False)
     expected = sum(part["type"] == "image" for message in messages for part in content_parts(message))
     if images != expected:
         raise EncodingError(f"the chat template writes {images} image tokens ({image_token}) for {expected} images")

@@ -1,7 +1,8 @@
 """Token ids of a piece of rendered chat text, as they would be in the middle of the whole.
 
-Two things that a plain `tokenizer.encode` of a piece gets wrong: a SentencePiece-style tokenizer writes a space before
-every text, and the string of a special token in a user's text becomes that token. Caller: `data.encoding`.
+What a plain `tokenizer.encode` of a piece gets wrong: a SentencePiece-style tokenizer writes a space before every text,
+the string of a special token in a user's text becomes that token, and the white space that a control token such as
+Phi-3's `<|end|>` takes with it (`rstrip`) stays when the cut is there. Caller: `data.encoding`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class PieceEncoder:
         longest_first = sorted((token for token in control if token), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._control_ids = set(tokenizer.convert_tokens_to_ids(control))
+        self._strips_right = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.rstrip)
         self._anchors = {anchor: self._ids(anchor) for anchor in _ANCHORS}
         self._adds_prefix = self._ids("\nb") != self._ids("\n") + self._ids("b")
         # A space that the text begins with may stand for the one that would be written: then it takes two.
@@ -51,15 +53,17 @@ class PieceEncoder:
             text = text.replace(OPEN, "").replace(CLOSE, "")
         return self._control.sub(f"{OPEN}\\g<0>{CLOSE}", text)
 
-    def encode(self, piece: str, before: str) -> list[int]:
-        """Ids of a piece that follows a text ending in `before` (one character, or none at the start).
+    def encode(self, piece: str, before: str, *, answer: bool) -> list[int]:
+        """Ids of a piece that follows the text `before`; an `answer` keeps white space that a control token takes.
 
         Where the text before ends in a word, as in "ASSISTANT:", the space that SentencePiece writes is kept: it is
         how such a model spells the first word of an answer.
         """
+        if not answer and before.endswith(self._strips_right):
+            piece = piece.lstrip()
         if not piece:
             return []
-        fresh = not before.isspace()
+        fresh = not before[-1:].isspace()
         if self._swallows_space and fresh and before and piece.startswith(" "):
             piece = " " + piece
         if OPEN not in piece:

@@ -29,7 +29,7 @@ def plot_loss_terms(stages: dict[str, list[dict[str, Any]]], path: Path) -> None
         below.set(xlabel="step", ylabel="auxiliary terms")
         if terms:
             below.set_yscale("log")
-            below.legend(fontsize=7)
+            below.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
         else:
             below.text(0.5, 0.5, "dense: no auxiliary terms", ha="center", va="center", transform=below.transAxes)
         above.legend()

@@ -46,7 +46,8 @@ def plot_forest(rows: Sequence[ForestRow], baseline: str, path: Path) -> None:
         height -= 1
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(heights, labels, fontsize=8)
-    axis.set(xlabel=f"points above {baseline} (thick: 95% over questions; thin: over questions and training seeds)")
+    intervals = "95% intervals, thick: over questions, thin: over questions and training seeds"
+    axis.set_xlabel(f"points above {baseline}\n{intervals}", fontsize=8)
     axis.grid(axis="x", alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

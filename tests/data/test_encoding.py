@@ -1,8 +1,11 @@
 """Ids and labels of one pass: for every template and tokenizer, labels are the answers and nothing else."""
 
+import copy
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from tokenizers_for_tests import TOKENIZER_KINDS, make_tokenizer
 
 from llava_compete.data.encoding import IGNORE_INDEX, cut_to_length, encode_conversation, stop_token_ids
@@ -113,6 +116,22 @@ def test_plain_questions_have_the_ids_of_the_tokenizers_own_chat_template_call(t
         tokenizer = make_tokenizer(kind, template)
         theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert encode_conversation(tokenizer, messages, add_generation_prompt=True).input_ids == theirs, kind
+
+
+def test_a_control_token_that_takes_white_space_does_so_after_an_answer_too():
+    """Phi-3's tokens strip the line break behind them: several turns have the ids of the whole text."""
+    tokenizer = copy.deepcopy(make_tokenizer("byte_bpe", "phi3"))
+    names = ("<|user|>", "<|assistant|>", "<|end|>")
+    tokenizer.add_tokens([AddedToken(name, special=True, rstrip=True) for name in names], special_tokens=True)
+    turns = [("color?", "red"), ("the circle?", "a circle")]
+    messages = [m for q, a in turns for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
+    whole = tokenizer.apply_chat_template(messages, return_dict=False)
+    assert encode_conversation(tokenizer, messages).input_ids == whole
+    assert "\n" not in tokenizer.decode(whole)
+
+    messages[1]["content"] = " red"  # an answer's own space is learnt, whatever the token before it takes
+    encoded = encode_conversation(tokenizer, messages)
+    assert tokenizer.decode(labelled_runs(encoded)[0][1]) == " red<|end|>"
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

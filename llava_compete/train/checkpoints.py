@@ -115,7 +115,7 @@ def check_identity(checkpoint: Path, identity: dict[str, Any], *, allow_changed:
     """Refuse to resume when data, seed or batch geometry changed, naming the keys, or when there is no state to resume.
 
     Returns:
-        whether DeepSpeed must cut the state anew: for another number of ranks (same global batch) or ZeRO stage.
+        whether the number of ranks is another one (with the same global batch).
     """
     if not (checkpoint / "scheduler.pt").is_file():
         raise UserError(
@@ -123,7 +123,7 @@ def check_identity(checkpoint: Path, identity: dict[str, Any], *, allow_changed:
             "Choose another output_dir, and this as model.checkpoint to start from its weights"
         )
     saved = _mark(checkpoint)["identity"]
-    if (saved["zero_stage"] == 0) != (identity["zero_stage"] == 0):
+    if saved["zero_stage"] != identity["zero_stage"]:
         raise UserError(
             f"{checkpoint}: written {_engine(saved)}, which a run {_engine(identity)} cannot read: "
             "restore the key deepspeed, or choose another output_dir"
@@ -133,7 +133,7 @@ def check_identity(checkpoint: Path, identity: dict[str, Any], *, allow_changed:
     changed = [
         f"{key} was {saved.get(key)!r}, is {value!r}"
         for key, value in identity.items()
-        if saved.get(key) != value and key not in (*ignored, "zero_stage")
+        if saved.get(key) != value and key not in ignored
     ]
     if changed and not allow_changed:
         raise UserError(
@@ -142,7 +142,7 @@ def check_identity(checkpoint: Path, identity: dict[str, Any], *, allow_changed:
         )
     if changed:
         logger.warning("%s: going on although %s", checkpoint, "; ".join(changed))
-    return any(saved[key] != identity[key] for key in ("world_size", "zero_stage"))
+    return bool(saved["world_size"] != identity["world_size"])
 
 
 def _engine(identity: dict[str, Any]) -> str:

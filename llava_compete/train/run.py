@@ -195,7 +195,7 @@ def _build_trainer(
 def _checkpoint_to_resume(
     config: TrainConfig, identity: dict[str, Any], allow_changed: bool
 ) -> tuple[Path | None, bool]:
-    """The last complete checkpoint, if there is one, and whether DeepSpeed must cut its state anew; rank 0 only."""
+    """The last complete checkpoint, if there is one, and whether another number of ranks wrote it; rank 0 only."""
     checkpoints.clear_staging(config.output_dir)
     complete = checkpoints.list_complete(config.output_dir)
     if not complete:

@@ -1,4 +1,4 @@
-"""Going on with another number of GPUs or ZeRO stage: DeepSpeed's universal checkpoint, made when it is needed.
+"""Going on with another number of GPUs: DeepSpeed's universal checkpoint, made when it is needed.
 
 ZeRO checkpoints hold one shard a rank. Rank 0 merges them into one file a tensor beside the shards, and DeepSpeed cuts
 those anew. Model directory and trainer state stay as they are.
@@ -29,7 +29,7 @@ def convert(checkpoint: Path) -> None:
     if (checkpoint / LATEST).is_file():
         return
     tag = (checkpoint / "latest").read_text(encoding="utf-8").strip()
-    logger.info("%s: merging the shards, to cut them anew", checkpoint.name)
+    logger.info("%s: merging the shards for another number of ranks", checkpoint.name)
     options = argparse.Namespace(
         input_folder=str(checkpoint / tag),
         output_folder=str(checkpoint / f"{tag}_universal"),
@@ -40,7 +40,7 @@ def convert(checkpoint: Path) -> None:
         inject_missing_state=True,
     )
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             ds_to_universal.main(options)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{checkpoint}: its shards cannot be merged: {' '.join(str(error).split())}") from error

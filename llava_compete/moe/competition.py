@@ -79,7 +79,7 @@ class _DownAndContest(torch.autograd.Function):
             affinity_TE[:, expert] = affinity(name, y_TO)
         winners_TK = top_experts(spread_non_finite(affinity_TE), num_winners)
         ctx.save_for_backward(h_TEI, weight_EOI, y_ETO, affinity_TE, winners_TK)
-        ctx.name, ctx.has_bias = name, bias_EO is not None
+        ctx.name = name
         ctx.mark_non_differentiable(winners_TK)
         rows_TK = winners_TK * num_tokens + torch.arange(num_tokens, device=h_TEI.device)[:, None]
         won_TKO = y_ETO.flatten(0, 1).index_select(0, rows_TK.flatten()).unflatten(0, rows_TK.shape)
@@ -88,11 +88,13 @@ class _DownAndContest(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, grad_affinity_TE: Tensor, _: Tensor, grad_won_TKO: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         h_TEI, weight_EOI, y_ETO, affinity_TE, winners_TK = ctx.saved_tensors
         slope = AFFINITIES[ctx.name].slope
-        grad_h_TEI, grad_weight_EOI = torch.empty_like(h_TEI), torch.empty_like(weight_EOI)
-        grad_bias_EO = weight_EOI.new_empty(weight_EOI.shape[:2]) if ctx.has_bias else None
+        _, weight_wanted, bias_wanted, *_ = ctx.needs_input_grad
+        grad_h_TEI = torch.empty_like(h_TEI)
+        grad_weight_EOI = torch.empty_like(weight_EOI) if weight_wanted else None
+        grad_bias_EO = weight_EOI.new_empty(weight_EOI.shape[:2]) if bias_wanted else None
         grad_won_PO = grad_won_TKO.flatten(0, 1)
         scale_TE = grad_affinity_TE / weight_EOI.shape[1]
         pairs = Pairs.sort(winners_TK, weight_EOI.shape[0])
@@ -101,7 +103,8 @@ class _DownAndContest(torch.autograd.Function):
             grad_TO.index_add_(0, pairs.token_P[rows], grad_won_PO.index_select(0, pairs.order_P[rows]).float())
             grad_TO = grad_TO.to(weight_EOI.dtype)
             torch.mm(grad_TO, weight_EOI[expert], out=grad_h_TEI[:, expert])
-            torch.mm(grad_TO.t(), h_TEI[:, expert], out=grad_weight_EOI[expert])
+            if grad_weight_EOI is not None:
+                torch.mm(grad_TO.t(), h_TEI[:, expert], out=grad_weight_EOI[expert])
             if grad_bias_EO is not None:
                 torch.sum(grad_TO, 0, out=grad_bias_EO[expert])
         return grad_h_TEI, grad_weight_EOI, grad_bias_EO, None, None

@@ -49,31 +49,40 @@ def _(x_PH: Tensor, weight_EMH: Tensor, bias_EM: Tensor | None, ends_E: Tensor) 
 
 @torch.library.custom_op("llava_compete::grouped_linear_backward", mutates_args=())
 def _grouped_linear_backward(
-    grad_PM: Tensor, x_PH: Tensor, weight_EMH: Tensor, ends_E: Tensor
+    grad_PM: Tensor, x_PH: Tensor, weight_EMH: Tensor, ends_E: Tensor, weight_wanted: bool, bias_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x_PH, grad_weight_EMH = torch.empty_like(x_PH), torch.empty_like(weight_EMH)
-    grad_bias_EM = grad_PM.new_empty(weight_EMH.shape[:2])
+    """An operator cannot return None: a gradient that is not wanted (frozen experts) has no elements."""
+    grad_x_PH = torch.empty_like(x_PH)
+    grad_weight_EMH = weight_EMH.new_empty(weight_EMH.shape if weight_wanted else 0)
+    grad_bias_EM = grad_PM.new_empty(weight_EMH.shape[:2] if bias_wanted else 0)
     for expert, rows in expert_slices(ends_E):
         torch.mm(grad_PM[rows], weight_EMH[expert], out=grad_x_PH[rows])
-        torch.mm(grad_PM[rows].t(), x_PH[rows], out=grad_weight_EMH[expert])
-        torch.sum(grad_PM[rows], 0, out=grad_bias_EM[expert])
+        if weight_wanted:
+            torch.mm(grad_PM[rows].t(), x_PH[rows], out=grad_weight_EMH[expert])
+        if bias_wanted:
+            torch.sum(grad_PM[rows], 0, out=grad_bias_EM[expert])
     return grad_x_PH, grad_weight_EMH, grad_bias_EM
 
 
 @_grouped_linear_backward.register_fake
-def _(grad_PM: Tensor, x_PH: Tensor, weight_EMH: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x_PH), torch.empty_like(weight_EMH), grad_PM.new_empty(weight_EMH.shape[:2])
+def _(
+    grad_PM: Tensor, x_PH: Tensor, weight_EMH: Tensor, ends_E: Tensor, weight_wanted: bool, bias_wanted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_weight_EMH = weight_EMH.new_empty(weight_EMH.shape if weight_wanted else 0)
+    return torch.empty_like(x_PH), grad_weight_EMH, grad_PM.new_empty(weight_EMH.shape[:2] if bias_wanted else 0)
 
 
 def _save_grouped(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], output: Tensor) -> None:
-    x_PH, weight_EMH, bias_EM, ends_E = inputs
-    ctx.has_bias = bias_EM is not None
+    x_PH, weight_EMH, _, ends_E = inputs
     ctx.save_for_backward(x_PH, weight_EMH, ends_E)
 
 
-def _grouped_gradients(ctx: Any, grad_PM: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-    grad_x_PH, grad_weight_EMH, grad_bias_EM = _grouped_linear_backward(grad_PM, *ctx.saved_tensors)
-    return grad_x_PH, grad_weight_EMH, grad_bias_EM if ctx.has_bias else None, None
+def _grouped_gradients(ctx: Any, grad_PM: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+    _, weight_wanted, bias_wanted, _ = ctx.needs_input_grad
+    grad_x_PH, grad_weight_EMH, grad_bias_EM = _grouped_linear_backward(
+        grad_PM, *ctx.saved_tensors, weight_wanted, bias_wanted
+    )
+    return grad_x_PH, grad_weight_EMH if weight_wanted else None, grad_bias_EM if bias_wanted else None, None
 
 
 grouped_linear.register_autograd(_grouped_gradients, setup_context=_save_grouped)
@@ -86,8 +95,10 @@ def _grouped_flops(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
 
 
 @register_flop_formula(torch.ops.llava_compete.grouped_linear_backward)
-def _grouped_backward_flops(grad_shape: Any, x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
-    return 2 * _grouped_flops(x_shape, weight_shape)
+def _grouped_backward_flops(
+    grad_shape: Any, x_shape: Any, weight_shape: Any, ends_shape: Any, weight_wanted: bool, *_: Any, **__: Any
+) -> int:
+    return (1 + weight_wanted) * _grouped_flops(x_shape, weight_shape)
 
 
 def expert_slices(ends_E: Tensor) -> list[tuple[int, slice]]:
@@ -109,16 +120,16 @@ class AllExpertsUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, weight_EMH: Tensor, bias_EM: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_TH, weight_EMH)
-        ctx.has_bias = bias_EM is not None
         bias_F = None if bias_EM is None else bias_EM.flatten()
         return F.linear(x_TH, weight_EMH.flatten(0, 1), bias_F).unflatten(1, weight_EMH.shape[:2])
 
     @staticmethod
-    def backward(ctx: Any, grad_TEM: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(ctx: Any, grad_TEM: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x_TH, weight_EMH = ctx.saved_tensors
+        _, weight_wanted, bias_wanted = ctx.needs_input_grad
         grad_TF = grad_TEM.reshape(grad_TEM.shape[0], -1)
-        grad_bias_EM = grad_TEM.sum(0) if ctx.has_bias else None
-        return grad_TF @ weight_EMH.flatten(0, 1), (grad_TF.t() @ x_TH).view_as(weight_EMH), grad_bias_EM
+        grad_weight_EMH = (grad_TF.t() @ x_TH).view_as(weight_EMH) if weight_wanted else None
+        return grad_TF @ weight_EMH.flatten(0, 1), grad_weight_EMH, grad_TEM.sum(0) if bias_wanted else None
 
 
 class Dispatch(torch.autograd.Function):

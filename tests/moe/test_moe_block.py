@@ -10,6 +10,7 @@ import torch
 from block_kit import largest_error, make_block, run_step
 from slow_moe import AFFINITIES, forward
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from llava_compete.errors import UserError
 from llava_compete.moe.competition import affinity
@@ -152,6 +153,27 @@ def test_expert_without_tokens_has_a_gradient_of_zeros(implementation: str) -> N
         assert (step.grads[f"experts.{name}"][3] == 0).all(), name
         assert (step.grads[f"experts.{name}"][:3] != 0).any(), name
         assert parameter.grad.shape == parameter.shape
+
+
+@pytest.mark.parametrize("competing", [False, True])
+def test_frozen_experts_get_no_gradient_and_change_no_other(competing: bool) -> None:
+    block = make_block(router="competition")
+    x = torch.randn(2, 8, 12)
+    whole = run_step(block, x, competing=competing).grads
+    block.experts.requires_grad_(False)
+    block.zero_grad()
+    block.state.begin("language", TokenGroups.from_mask(torch.ones(2, 8)))
+    x = x.requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        with block.state.recording():
+            output = block(x)
+        forward = counter.get_total_flops()
+        (output.square().sum(-1).mean() + 100 * block.state.records[block.name].aux_loss).backward()
+    assert all(parameter.grad is None for parameter in block.experts.parameters())
+    torch.testing.assert_close(x.grad, whole["x"])
+    torch.testing.assert_close(block.router.weight.grad, whole["router.weight"])
+    # One product backwards for each forwards; the small rest is the router's weight.
+    assert counter.get_total_flops() - forward < 1.2 * forward
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 20])

@@ -63,8 +63,9 @@ def process_group(rank: Rank) -> Iterator[dist.Store]:
     for name, value in _ALONE.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if rank.world_size == 1:
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    own_port = rank.world_size == 1 and "MASTER_PORT" not in os.environ
+    if own_port:
+        os.environ["MASTER_PORT"] = str(_free_port())
     if rank.on_gpu:
         torch.cuda.set_device(rank.local_index)
     else:
@@ -91,6 +92,8 @@ def process_group(rank: Rank) -> Iterator[dist.Store]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        if own_port:  # a second run in this process finds another
+            del os.environ["MASTER_PORT"]
 
 
 def _open_store(rank: Rank) -> dist.Store:

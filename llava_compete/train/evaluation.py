@@ -1,7 +1,7 @@
 """Held-out loss during training, and a few greedy answers: exact over ranks, safe under ZeRO-3.
 
-Every rank runs the same number of forwards over batches of the same kind (with images or without), for under ZeRO-3 a
-part that one rank skips would leave the others waiting. A rank without rows left repeats one, with no label.
+Every rank runs the same number of forwards over batches of the same kind (one data source, with images or without), for
+under ZeRO-3 a part that one rank skips would leave the others waiting. A rank out of rows repeats one, with no label.
 """
 
 from __future__ import annotations
@@ -23,32 +23,36 @@ from llava_compete.train.counts import IGNORED_LABEL
 def validation_loss(
     model: nn.Module, dataset: Any, collate: Any, *, batch_size: int, device: torch.device
 ) -> dict[str, float]:
-    """Mean cross-entropy over all supervised tokens of `dataset` (in nats), and their number."""
+    """Mean cross-entropy (nats) over all supervised tokens of `dataset`, their number, and each source's own mean."""
     was_training = model.training
     model.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
-    for batch in _equal_batches(dataset, collate, batch_size):
+    totals_S2 = torch.zeros(len(dataset.source_names), 2, dtype=torch.float64, device=device)
+    for source, batch in _equal_batches(dataset, collate, batch_size):
         targets = (batch["labels"][:, 1:] != IGNORED_LABEL).sum()
         inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
         # Divided by one item, the model's loss is the sum over tokens.
-        totals += torch.stack([model(**inputs, num_items_in_batch=1).lm_loss.double(), targets.to(device).double()])
+        loss_sum = model(**inputs, num_items_in_batch=1).lm_loss
+        totals_S2[source] += torch.stack([loss_sum.double(), targets.to(device).double()])
     if dist.is_initialized():
-        dist.all_reduce(totals)
+        dist.all_reduce(totals_S2)
     model.train(was_training)
-    loss_sum, tokens = totals.tolist()
-    return {"eval_loss": loss_sum / max(tokens, 1.0), "eval_tokens": tokens}
+    (loss_sum, tokens), by_source = totals_S2.sum(0).tolist(), totals_S2.tolist()
+    losses = {f"eval_loss/{name}": s / n for name, (s, n) in zip(dataset.source_names, by_source, strict=True) if n}
+    return {"eval_loss": loss_sum / max(tokens, 1.0), "eval_tokens": tokens, **(losses if len(losses) > 1 else {})}
 
 
-def _equal_batches(dataset: Any, collate: Any, batch_size: int) -> Iterator[dict[str, Any]]:
+def _equal_batches(dataset: Any, collate: Any, batch_size: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(source, batch)."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    for modality in np.unique(dataset.modalities):
-        rows = np.flatnonzero(dataset.modalities == modality)
+    kinds_N2 = np.stack([dataset.sources, dataset.modalities], axis=1)
+    for kind in np.unique(kinds_N2, axis=0):
+        rows = np.flatnonzero((kinds_N2 == kind).all(1))
         for start in range(0, len(rows), world * batch_size):
             mine = rows[start : start + world * batch_size][rank::world]
             batch = collate([dataset[int(row)] for row in (mine if len(mine) else rows[:1])])
             if not len(mine):
                 batch["labels"] = torch.full_like(batch["labels"], IGNORED_LABEL)
-            yield batch
+            yield int(kind[0]), batch
 
 
 @torch.no_grad()

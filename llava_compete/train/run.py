@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from llava_compete.allocator import keep_freed_memory
 from llava_compete.console import setup_console
 from llava_compete.errors import UserError
 from llava_compete.manifest import write_manifest
+from llava_compete.model.checkpoint import read_config
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.train import checkpoints, trainable, universal
@@ -68,15 +70,15 @@ def train(config: TrainConfig, *, allow_changed: bool = False) -> None:
 
 
 def _already_finished(config: TrainConfig) -> bool:
-    finished = checkpoints.read_finished(config.output_dir)
-    if finished is None:
-        return False
-    if finished["stage"] != config.stage:
-        raise UserError(
-            f"{config.output_dir}: holds a finished {finished['stage']!r}, found stage {config.stage!r}; "
-            "choose another output_dir"
-        )
-    return True
+    """Whether nothing is left to do; a directory with the model of another stage is not written over."""
+    if (config.output_dir / "config.json").is_file():
+        stage = read_config(config.output_dir).stage
+        if stage != config.stage:
+            raise UserError(
+                f"{config.output_dir}: holds the model of stage {stage!r}, found stage {config.stage!r}; "
+                "choose another output_dir"
+            )
+    return checkpoints.read_finished(config.output_dir) is not None
 
 
 def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> None:
@@ -90,12 +92,9 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> None:
         )
     set_seed(config.seed)
     with all_or_none(rank, "model"), main_first(rank):
-        # Built whole on every rank, never under zero.Init: DeepSpeed shards it afterwards (design rule 6).
         sharding = getattr(arguments, "hf_deepspeed_config", None)
-        unset_hf_deepspeed_config()
-        model, processor, moe = start_model(config, rank)
-        if sharding is not None:
-            set_hf_deepspeed_config(sharding)
+        with _whole(sharding):
+            model, processor, moe = start_model(config, rank)
         if sharding is not None and sharding.is_zero3():
             _gather_whole(model)
         model = with_adapters(model, config.trainable)
@@ -145,6 +144,17 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> None:
         if (overhead := summary["competition_overhead"]) is not None:
             logger.info("competitions added %.1f%% to the step time", 100 * overhead)
         logger.info("%s: wrote the %s model to %s", config.stage, config.stage, config.output_dir)
+
+
+@contextmanager
+def _whole(sharding: Any) -> Iterator[None]:
+    """Models are built whole inside, never under zero.Init: DeepSpeed shards afterwards (design rule 6)."""
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if sharding is not None:
+            set_hf_deepspeed_config(sharding)
 
 
 def _zero_stage(arguments: Any) -> int:
@@ -237,7 +247,12 @@ def _trainable_rows(config: TrainConfig, trainer: StageTrainer) -> list[trainabl
 def _save_final(config: TrainConfig, trainer: StageTrainer, rank: Rank) -> None:
     staged = config.output_dir / checkpoints.STAGING / "final"
     whole = config.model_copy(update={"model": config.model.model_copy(update={"quantization": None})})
-    trainer.save_merged(staged, base=lambda: start_model(whole, rank)[0])
+
+    def base() -> Any:
+        with _whole(getattr(trainer.args, "hf_deepspeed_config", None)):
+            return start_model(whole, rank)[0]
+
+    trainer.save_merged(staged, base=base)
     dist.barrier()
     if rank.is_main:
         checkpoints.install_model(staged, config.output_dir)

@@ -128,8 +128,10 @@ def test_stages_one_after_the_other(data: Path, tmp_path: Path) -> None:
         _run(stage_config("sft", data, tmp_path / "no", model={"checkpoint": str(dense)}, deepspeed=None))
     with pytest.raises(UserError, match=r"moe: has MoE blocks, but pft trains a dense model"):
         _run(stage_config("pft", data, tmp_path / "no2", model=parent, deepspeed=None))
-    with pytest.raises(UserError, match=r"holds a finished 'sft', found stage 'pft'"):
+    with pytest.raises(UserError, match=r"holds the model of stage 'sft', found stage 'pft'"):
         _run(stage_config("pft", data, tuned, model={"checkpoint": str(dense)}, deepspeed=None))
+    with pytest.raises(UserError, match=r"holds the model of stage 'upcycle', found stage 'sft'"):
+        _run(stage_config("sft", data, Path(parent["checkpoint"]), model=parent, deepspeed=None))
 
 
 def test_loss_does_not_depend_on_micro_batches_or_checkpointing(data: Path, tmp_path: Path) -> None:
@@ -289,11 +291,17 @@ def test_held_out_loss_and_answers(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sample_steps: needs held-out rows; set data\.validation_fraction"):
         _run(content)
     content["data"]["validation_fraction"] = 0.3
+    (source,) = content["data"]["sources"]
+    content["data"]["sources"] = [source | {"name": "first"}, source | {"name": "again"}]
     out = _run(content)
     lines = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    losses = [line for line in lines if "eval_loss" in line]
     assert len(losses) == 2
-    assert all(0 < loss < 10 for loss in losses)
+    for line in losses:
+        assert 0 < line["eval_loss"] < 10
+        # The same rows twice under two names.
+        assert line["eval_loss/first"] == pytest.approx(line["eval_loss"], rel=1e-6)
+        assert line["eval_loss/again"] == pytest.approx(line["eval_loss"], rel=1e-6)
     answers = [json.loads(line) for line in (out / "run" / "answers.jsonl").read_text().splitlines()]
     assert {"step", "id", "prompt", "expected", "generated"} == set(answers[0])
 

@@ -150,8 +150,10 @@ def test_a_full_disk_keeps_the_last_checkpoint(data: Path, tmp_path: Path, refer
         assert result.returncode == 2
         complete = checkpoints.list_complete(disk / "out")
         assert 0 < len(complete) < 6
-        (error,) = _errors(result)
-        assert f"the disk is full (0 MiB free), checkpoint-{len(complete) + 1} was not written" in error
+        errors = _errors(result)  # of one rank or of both: each writes its shard
+        assert errors
+        for error in errors:
+            assert f"the disk is full (0 MiB free), checkpoint-{len(complete) + 1} was not written" in error
         for path in complete[:-1]:
             shutil.rmtree(path)
         again = run_stage(config, tmp_path / "c.yaml", "training.save_total_limit=1")

@@ -39,6 +39,7 @@ if [ "$gpus" -eq 0 ]; then
   export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
 
+study_settings "$OUT" "parent ${PARENT:-trained here}, $CONFIG, $UPCYCLE, suite $SUITE, $steps steps, limit $limit ${overrides[*]}"
 if [ -z "${PARENT:-}" ]; then
   PARENT=$OUT/parent
   [ -f playground/data/demo/eval/meta.json ] || llava-compete data demo --out playground/data/demo

@@ -26,6 +26,7 @@ done
 ensure_venv
 export PATH="$VENV/bin:$PATH" TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 JOBS=${JOBS:-$(nproc)}
+study_settings "$out" "overrides: ${overrides[*]:-none}"
 [ -f playground/data/stdlib_text/meta.json ] || llava-compete data stdlib-text
 
 # One method with one seed: train in one process, then held-out bits per byte by row.

@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the stage on this rank."""
+    from llava_compete.console import setup_console
+
+    setup_console(rank=int(os.environ.get("RANK", "0")))  # before libraries that chatter while they are imported
     import torch
 
     if not torch.cuda.is_available():

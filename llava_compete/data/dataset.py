@@ -40,12 +40,14 @@ class ConversationDataset(Dataset):
 
     Items: input_ids and labels (int64 [N], images expanded), pixel_values (float32 [images, 3, H, W] or None), length
     (tokens), modality (1 = has images), sample_id ("source/id").
-    `lengths` (estimated tokens, int32) and `modalities` (int8) are what the sampler needs, without reading rows.
+    `lengths` (estimated tokens, int32) and `modalities` (int8) are what the sampler needs, without reading rows;
+    `sources` (int32) are the places of the rows' sources in `source_names`.
     """
 
     def __init__(self, tables: list[SourceTable], index: np.ndarray, processor: Any, section: DataSection) -> None:
         """`index` [N, 2] int32: source number (ascending) and row in it."""
         self.tables, self.index, self.processor, self.section = tables, index, processor, section
+        self.sources, self.source_names = index[:, 0], tuple(table.section.name for table in tables)
         self._bounds = np.searchsorted(index[:, 0], np.arange(len(tables) + 1))
         self.lengths = np.empty(len(index), dtype=np.int32)
         self.modalities = np.empty(len(index), dtype=np.int8)

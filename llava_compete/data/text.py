@@ -248,6 +248,7 @@ class HeldOutRows(Dataset):
         self.tokens_RN = torch.tensor(tokens[: rows * context]).view(rows, context)
         self.documents_RN = torch.tensor(documents[: rows * context]).view(rows, context)
         self.modalities = np.zeros(rows, dtype=np.int8)  # no row has images
+        self.sources, self.source_names = np.zeros(rows, dtype=np.int32), ("validation",)
 
     def __len__(self) -> int:
         return len(self.tokens_RN)

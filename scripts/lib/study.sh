@@ -5,6 +5,16 @@
 # The first is the baseline: the router without competition.
 METHODS=(softmax dense sigmoid xmoe perturbed_cosine shared_softmax shared_sigmoid competition)
 
+# study_settings OUT TEXT: finished runs are kept, so a folder must not get runs of other settings.
+study_settings() {
+  local file=$1/settings
+  mkdir -p "$1"
+  if [ -f "$file" ] && [ "$(cat "$file")" != "$2" ]; then
+    die "$1: holds runs with other settings ($(cat "$file"); now: $2); choose another --out"
+  fi
+  echo "$2" >"$file"
+}
+
 # study_runs OUT SEEDS JOBS: in rounds of JOBS; a failure ends the study with the log that says why.
 study_runs() {
   local out=$1 seeds=$2 jobs=$3 seed method

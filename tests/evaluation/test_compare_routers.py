@@ -99,6 +99,15 @@ def test_a_failure_stops_the_study_and_the_next_run_goes_on(study):
     assert having(commands, "compare ")
 
 
+def test_runs_of_other_settings_do_not_join_finished_ones(study):
+    assert study("--quick")[0] == 0
+    status, commands, error = study("--quick", "training.max_steps=7")
+    assert status == 2
+    assert "outputs/compare_routers_quick: holds runs with other settings" in error
+    assert not commands
+    assert study("--quick", "--seeds", "2")[0] == 0  # more seeds only add runs
+
+
 def test_unknown_argument(study):
     status, _, error = study("--quik")
     assert status == 2

@@ -11,7 +11,6 @@ import functools
 import json
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from llava_compete.bench.memory import LiveBytes
 from llava_compete.moe.block import SparseMoeBlock
 from llava_compete.moe.config import ROUTERS, MoeLayerConfig
 from llava_compete.moe.state import RoutingState, TokenGroups
@@ -157,7 +155,7 @@ class _Step:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.run()
             return resident + torch.cuda.max_memory_allocated(self.device) - before
-        with _LiveBytes() as live:
+        with LiveBytes() as live:
             self.run()
         return resident + live.peak
 
@@ -185,34 +183,6 @@ def _build(shape: Shape, case: str, tokens: int) -> nn.Module:
         gated=shape.gated,
         bias=not shape.gated,
     )
-
-
-class _LiveBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside hold at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in inputs:
-                self._add(leaf.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage in self.known:
-            return
-        self.known.add(storage)
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, storage.nbytes())
-
-    def _free(self, size: int) -> None:
-        self.live -= size
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:

@@ -1,9 +1,10 @@
 """What routing and competition cost in whole training steps: dense, softmax and competition, side by side.
 
-The three models have the same shape and data; the dense one has the active parameters of the others (its MLP is K
+The three models have the same shape and data; the dense one has the active parameters of the others (its MLPs are K
 experts wide). Steps of the three alternate, so that a slow moment of the machine meets all of them, and medians are
-compared. A competition step is timed for each number of competing layers; the overhead over a run follows from how
-often the schedule (CompeteSMoE, section 3.3) has that number. Memory is measured in a fresh process for each case.
+compared. Competition steps are timed with as many layers of one part as may compete at once; the overhead over a run
+follows from how many layers of each part compete in a step of the schedule (CompeteSMoE, section 3.3) on average.
+Peak memory is what tensors hold: the caching allocator's on CUDA, counted on CPU.
 
 Caller: `llava-compete bench train`.
 """
@@ -11,19 +12,19 @@ Caller: `llava-compete bench train`.
 from __future__ import annotations
 
 import gc
-import multiprocessing
-import resource
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig
 
+from llava_compete.bench.memory import LiveBytes
 from llava_compete.model.configuration import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
+from llava_compete.model.tower_config import PreprocessConfig, TowerConfig
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.moe.schedule import CompetitionSchedule
@@ -35,8 +36,23 @@ RATE, CAP = 0.05, 3
 SCHEDULE_STEPS = 10_000
 
 
+class Tower(NamedTuple):
+    """A ViT before the language model, one image a row; `intermediate` is one expert's width."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    intermediate: int
+    head_width: int
+    layers: int
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
 class Shape(NamedTuple):
-    """A text model: `intermediate` is one expert's width; rows × length tokens a step."""
+    """A model: `intermediate` is one expert's width; rows × length tokens a step, those of the images included."""
 
     hidden: int
     intermediate: int
@@ -46,42 +62,80 @@ class Shape(NamedTuple):
     rows: int
     length: int
     dtype: str
+    tower: Tower | None = None
 
 
 # Sized so that the MLPs dominate, as in real models (there about two thirds of the arithmetic).
 CPU_SHAPE = Shape(256, 1024, 4, 4, 512, 8, 256, "float32")
-# Phi-3.5-mini's layers; their number is what fits (see `fit_layers`).
-GPU_SHAPE = Shape(3072, 8192, 0, 32, 32064, 8, 2048, "bfloat16")
+# SigLIP so400m (384 pixels) and Phi-3.5-mini, whole; `fit` cuts both down to what fits.
+SIGLIP = Tower(378, 14, 1152, 4304, 72, 27)
+GPU_SHAPE = Shape(3072, 8192, 32, 32, 32064, 4, 2048, "bfloat16", SIGLIP)
 
 
-def fit_layers(shape: Shape, free_bytes: int) -> int:
-    """Layers of the MoE model that leave a third of the memory for activations (Adam: 16 bytes a parameter)."""
-    experts = EXPERTS * 3 * shape.hidden * shape.intermediate
-    attention = 4 * shape.hidden * shape.hidden
-    embeddings = 2 * shape.vocabulary * shape.hidden
-    return max(1, int((free_bytes * 2 / 3 / 16 - embeddings) / (experts + attention)))
+def fit(shape: Shape, free_bytes: int) -> Shape:
+    """The shape with as many layers, and the same share of tower blocks, as leave a third of the memory of one MoE
+    model for activations (a parameter, its gradient and Adam's two moments in the shape's dtype)."""
+    language = EXPERTS * 3 * shape.hidden * shape.intermediate + 4 * shape.hidden**2
+    share, block = 0.0, 0
+    if shape.tower is not None:
+        share = shape.tower.layers / shape.layers
+        block = EXPERTS * 2 * shape.tower.width * shape.tower.intermediate + 4 * shape.tower.width**2
+    parameter_bytes = 4 * getattr(torch, shape.dtype).itemsize
+    room = free_bytes * 2 / 3 / parameter_bytes - 2 * shape.vocabulary * shape.hidden
+    layers = min(shape.layers, max(1, int(room / (language + share * block))))
+    tower = shape.tower and shape.tower._replace(layers=max(1, round(share * layers)))
+    return shape._replace(layers=layers, tower=tower)
 
 
 def build(case: str, shape: Shape, device: torch.device) -> LlavaCompeteForConditionalGeneration:
     """A model with random weights for `case`."""
-    moe = None
+    moe, widening = None, CHOSEN if case == "dense" else 1
     if case != "dense":
         layer = {"num_experts": EXPERTS, "num_experts_per_tok": CHOSEN, "router": case}
-        moe = MoeConfig.model_validate({"language": layer}).model_dump(mode="json")
+        parts = ["language"] if shape.tower is None else ["vision", "language"]
+        moe = MoeConfig.model_validate(dict.fromkeys(parts, layer)).model_dump(mode="json")
     text_config = AutoConfig.for_model(
         "llama",
         hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate * (CHOSEN if case == "dense" else 1),
+        intermediate_size=shape.intermediate * widening,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.heads,
         vocab_size=shape.vocabulary,
         max_position_embeddings=shape.length,
     )
-    config = LlavaCompeteConfig(text_config=text_config, moe=moe)
+    vision: dict[str, Any] = {}
+    if shape.tower is not None:
+        vision = {
+            "vision_config": _vision_config(shape.tower, widening),
+            "projector_config": {"type": "mlp2x_gelu"},
+            "image_token_id": 0,
+        }
+    config = LlavaCompeteConfig(text_config=text_config, moe=moe, **vision)
     torch.manual_seed(0)
     with torch.device(device):
         return LlavaCompeteForConditionalGeneration(config).to(getattr(torch, shape.dtype)).train()
+
+
+def _vision_config(tower: Tower, widening: int) -> dict[str, Any]:
+    vision_cfg = {
+        "image_size": tower.image_size,
+        "patch_size": tower.patch_size,
+        "width": tower.width,
+        "layers": tower.layers,
+        "head_width": tower.head_width,
+        # open_clip rounds down what it multiplies
+        "mlp_ratio": (tower.intermediate * widening + 0.5) / tower.width,
+    }
+    return TowerConfig(
+        embed_dim=tower.width,
+        vision_cfg=vision_cfg,
+        feature_layer=-1,
+        preprocess=PreprocessConfig(size=tower.image_size),
+        width=tower.width,
+        num_tokens=tower.num_patches,
+        num_layers=tower.layers,
+    ).model_dump(mode="json")
 
 
 def make_step(
@@ -89,13 +143,20 @@ def make_step(
 ) -> Callable[[frozenset[str]], float]:
     """One optimizer step (AdamW, fused) as a function of the competing layers; returns seconds."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    ids = torch.randint(shape.vocabulary, (shape.rows, shape.length), device=device)
+    ids = torch.randint(1, shape.vocabulary, (shape.rows, shape.length), device=device)
+    batch, labels = {"input_ids": ids}, ids
+    if shape.tower is not None:
+        labels = ids.clone()
+        ids[:, : shape.tower.num_patches] = model.config.image_token_id
+        labels[:, : shape.tower.num_patches] = -100
+        side = shape.tower.image_size
+        batch["pixel_values"] = torch.randn(shape.rows, 3, side, side, device=device, dtype=getattr(torch, shape.dtype))
 
     def step(competing: frozenset[str]) -> float:
         model.routing.competing = competing
         _synchronise(device)
         started = time.perf_counter()
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(**batch, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         _synchronise(device)
@@ -105,18 +166,24 @@ def make_step(
 
 
 def run_bench(shape: Shape, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Measure all cases; seconds are medians of `repeats` steps."""
+    """Measure all cases; seconds are medians of `repeats` steps.
+
+    "competition/vision.3" in `seconds` is a competition step in which three tower layers compete.
+    """
     memory = {case: _peak_mb(case, shape, device) for case in CASES}
     times, layers, flops = _alternate(shape, device, repeats)
-    tokens = shape.rows * shape.length
+    tokens, images = shape.rows * shape.length, 0 if shape.tower is None else shape.rows
     router_step = times["competition/0"]
-    share = competing_share(shape.layers)
-    average = sum(part * times[f"competition/{count}"] for count, part in share.items())
+    competing = competing_layers(layers)
+    average = router_step
+    for part, mean in competing.items():
+        at_once = min(CAP, sum(name.startswith(f"{part}.") for name in layers))
+        average += mean * (times[f"competition/{part}.{at_once}"] - router_step) / at_once
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"CPU, {torch.get_num_threads()} threads",
-        "shape": shape._asdict(),
+        "shape": {**shape._asdict(), "tower": shape.tower and shape.tower._asdict()},
         "seconds": times,
         "tokens_per_second": {
             "dense": tokens / times["dense"],
@@ -124,42 +191,49 @@ def run_bench(shape: Shape, device: torch.device, repeats: int) -> dict[str, Any
             "competition": tokens / average,
         },
         "peak_mb": memory,
-        "competing_layers_share": {str(count): part for count, part in share.items()},
+        "competing_layers": competing,
         "competition_over_softmax": average / times["softmax"] - 1,
         "competition_over_own_router_step": average / router_step - 1,
         "softmax_over_dense": times["softmax"] / times["dense"] - 1,
-        "layers": layers,
+        "layers": len(layers),
     }
     peak = device_peak(device)
     if peak is not None:
         result["mfu"] = {
-            case: mfu(flops[case], tokens, 0, times[key], peak, 1)
+            case: mfu(flops[case], tokens, images, times[key], peak, 1)
             for case, key in (("dense", "dense"), ("softmax", "softmax"), ("competition", "competition/0"))
         }
     return result
 
 
-def competing_share(num_layers: int) -> dict[int, float]:
-    """Share of steps with each number of competing layers, from the schedule of a long run at the default rates."""
-    names = [f"language.{layer}" for layer in range(num_layers)]
+def competing_layers(names: Sequence[str]) -> dict[str, float]:
+    """Layers of each part that compete in a step, on average over the schedule of a long run at the default rates."""
     schedule = CompetitionSchedule.build(0, SCHEDULE_STEPS, names, RATE, 0.0, CAP)
-    counts = Counter(len(schedule.layers_at(step)) for step in range(SCHEDULE_STEPS))
-    return {count: counts[count] / SCHEDULE_STEPS for count in sorted(counts)}
+    counts = Counter(_part(name) for step in range(SCHEDULE_STEPS) for name in schedule.layers_at(step))
+    return {part: counts[part] / SCHEDULE_STEPS for part in dict.fromkeys(map(_part, names))}
 
 
-def _alternate(shape: Shape, device: torch.device, repeats: int) -> tuple[dict[str, float], int, dict[str, Any]]:
+def _alternate(shape: Shape, device: torch.device, repeats: int) -> tuple[dict[str, float], list[str], dict[str, Any]]:
     models = {case: build(case, shape, device) for case in CASES}
     flops = {case: count_flops(model, shape.length) for case, model in models.items()} if device.type == "cuda" else {}
     steps = {case: make_step(model, shape, device) for case, model in models.items()}
     names = list(moe_blocks(models["competition"]))
-    plan = [("dense", 0), ("softmax", 0), *(("competition", count) for count in range(min(CAP, len(names)) + 1))]
-    seconds: dict[str, list[float]] = {}
+    plan: dict[str, tuple[str, frozenset[str]]] = {case: (case, frozenset()) for case in CASES[:2]}
+    plan["competition/0"] = ("competition", frozenset())
+    for part in dict.fromkeys(map(_part, names)):
+        competing = [name for name in names if _part(name) == part][:CAP]
+        plan[f"competition/{part}.{len(competing)}"] = ("competition", frozenset(competing))
+    seconds: dict[str, list[float]] = {key: [] for key in plan}
     for repeat in range(repeats + 1):
-        for case, count in plan:
-            taken = steps[case](frozenset(names[:count]))
+        for key, (case, competing_names) in plan.items():
+            taken = steps[case](competing_names)
             if repeat:  # the first round warms up
-                seconds.setdefault(case if case != "competition" else f"{case}/{count}", []).append(taken)
-    return {key: statistics.median(values) for key, values in seconds.items()}, len(names), flops
+                seconds[key].append(taken)
+    return {key: statistics.median(values) for key, values in seconds.items()}, names, flops
+
+
+def _part(name: str) -> str:
+    return name.split(".")[0]
 
 
 def _peak_mb(case: str, shape: Shape, device: torch.device) -> float:
@@ -171,27 +245,16 @@ def _peak_mb(case: str, shape: Shape, device: torch.device) -> float:
         gc.collect()
         torch.cuda.empty_cache()
         return peak
-    # Resident memory never shrinks in a process, so each case has its own.
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_report_peak, args=(case, shape, device, sender))
-    child.start()
-    peak = receiver.recv()
-    child.join()
-    return float(peak)
-
-
-def _report_peak(case: str, shape: Shape, device: torch.device, sender: Any) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    _two_steps(case, shape, device)
-    sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+    with LiveBytes() as live:
+        _two_steps(case, shape, device)
+    return live.peak / 2**20
 
 
 def _two_steps(case: str, shape: Shape, device: torch.device) -> None:
     model = build(case, shape, device)
     step = make_step(model, shape, device)
     for _ in range(2):
-        step(frozenset(list(moe_blocks(model))[:CAP]))
+        step(frozenset(list(moe_blocks(model))[-CAP:]))  # of the language model, the last part
 
 
 def _synchronise(device: torch.device) -> None:

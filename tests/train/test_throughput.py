@@ -18,6 +18,7 @@ from llava_compete.train.config import PartTraining
 from llava_compete.train.throughput import count_flops, mfu
 
 SHAPE = bench.Shape(16, 32, 2, 2, 64, 2, 16, "float32")
+SEEING = SHAPE._replace(tower=bench.Tower(8, 4, 12, 24, 6, 3))
 CPU = torch.device("cpu")
 
 
@@ -33,37 +34,58 @@ def test_operations_are_six_a_parameter_and_token_and_four_where_frozen() -> Non
     assert mfu(trained, 1000, 0, seconds=2.0, peak=trained.per_token * 1000, devices=2) == pytest.approx(0.25)
 
 
-def test_dense_and_mixtures_have_the_same_active_parameters() -> None:
+@pytest.mark.parametrize("shape", [SHAPE, SEEING])
+def test_dense_and_mixtures_have_the_same_active_parameters(shape: bench.Shape) -> None:
     counts = {}
     for case in bench.CASES:
-        model = bench.build(case, SHAPE, CPU)
+        model = bench.build(case, shape, CPU)
         total = sum(parameter.numel() for parameter in model.parameters())
         for block in moe_blocks(model).values():
             experts, router = (sum(p.numel() for p in part.parameters()) for part in (block.experts, block.router))
             total -= experts * (bench.EXPERTS - bench.CHOSEN) // bench.EXPERTS + router
+            if block.part == "vision":  # K output biases a token where the dense block has one
+                total -= bench.CHOSEN * 12 - 12
         counts[case] = total
     assert len(set(counts.values())) == 1
 
 
 @pytest.mark.parametrize("layers", [1, 4, 32])
 def test_competing_layers_come_from_the_schedule(layers: int) -> None:
-    share = bench.competing_share(layers)
-    assert sum(share.values()) == pytest.approx(1)
-    assert max(share) <= bench.CAP
-    mean = sum(count * part for count, part in share.items())
-    assert mean == pytest.approx(bench.RATE * layers, rel=0.1)
+    names = [f"vision.{layer}" for layer in range(3)] + [f"language.{layer}" for layer in range(layers)]
+    competing = bench.competing_layers(names)
+    assert competing["vision"] == pytest.approx(3 * bench.RATE, rel=0.1)
+    assert competing["language"] == pytest.approx(layers * bench.RATE, rel=0.1)
 
 
+def test_the_slice_fits_and_keeps_the_share_of_tower_blocks() -> None:
+    whole = bench.GPU_SHAPE
+    assert bench.fit(whole, 10**15) == whole
+    for gigabytes in (10, 26, 80):
+        shape = bench.fit(whole, gigabytes * 10**9)
+        with torch.device("meta"):
+            model = bench.build("softmax", shape, torch.device("meta"))
+        assert shape.tower is not None
+        assert shape.tower.layers / shape.layers == pytest.approx(27 / 32, abs=0.3)
+        held = 8 * sum(parameter.numel() for parameter in model.parameters())
+        assert held < gigabytes * 10**9 * 0.72
+        assert shape.layers == 1 or held > gigabytes * 10**9 * 0.4
+
+
+@pytest.mark.parametrize("shape", [SHAPE, SEEING])
 def test_the_command_prints_and_writes_what_it_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shape: bench.Shape
 ) -> None:
-    monkeypatch.setattr(bench, "CPU_SHAPE", SHAPE)
+    monkeypatch.setattr(bench, "CPU_SHAPE", shape)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["bench", "train", "--repeats", "2", "--json", str(tmp_path / "new" / "result.json")]) == 0
     found: dict[str, Any] = json.loads((tmp_path / "new" / "result.json").read_text(encoding="utf-8"))
-    seconds, share = found["seconds"], found["competing_layers_share"]
-    assert list(seconds) == ["dense", "softmax", "competition/0", "competition/1", "competition/2"]
-    average = sum(part * seconds[f"competition/{count}"] for count, part in share.items())
+    seconds, competing = found["seconds"], found["competing_layers"]
+    steps = {"language": "competition/language.2"} | ({"vision": "competition/vision.3"} if shape.tower else {})
+    assert set(seconds) == {"dense", "softmax", "competition/0", *steps.values()}
+    assert competing.keys() == steps.keys()
+    average = seconds["competition/0"]
+    for part, key in steps.items():
+        average += competing[part] * (seconds[key] - seconds["competition/0"]) / int(key[-1])
     assert found["competition_over_softmax"] == pytest.approx(average / seconds["softmax"] - 1)
     assert found["softmax_over_dense"] == pytest.approx(seconds["softmax"] / seconds["dense"] - 1)
     assert set(found["tokens_per_second"]) == set(found["peak_mb"]) == set(bench.CASES)

@@ -124,7 +124,10 @@ class StepCallback(TrainerCallback):
         names = _on_any_rank(culprits)
         if not any(name.startswith("layer ") for name in names):
             names = [f"layer {name}" for name in _on_any_rank(self.trainer.first_bad_layer())[:1]] + names
-        where = ", ".join(names) or "the gradient norm"
+        if not names:
+            layers = _on_any_rank(self.trainer.first_bad_gradient())
+            names = ["the gradient norm", *(f"the gradient at the output of layer {name}" for name in layers[:1])]
+        where = ", ".join(names)
         limit = self.trainer.config.guards.max_bad_steps
         if self.bad_in_a_row > limit:
             raise SharedError(

@@ -29,7 +29,7 @@ from llava_compete.model.build import save_checkpoint
 from llava_compete.train import checkpoints, counts, trainable, universal
 from llava_compete.train.adapters import save_merged
 from llava_compete.train.config import TrainConfig
-from llava_compete.train.diagnose import first_bad_layer
+from llava_compete.train.diagnose import first_bad_gradient, first_bad_layer
 from llava_compete.train.evaluation import validation_loss
 from llava_compete.train.metrics import StepMetrics, scalars
 
@@ -182,6 +182,18 @@ class StageTrainer(Trainer):
         with self.compute_loss_context_manager():
             return first_bad_layer(
                 self.core_model, lambda batch: self.model_wrapped(**self._prepare_inputs(batch)), self._batches
+            )
+
+    def first_bad_gradient(self) -> list[str]:
+        """At which layer's output this step's gradient first is not finite, run again; every rank must call it.
+
+        Nothing is found out under ZeRO-3.
+        """
+        if self.deepspeed is not None and self.deepspeed.zero_optimization_stage() == 3:
+            return []
+        with self.compute_loss_context_manager():
+            return first_bad_gradient(
+                self.core_model, lambda batch: self.model(**self._prepare_inputs(batch)).loss, self._batches
             )
 
     @property

@@ -4,14 +4,11 @@
 # Overrides go to every training stage. Environment: see scripts/lib/launch.sh; several machines with HOSTFILE only,
 # since upcycling runs on one.
 set -euo pipefail
-scripts=$(dirname "${BASH_SOURCE[0]}")
-die() {
-  echo "error: scripts/train_all.sh: $*" >&2
-  exit 2
-}
-if [ $# -lt 1 ] || [ ! -d "$1" ]; then die "expected a directory with stage YAMLs, found '${1:-nothing}'"; fi
+# shellcheck source-path=SCRIPTDIR source=lib/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
+if [ $# -lt 1 ] || [ ! -d "$1" ]; then die "scripts/train_all.sh: expected a directory with stage YAMLs, found '${1:-nothing}'"; fi
 if [ "${NNODES:-1}" -gt 1 ]; then
-  die "NNODES=$NNODES: run the stage scripts one by one on each machine, upcycle.sh on one; or set HOSTFILE"
+  die "scripts/train_all.sh: NNODES=$NNODES: run the stage scripts one by one on each machine, upcycle.sh on one; or set HOSTFILE"
 fi
 configs=$1
 shift
@@ -20,14 +17,8 @@ shift
 run() {
   local status=0
   bash "$@" &
-  local pid=$!
-  # shellcheck disable=SC2064 # this stage's pid
-  trap "kill -TERM $pid 2>/dev/null || true" TERM USR1 INT
-  while kill -0 "$pid" 2>/dev/null; do
-    status=0
-    wait "$pid" || status=$?
-  done
-  trap - TERM USR1 INT
+  wait_for $! "kill -TERM $! 2>/dev/null || true" || status=$?
+  trap - TERM USR1 INT HUP
   return "$status"
 }
 
@@ -43,10 +34,10 @@ for stage in pretrain_align pft upcycle sft; do
     if [ -f "$output/config.json" ]; then
       echo "$output: upcycled already" >&2
     else
-      run "$scripts/upcycle.sh" "$config"
+      run "$ROOT/scripts/upcycle.sh" "$config"
     fi
   else
-    run "$scripts/$stage.sh" "$config" "$@"
+    run "$ROOT/scripts/$stage.sh" "$config" "$@"
   fi
 done
-if [ "$found" = no ]; then die "$configs: no pretrain_align.yaml, pft.yaml, upcycle.yaml or sft.yaml"; fi
+if [ "$found" = no ]; then die "scripts/train_all.sh: $configs: no pretrain_align.yaml, pft.yaml, upcycle.yaml or sft.yaml"; fi

@@ -15,3 +15,16 @@ die() {
 ensure_venv() {
   bash "$ROOT/scripts/setup.sh"
 }
+
+# wait_for PID COMMAND: the status of a background process; a signal to this script runs COMMAND meanwhile.
+wait_for() {
+  local pid=$1 status=0
+  # shellcheck disable=SC2064 # this process's command
+  trap "$2" TERM USR1 INT HUP
+  # `wait` returns early when a trap ran: wait again until the process is really gone.
+  while kill -0 "$pid" 2>/dev/null; do
+    status=0
+    wait "$pid" || status=$?
+  done
+  return "$status"
+}

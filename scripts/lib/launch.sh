@@ -26,6 +26,10 @@ free_port() {
 stop_ranks() {
   local launcher=$1 name=$2 child
   stopped=yes
+  if ! kill -0 "$launcher" 2>/dev/null; then
+    pkill -TERM -s "$launcher" || true
+    return
+  fi
   if [ "$name" = torchrun ]; then
     pkill -TERM -P "$launcher" || true
     return
@@ -73,15 +77,13 @@ run_stage() {
       --no_local_rank --log_level critical --module)
   fi
   stopped=no
-  "${launcher[@]}" llava_compete.cli train "$config" --stage "$stage" "$@" &
+  # In a session of its own: a signal to the script's process group (Ctrl-C, a closed terminal) would end the launcher,
+  # and with it the ranks, before they have saved.
+  setsid "${launcher[@]}" llava_compete.cli train "$config" --stage "$stage" "$@" &
   local pid=$!
-  # A process in the background of a script does not hear Ctrl-C.
-  trap 'stop_ranks $pid "${launcher[0]}"' TERM USR1 INT
-  # `wait` returns early when a trap ran: wait again until the launcher is really gone.
-  while kill -0 "$pid" 2>/dev/null; do
-    status=0
-    wait "$pid" || status=$?
-  done
+  wait_for "$pid" "stop_ranks $pid ${launcher[0]}" || status=$?
+  # Where all processes were told to stop (systemd, scancel) the launcher does not stay until the ranks have saved.
+  while [ "$stopped" = yes ] && pgrep -s "$pid" >/dev/null; do sleep 0.2; done
   if [ "$stopped" = yes ] && [ "$status" -eq 0 ]; then return 143; fi
   return "$status"
 }

@@ -293,12 +293,18 @@ def test_an_error_of_one_rank_is_said_once_and_ends_all(tmp_path: Path) -> None:
     assert re.match(r"error: (rank 1: )?row tiny/row17: .*17\.png", error)
 
 
-def test_sigterm_to_the_script_saves(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", ["script", "group", "everything"])
+def test_sigterm_saves(data: Path, tmp_path: Path, told: str) -> None:
+    """As `kill` sends it, a terminal (to the process group), and systemd or scancel (to all processes)."""
     config = _config(data, tmp_path / "out", 1, 1, training={"max_steps": 2000})
     with _started(config, tmp_path / "c.yaml") as process:
         _wait_for_step(process, tmp_path / "out", 2)
         everything = _below(process.pid)
-        process.send_signal(signal.SIGTERM)
+        if told == "group":
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            for one in [process, *(everything if told == "everything" else [])]:
+                one.send_signal(signal.SIGTERM)
         assert process.wait(timeout=120) == 143
         assert not _running(everything)
     assert checkpoints.list_complete(tmp_path / "out")
@@ -394,7 +400,7 @@ class _started:  # noqa: N801 (reads as a verb in `with`)
         self.environment, self.stderr = {**os.environ, **stage_environment(processes)}, stderr
 
     def __enter__(self) -> subprocess.Popen[bytes]:
-        self.process = subprocess.Popen(self.command, env=self.environment, stderr=self.stderr)
+        self.process = subprocess.Popen(self.command, env=self.environment, stderr=self.stderr, start_new_session=True)
         return self.process
 
     def __exit__(self, *_: object) -> None:

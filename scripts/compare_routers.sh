@@ -3,9 +3,10 @@
 # seven routers, with several seeds; then evaluation and a paired comparison with intervals over questions and seeds.
 #   bash scripts/compare_routers.sh                 3 seeds on the demo, under an hour on 2 cores
 #   bash scripts/compare_routers.sh --quick         1 seed, few steps, under 10 minutes
-#   bash scripts/compare_routers.sh --seeds 5 --suite demo_hard --out outputs/hard training.max_steps=4000 \
-#     'data.sources=[{name: hard, path: playground/data/scenes_hard/instruct.json, image_folder: playground/data/scenes_hard/images}]'
-#   (after llava-compete data scenes-hard: harder questions, as one would run it on a GPU)
+#   PARENT=outputs/demo_hard/pretrain_align bash scripts/compare_routers.sh --seeds 5 --suite demo_hard --out outputs/hard \
+#     --config configs/demo_hard/sft.yaml --upcycle configs/demo_hard/upcycle.yaml training.max_steps=4000
+#   (harder questions, as one would run it on a GPU; after llava-compete data scenes-hard and
+#   scripts/pretrain_align.sh configs/demo_hard/pretrain_align.yaml)
 # Further KEY=VALUE go to every training run. Runs that are finished are kept: the same command goes on after a stop.
 # PARENT: a dense checkpoint to start from (default: trained first). JOBS: runs at a time (default: GPUs, else cores).
 set -euo pipefail

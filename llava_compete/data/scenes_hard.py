@@ -3,7 +3,8 @@
 Callers: `llava-compete data scenes-hard`; the router study trains on it. Objects (colour × shape, or a scanned digit on
 a coloured tile) lie in different cells of a 4×4 grid. Output, below the output folder:
 
-    instruct.json, images/            LLaVA JSON, several questions an image, of all levels
+    pretrain.json, instruct.json      LLaVA JSON: captions with places, and several questions an image, of all levels
+    images/                           the training scenes
     eval/hard_{1,2,3}_test.parquet    one question a scene: image, question, answer, type, id
     eval/hard_unseen_test.parquet     questions that name a colour-shape pair which training never shows or names
     eval/meta.json                    rows, chance, blind and SHA-256 of each test
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +29,7 @@ from PIL import Image, ImageDraw
 
 from llava_compete.data import demo
 
-GENERATOR = "1"  # raise when the same settings give other data
+GENERATOR = "2"  # raise when the same settings give other data
 IMAGE_SIZE, GRID = 64, 4
 COLORS = {
     "red": (220, 40, 40),
@@ -43,6 +45,7 @@ NUM_TEST = 600
 TRAIN_SEED, TEST_SEED = 11, 12
 DIGIT_SHARE = 0.5  # of scenes that hold digits
 YES_NO = ("yes", "no")
+CAPTION_PROMPT = "List the objects and their places."
 
 
 class Thing(NamedTuple):
@@ -59,6 +62,15 @@ class Thing(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.color} {self.shape}"
+
+    @property
+    def caption_name(self) -> str:
+        return self.name if self.digit is None else f"{self.color} {self.digit}"
+
+    @property
+    def place(self) -> str:
+        """Column and row, counted from 1 at the top left."""
+        return f"{self.column + 1},{self.row + 1}"
 
 
 Scene = tuple[Thing, ...]
@@ -109,6 +121,21 @@ def render(scene: Scene, scans: dict[int, list[np.ndarray]]) -> Image.Image:
             draw.rectangle((x - r, y - arm, x + r, y + arm), fill=fill)
             draw.rectangle((x - arm, y - r, x + arm, y + r), fill=fill)
     return image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+
+
+def caption(scene: Scene) -> str:
+    """All objects with their places, in reading order: every word can only be learnt from the image."""
+    things = sorted(scene, key=lambda thing: (thing.row, thing.column))
+    return "; ".join(f"{thing.caption_name} at {thing.place}" for thing in things)
+
+
+def describe(rng: random.Random, scene: Scene) -> list[tuple[str, str]]:
+    """Where two objects lie, what lies at two places, and last the caption, which would give those answers away."""
+    names = Counter(thing.caption_name for thing in scene)
+    unique = [thing for thing in scene if names[thing.caption_name] == 1]
+    at = [(f"What is at {thing.place}?", thing.caption_name) for thing in rng.sample(scene, min(2, len(scene)))]
+    of = [(f"Where is the {thing.caption_name}?", thing.place) for thing in rng.sample(unique, min(2, len(unique)))]
+    return [*of, *at, (CAPTION_PROMPT, caption(scene))]
 
 
 def shapes_of(scene: Scene) -> list[Thing]:
@@ -315,16 +342,22 @@ def build_scenes_hard(out_dir: str | Path, train_images: int, force: bool = Fals
     (partial / "eval").mkdir()
     train_scans, test_scans = demo.digit_scans()
 
-    rng, rows, seen = random.Random(TRAIN_SEED), [], set()
+    rng, caption_rng = random.Random(TRAIN_SEED), random.Random(TRAIN_SEED + 2)
+    captions, rows, seen = [], [], set()
     for index in range(train_images):
         scene = sample_scene(rng)
         seen.add(frozenset(scene))
         name = f"{index:06d}.png"
         (partial / "images" / name).write_bytes(demo.png_bytes(render(scene, train_scans)))
+        row = {"id": f"hard-{index:06d}", "image": name}
+        captions.append({**row, "conversations": demo.llava_turns(describe(caption_rng, scene))})
         pairs = sample_conversation(rng, scene, rng.choice((1, 4, 6)))
         if pairs:
-            rows.append({"id": f"hard-{index:06d}", "image": name, "conversations": demo.llava_turns(pairs)})
-    counts = {"instruct": demo.write_llava_json(rows, partial / "instruct.json")}
+            rows.append({**row, "conversations": demo.llava_turns(pairs)})
+    counts = {
+        "pretrain": demo.write_llava_json(captions, partial / "pretrain.json"),
+        "instruct": demo.write_llava_json(rows, partial / "instruct.json"),
+    }
     tests = {f"hard_{level}": ([k for k in KINDS if KINDS[k].level == level], False) for level in (1, 2, 3)}
     tests["hard_unseen"] = (["existence", "relation", "two_relations", "count_relation"], True)
     tasks = {}

@@ -34,8 +34,8 @@ class Settings:
     """One study.
 
     parent: dense checkpoint. config, upcycle: YAMLs of `sft` and of the upcycling. data: LLaVA JSON of all rows.
-    suite: what to evaluate. steps: of every run; None for one pass over all rows. jobs: runs at a time, one core each
-    on a CPU.
+    rows: the largest set; None for all rows of the data. suite: what to evaluate. steps: of every run; None for one
+    pass over the largest set. jobs: runs at a time, one core each on a CPU.
     """
 
     parent: Path
@@ -47,6 +47,7 @@ class Settings:
     routers: tuple[str, ...] = ("softmax", "competition")
     fractions: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
     seeds: int = 3
+    rows: int | None = None
     steps: int | None = None
     limit: int | None = None
     jobs: int = 1
@@ -63,6 +64,9 @@ class Run(NamedTuple):
 def run(settings: Settings) -> dict[str, Any]:
     """Train and evaluate what is missing, then put the curve together as plain data."""
     total = _count_rows(settings.data)
+    if settings.rows is not None and not 0 < settings.rows <= total:
+        raise UserError(f"--rows: found {settings.rows:,}; expected 1 to {total:,}, the rows of {settings.data}")
+    total = settings.rows or total
     settings = replace(settings, steps=_steps(settings, total))
     _refuse_other_settings(settings)
     sizes = sorted({max(1, round(total * fraction)) for fraction in settings.fractions})

@@ -179,6 +179,17 @@ def test_compositions_on_a_scene_worked_out_by_hand():
     assert relations["Is the red circle below the green cross?"] == "no"
 
 
+def test_a_caption_names_all_objects_in_reading_order():
+    scene = (place(3, 2, "red", "digit", digit=4), place(0, 2, "blue", "square"), place(1, 0, "green", "cross"))
+    assert scenes_hard.caption(scene) == "green cross at 2,1; blue square at 1,3; red 4 at 4,3"
+    turns = dict(turn for seed in range(20) for turn in scenes_hard.describe(random.Random(seed), scene))
+    assert turns["What is at 4,3?"] == "red 4"
+    assert turns["Where is the blue square?"] == "1,3"
+    two = (*scene, place(2, 2, "blue", "square"))
+    asked = [prompt for seed in range(20) for prompt, _ in scenes_hard.describe(random.Random(seed), two)]
+    assert "Where is the blue square?" not in asked
+
+
 def test_unseen_pairs_stay_out_of_training():
     rng = random.Random(2)
     for _ in range(300):
@@ -194,6 +205,11 @@ def test_unseen_pairs_stay_out_of_training():
 def test_hard_benchmark_is_balanced(tmp_path, monkeypatch):
     monkeypatch.setattr(scenes_hard, "NUM_TEST", 120)
     scenes_hard.build_scenes_hard(tmp_path / "hard", train_images=20)
+    captions, questions = (
+        json.loads((tmp_path / f"hard/{name}.json").read_text()) for name in ("pretrain", "instruct")
+    )
+    assert len(captions) == 20
+    assert {row["image"] for row in questions} <= {row["image"] for row in captions}
     meta = json.loads((tmp_path / "hard/eval/meta.json").read_text())
     assert set(meta["tasks"]) == {"demo_hard_1", "demo_hard_2", "demo_hard_3", "demo_hard_unseen"}
     for facts in meta["tasks"].values():

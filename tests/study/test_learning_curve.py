@@ -77,3 +77,11 @@ def test_missing_data_and_failing_commands_are_named(settings, tmp_path):
         learning_curve.run(settings)
     with pytest.raises(UserError, match=r"ended with status 2: see .*log\.txt"):
         learning_curve._command(tmp_path, "train", tmp_path / "missing.yaml")
+
+
+def test_the_largest_set_may_be_smaller_than_the_data(settings, calls):
+    result = learning_curve.run(dataclasses.replace(settings, rows=64))
+    assert [point["rows"] for point in result["points"]] == [4, 8, 16, 32, 64]
+    assert all("training.max_steps=8" in words for words in calls if words[0] == "train")
+    with pytest.raises(UserError, match="--rows: found 161; expected 1 to 160, the rows of"):
+        learning_curve.run(dataclasses.replace(settings, rows=161))

@@ -2,8 +2,8 @@
 
 The three models have the same shape and data; the dense one has the active parameters of the others (its MLPs are K
 experts wide). Steps of the three alternate, so that a slow moment of the machine meets all of them, and medians are
-compared. Competition steps are timed with as many layers of one part as may compete at once; the overhead over a run
-follows from how many layers of each part compete in a step of the schedule (CompeteSMoE, section 3.3) on average.
+compared. A competition step is timed for each number of competing layers of a part; the overhead over a run follows
+from how often the schedule (CompeteSMoE, section 3.3) has that number.
 Peak memory is what tensors hold: the caching allocator's on CUDA, counted on CPU.
 
 Caller: `llava-compete bench train`.
@@ -175,10 +175,11 @@ def run_bench(shape: Shape, device: torch.device, repeats: int) -> dict[str, Any
     tokens, images = shape.rows * shape.length, 0 if shape.tower is None else shape.rows
     router_step = times["competition/0"]
     competing = competing_layers(layers)
-    average = router_step
-    for part, mean in competing.items():
-        at_once = min(CAP, sum(name.startswith(f"{part}.") for name in layers))
-        average += mean * (times[f"competition/{part}.{at_once}"] - router_step) / at_once
+    average = router_step + sum(
+        share * (times[f"competition/{part}.{count}"] - router_step)
+        for part, shares in competing.items()
+        for count, share in shares.items()
+    )
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -206,11 +207,14 @@ def run_bench(shape: Shape, device: torch.device, repeats: int) -> dict[str, Any
     return result
 
 
-def competing_layers(names: Sequence[str]) -> dict[str, float]:
-    """Layers of each part that compete in a step, on average over the schedule of a long run at the default rates."""
+def competing_layers(names: Sequence[str]) -> dict[str, dict[int, float]]:
+    """For each part, the share of steps in which 1, 2, ... of its layers compete: a long run at the default rates."""
     schedule = CompetitionSchedule.build(0, SCHEDULE_STEPS, names, RATE, 0.0, CAP)
-    counts = Counter(_part(name) for step in range(SCHEDULE_STEPS) for name in schedule.layers_at(step))
-    return {part: counts[part] / SCHEDULE_STEPS for part in dict.fromkeys(map(_part, names))}
+    counts: dict[str, Counter[int]] = {part: Counter() for part in map(_part, names)}
+    for step in range(SCHEDULE_STEPS):
+        for part, count in Counter(map(_part, schedule.layers_at(step))).items():
+            counts[part][count] += 1
+    return {part: {n: of[n] / SCHEDULE_STEPS for n in sorted(of)} for part, of in counts.items()}
 
 
 def _alternate(shape: Shape, device: torch.device, repeats: int) -> tuple[dict[str, float], list[str], dict[str, Any]]:
@@ -222,7 +226,8 @@ def _alternate(shape: Shape, device: torch.device, repeats: int) -> tuple[dict[s
     plan["competition/0"] = ("competition", frozenset())
     for part in dict.fromkeys(map(_part, names)):
         competing = [name for name in names if _part(name) == part][:CAP]
-        plan[f"competition/{part}.{len(competing)}"] = ("competition", frozenset(competing))
+        for count in range(1, len(competing) + 1):
+            plan[f"competition/{part}.{count}"] = ("competition", frozenset(competing[:count]))
     seconds: dict[str, list[float]] = {key: [] for key in plan}
     for repeat in range(repeats + 1):
         for key, (case, competing_names) in plan.items():

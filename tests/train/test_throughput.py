@@ -53,8 +53,11 @@ def test_dense_and_mixtures_have_the_same_active_parameters(shape: bench.Shape) 
 def test_competing_layers_come_from_the_schedule(layers: int) -> None:
     names = [f"vision.{layer}" for layer in range(3)] + [f"language.{layer}" for layer in range(layers)]
     competing = bench.competing_layers(names)
-    assert competing["vision"] == pytest.approx(3 * bench.RATE, rel=0.1)
-    assert competing["language"] == pytest.approx(layers * bench.RATE, rel=0.1)
+    for part, number in (("vision", 3), ("language", layers)):
+        assert sum(count * share for count, share in competing[part].items()) == pytest.approx(
+            number * bench.RATE, rel=0.1
+        )
+        assert set(competing[part]) <= {1, 2, 3}
 
 
 def test_the_slice_fits_and_keeps_the_share_of_tower_blocks() -> None:
@@ -80,12 +83,14 @@ def test_the_command_prints_and_writes_what_it_measured(
     assert main(["bench", "train", "--repeats", "2", "--json", str(tmp_path / "new" / "result.json")]) == 0
     found: dict[str, Any] = json.loads((tmp_path / "new" / "result.json").read_text(encoding="utf-8"))
     seconds, competing = found["seconds"], found["competing_layers"]
-    steps = {"language": "competition/language.2"} | ({"vision": "competition/vision.3"} if shape.tower else {})
-    assert set(seconds) == {"dense", "softmax", "competition/0", *steps.values()}
+    steps = {"language": 2} | ({"vision": 3} if shape.tower else {})
+    keys = {f"competition/{part}.{count + 1}" for part, most in steps.items() for count in range(most)}
+    assert set(seconds) == {"dense", "softmax", "competition/0", *keys}
     assert competing.keys() == steps.keys()
     average = seconds["competition/0"]
-    for part, key in steps.items():
-        average += competing[part] * (seconds[key] - seconds["competition/0"]) / int(key[-1])
+    for part, shares in competing.items():
+        for count, share in shares.items():
+            average += share * (seconds[f"competition/{part}.{count}"] - seconds["competition/0"])
     assert found["competition_over_softmax"] == pytest.approx(average / seconds["softmax"] - 1)
     assert found["softmax_over_dense"] == pytest.approx(seconds["softmax"] / seconds["dense"] - 1)
     assert set(found["tokens_per_second"]) == set(found["peak_mb"]) == set(bench.CASES)

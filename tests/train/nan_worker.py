@@ -1,4 +1,4 @@
-"""One rank of the NaN test: `torchrun nan_worker.py CONFIG FIRST LAST` (see test_stage_launch.py).
+"""One rank of the NaN test: `torchrun nan_worker.py CONFIG FIRST LAST` (see test_stage_faults.py).
 
 A stage whose last rank gets NaN pixels in the steps FIRST to LAST (1-based).
 """

@@ -1,4 +1,4 @@
-"""Whole stages in this process: one rank, no DeepSpeed, tiny models. The launched ones are in test_stage_launch.py."""
+"""Whole stages in this process: one rank, no DeepSpeed, tiny models (launched: test_stage_launch, _resume, _faults)."""
 
 from __future__ import annotations
 

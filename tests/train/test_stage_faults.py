@@ -102,6 +102,18 @@ def test_non_finite_steps_of_one_rank_are_skipped(
         assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
 
 
+@pytest.mark.parametrize("deepspeed", [None, "zero2", "zero3"])
+def test_a_gradient_that_breaks_in_the_backward_alone_names_its_layer(
+    data: Path, tmp_path: Path, deepspeed: str | None
+) -> None:
+    dump_yaml(launch_config(data, tmp_path / "out", 4, 1, deepspeed=deepspeed), tmp_path / "c.yaml")
+    stopped = run_worker("nan_worker.py", tmp_path / "c.yaml")
+    assert stopped.returncode != 0
+    (error,) = error_lines(stopped)
+    layer = "" if deepspeed == "zero3" else r", the gradient at the output of layer \S+layers\.1\.self_attn\.o_proj"
+    assert re.search(rf"step \d: not finite: the gradient norm{layer}; stopped after", error)
+
+
 def test_a_rank_that_dies_ends_all(data: Path, tmp_path: Path) -> None:
     config = launch_config(data, tmp_path / "out", 1, 1, training={"max_steps": 2000})
     with started(config, tmp_path / "c.yaml") as process:

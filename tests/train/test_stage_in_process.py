@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from nan_worker import breaking_backward
 from safetensors.torch import load_file
 from stage_kit import read_metrics, stage_config, tiny_moe, write_data
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -200,27 +201,11 @@ def test_non_finite_steps_are_skipped_then_stop_the_run(
     assert "NaN" not in (tmp_path / "nan" / "run" / "metrics.jsonl").read_text()
 
 
-class _BadBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        return gradients[0] * float("nan")
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_gradient_that_breaks_in_the_backward_alone_names_its_layer(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:
-    plain = LlamaAttention.forward
-
-    def forward(self: Any, hidden_states: torch.Tensor, *rest: Any, **options: Any) -> Any:
-        output, *others = plain(self, hidden_states, *rest, **options)
-        return (_BadBackward.apply(output) if self.layer_idx == 1 else output, *others)
-
-    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    monkeypatch.setattr(LlamaAttention, "forward", breaking_backward(LlamaAttention.forward))
     training = {"max_steps": 2, "gradient_checkpointing": checkpointing}
     where = (
         r"not finite: the gradient norm, the gradient at the output of layer \S+layers\.1\.self_attn\.o_proj; stopped"

@@ -5,7 +5,8 @@ Called by `callbacks.StepCallback` after a bad step, on all ranks (a part under 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,16 +21,15 @@ def first_bad_layer(module: nn.Module, run: Callable[[Any], Any], batches: Seque
         run: one forward of `module` on one of `batches`.
     """
     found: list[str] = []
-    hooks = [
-        part.register_forward_hook(_noting(name, found)) for name, part in module.named_modules() if _is_leaf(part)
-    ]
-    try:
+
+    def note(name: str, output: Tensor) -> None:
+        if not found and not bool(torch.isfinite(output).all()):
+            found.append(name)
+
+    with _each_layers_output(module, note):
         for batch in batches:
             run(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found[:1]
+    return found
 
 
 def first_bad_gradient(module: nn.Module, run: Callable[[Any], Tensor], batches: Sequence[Any]) -> list[str]:
@@ -44,16 +44,13 @@ def first_bad_gradient(module: nn.Module, run: Callable[[Any], Tensor], batches:
     found: list[str] = []
     for batch in batches:  # all of them: a rank that left early would keep the others waiting in a reduction
         outputs: list[tuple[str, Tensor]] = []
-        hooks = [
-            part.register_forward_hook(_keeping(name, outputs))
-            for name, part in module.named_modules()
-            if _is_leaf(part)
-        ]
-        try:
+
+        def keep(name: str, output: Tensor, outputs: list[tuple[str, Tensor]] = outputs) -> None:
+            if output.requires_grad:
+                outputs.append((name, output))
+
+        with _each_layers_output(module, keep):
             loss = run(batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
         gradients = torch.autograd.grad(loss, [output for _, output in outputs], allow_unused=True)
         for (name, _), gradient in zip(reversed(outputs), reversed(gradients), strict=True):
             if gradient is not None and not bool(torch.isfinite(gradient).all()):
@@ -62,21 +59,21 @@ def first_bad_gradient(module: nn.Module, run: Callable[[Any], Tensor], batches:
     return found[:1]
 
 
-def _keeping(name: str, outputs: list[tuple[str, Tensor]]) -> Callable[[nn.Module, Any, Any], None]:
-    def keep(part: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.requires_grad:
-            outputs.append((name, output))
+@contextmanager
+def _each_layers_output(module: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Show `see` the name and output of each module without children, in order of running."""
 
-    return keep
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def on_output(part: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                see(name, output)
 
+        return on_output
 
-def _is_leaf(part: nn.Module) -> bool:
-    return next(part.children(), None) is None
-
-
-def _noting(name: str, found: list[str]) -> Callable[[nn.Module, Any, Any], None]:
-    def note(part: nn.Module, inputs: Any, output: Any) -> None:
-        if not found and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
-            found.append(name)
-
-    return note
+    leaves = [(name, part) for name, part in module.named_modules() if next(part.children(), None) is None]
+    hooks = [part.register_forward_hook(hook(name)) for name, part in leaves]
+    try:
+        yield
+    finally:
+        for registered in hooks:
+            registered.remove()

@@ -187,14 +187,17 @@ class StageTrainer(Trainer):
     def first_bad_gradient(self) -> list[str]:
         """At which layer's output this step's gradient first is not finite, run again; every rank must call it.
 
-        Nothing is found out under ZeRO-3.
+        Nothing is found out under ZeRO-3, or where the memory does not hold a gradient for each layer's output.
         """
         if self.deepspeed is not None and self.deepspeed.zero_optimization_stage() == 3:
             return []
-        with self.compute_loss_context_manager():
-            return first_bad_gradient(
-                self.core_model, lambda batch: self.model(**self._prepare_inputs(batch)).loss, self._batches
-            )
+        try:
+            with self.compute_loss_context_manager():
+                return first_bad_gradient(
+                    self.core_model, lambda batch: self.model(**self._prepare_inputs(batch)).loss, self._batches
+                )
+        except torch.OutOfMemoryError:
+            return []
 
     @property
     def core_model(self) -> Any:

@@ -21,6 +21,7 @@ wait_for() {
   local pid=$1 status=0
   # shellcheck disable=SC2064 # this process's command
   trap "$2" TERM USR1 INT HUP
+  wait "$pid" || status=$?
   # `wait` returns early when a trap ran: wait again until the process is really gone.
   while kill -0 "$pid" 2>/dev/null; do
     status=0

@@ -6,12 +6,12 @@ import copy
 from functools import cache
 from typing import Any
 
-from llava_compete.data.templates import set_chat_template
+from llava_compete.language.templates import set_chat_template
+from llava_compete.language.tokenizer import train_byte_level_bpe
 from llava_compete.model.build import build_model
-from llava_compete.model.config import ModelSection
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
-from llava_compete.model.processing import LlavaCompeteProcessor
-from llava_compete.model.tokenizer import train_byte_level_bpe
+from llava_compete.model.processor import LlavaCompeteProcessor
+from llava_compete.model.section import ModelSection
 from llava_compete.moe.config import MoeConfig
 
 TOWER: dict[str, Any] = {

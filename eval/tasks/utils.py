@@ -1,7 +1,7 @@
 """Functions that the demo task YAMLs name: the image, exact match, and the mean.
 
 lmms-eval imports this file by its path, so it stands on its own. A sample's `accuracy` entry carries its question type
-and id, from which `llava_compete.evaluation.results` makes the breakdown by type.
+and id, from which `llava_compete.evaluation.lmms.output_files` makes the breakdown by type.
 """
 
 import string

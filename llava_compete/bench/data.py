@@ -23,12 +23,12 @@ from transformers import CLIPImageProcessorPil
 from llava_compete.data.collator import Collator
 from llava_compete.data.config import DataSection, SourceSection
 from llava_compete.data.dataset import ConversationDataset, build_datasets
-from llava_compete.data.encoding import IGNORE_INDEX, encode_conversation
-from llava_compete.data.images import open_image
-from llava_compete.data.templates import set_chat_template
-from llava_compete.model.image_processing import LlavaCompeteImageProcessor
-from llava_compete.model.processing import LlavaCompeteProcessor
-from llava_compete.model.tokenizer import train_byte_level_bpe
+from llava_compete.language.chat_encoding import IGNORE_INDEX, encode_conversation
+from llava_compete.language.templates import set_chat_template
+from llava_compete.language.tokenizer import train_byte_level_bpe
+from llava_compete.model.processor import LlavaCompeteProcessor
+from llava_compete.vision.image_decoder import open_image
+from llava_compete.vision.image_processing import LlavaCompeteImageProcessor
 
 NUM_IMAGES = 64
 BATCH_SIZE = 16

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from llava_compete.data.templates import set_chat_template
 from llava_compete.errors import UserError
+from llava_compete.language.templates import set_chat_template
+from llava_compete.language.tokenizer import train_byte_level_bpe
 from llava_compete.model.build import build_model
-from llava_compete.model.config import ModelSection
-from llava_compete.model.tokenizer import train_byte_level_bpe
+from llava_compete.model.section import ModelSection
 from llava_compete.moe.config import MoeConfig
 
 IMAGE_SIZE, PATCH_SIZE = 112, 14

@@ -24,11 +24,11 @@ from transformers import AutoConfig
 from llava_compete.bench.memory import LiveBytes
 from llava_compete.model.configuration import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
-from llava_compete.model.tower_config import PreprocessConfig, TowerConfig
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.moe.schedule import CompetitionSchedule
-from llava_compete.train.throughput import count_flops, device_peak, mfu
+from llava_compete.train.mfu import count_flops, device_peak, mfu
+from llava_compete.vision.tower_config import PreprocessConfig, TowerConfig
 
 CASES = ("dense", "softmax", "competition")
 EXPERTS, CHOSEN = 4, 2

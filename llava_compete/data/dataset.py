@@ -17,10 +17,10 @@ import torch
 from torch.utils.data import Dataset
 
 from llava_compete.data.config import DataSection
-from llava_compete.data.encoding import EncodedConversation, cut_to_length, encode_conversation
-from llava_compete.data.images import BadImageError, open_image
 from llava_compete.data.tables import SourceTable, load_source
 from llava_compete.errors import UserError
+from llava_compete.language.chat_encoding import EncodedConversation, cut_to_length, encode_conversation
+from llava_compete.vision.image_decoder import BadImageError, open_image
 
 _CHARS_PER_TOKEN = 4  # for the sampler's length estimate only
 _FIRST_ROWS = 1000  # before so many are read, their rejected share says little

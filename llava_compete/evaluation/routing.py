@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from llava_compete.data.collator import Collator
-from llava_compete.data.encoding import encode_conversation
-from llava_compete.data.images import open_image
 from llava_compete.errors import UserError
+from llava_compete.evaluation.answerer import load_for_inference
 from llava_compete.evaluation.config import EvalConfig
-from llava_compete.evaluation.generation import load_for_inference
+from llava_compete.language.chat_encoding import encode_conversation
 from llava_compete.moe.state import RoutingMetrics
+from llava_compete.vision.image_decoder import open_image
 
 log = logging.getLogger(__name__)
 _COLUMNS = ("image", "question", "answer")

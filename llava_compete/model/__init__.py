@@ -11,9 +11,9 @@ from transformers import (
 )
 
 from llava_compete.model.configuration import LlavaCompeteConfig
-from llava_compete.model.image_processing import LlavaCompeteImageProcessor
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration, LlavaCompeteOutput
-from llava_compete.model.processing import LlavaCompeteProcessor
+from llava_compete.model.processor import LlavaCompeteProcessor
+from llava_compete.vision.image_processing import LlavaCompeteImageProcessor
 
 __all__ = [
     "LlavaCompeteConfig",

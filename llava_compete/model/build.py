@@ -13,22 +13,22 @@ import torch
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from llava_compete.data.encoding import stop_token_ids
-from llava_compete.data.templates import set_chat_template
 from llava_compete.errors import UserError
+from llava_compete.language.chat_encoding import stop_token_ids
+from llava_compete.language.sources import load_language_model, load_tokenizer, text_config_of
+from llava_compete.language.templates import set_chat_template
+from llava_compete.language.tokenizer import add_image_token
 from llava_compete.model.checkpoint import load_checkpoint, save_checkpoint
-from llava_compete.model.config import LanguageModelSection, ModelSection
 from llava_compete.model.configuration import LlavaCompeteConfig
-from llava_compete.model.image_processing import LlavaCompeteImageProcessor
-from llava_compete.model.language_source import load_language_model, load_tokenizer, text_config_of
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
-from llava_compete.model.processing import LlavaCompeteProcessor
-from llava_compete.model.projector import Projector
-from llava_compete.model.tokenizer import add_image_token
-from llava_compete.model.tower import VisionTower
-from llava_compete.model.tower_registry import load_pretrained, resolve_tower
+from llava_compete.model.processor import LlavaCompeteProcessor
+from llava_compete.model.section import LanguageModelSection, ModelSection
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
+from llava_compete.vision.image_processing import LlavaCompeteImageProcessor
+from llava_compete.vision.projector import Projector
+from llava_compete.vision.sources import load_pretrained, resolve_tower
+from llava_compete.vision.tower import VisionTower
 
 __all__ = ["build_config", "build_model", "load_checkpoint", "save_checkpoint"]
 

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from llava_compete.model.tower_config import TowerConfig
+from llava_compete.vision.tower_config import TowerConfig
 
 
 class LlavaCompeteConfig(PreTrainedConfig):

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from llava_compete.data.bigram import Bigram
-from llava_compete.data.text import HeldOutRows, TextCollator, encoder, token_byte_lengths
-from llava_compete.data.text_config import TextSection
-from llava_compete.data.text_sources import is_held_out, read_source
-from llava_compete.evaluation.scores import Unit
+from llava_compete.data.text.bigram import Bigram
+from llava_compete.data.text.config import TextSection
+from llava_compete.data.text.rows import HeldOutRows, TextCollator, encoder, token_byte_lengths
+from llava_compete.data.text.sources import is_held_out, read_source
+from llava_compete.evaluation.unit_scores import Unit
 
 _BYTE_END = 256
 _BIGRAM_SYMBOLS = 20_000_000

@@ -13,8 +13,8 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from llava_compete.config import StrictConfig
 from llava_compete.data.config import DataSection
-from llava_compete.data.text_config import TextSection
-from llava_compete.model.config import ModelSection
+from llava_compete.data.text.config import TextSection
+from llava_compete.model.section import ModelSection
 from llava_compete.moe.config import MoeConfig
 from llava_compete.train.arguments import check_names
 

@@ -20,24 +20,25 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
-from llava_compete.allocator import keep_freed_memory
 from llava_compete.console import setup_console
 from llava_compete.errors import UserError
 from llava_compete.manifest import write_manifest
 from llava_compete.model.checkpoint import read_config
+from llava_compete.moe.allocator import keep_freed_memory
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
-from llava_compete.train import checkpoints, trainable, universal
+from llava_compete.train import checkpoints, trainable
+from llava_compete.train import resharding as universal
 from llava_compete.train.adapters import with_adapters
 from llava_compete.train.arguments import build_arguments
-from llava_compete.train.callbacks import CompetitionCallback, StepCallback, StopOnSignal
+from llava_compete.train.callbacks.between_steps import CompetitionCallback, StepCallback, StopOnSignal
+from llava_compete.train.callbacks.progress import AnswersCallback, WatchCallback
 from llava_compete.train.config import DEEPSPEED_DIR, TrainConfig
 from llava_compete.train.distributed import Rank, all_or_none, main_first, of_main, process_group, this_rank
-from llava_compete.train.feed import Feed, build_feed
+from llava_compete.train.inputs import Feed, build_feed
 from llava_compete.train.preflight import check_alike, check_links, check_space
-from llava_compete.train.start import start_model
+from llava_compete.train.starting_point import start_model
 from llava_compete.train.trainer import StageTrainer
-from llava_compete.train.watch import AnswersCallback, WatchCallback
 
 logger = logging.getLogger(__name__)
 

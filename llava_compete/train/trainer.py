@@ -26,11 +26,13 @@ from transformers import Trainer
 
 from llava_compete.errors import UserError
 from llava_compete.model.build import save_checkpoint
-from llava_compete.train import checkpoints, counts, trainable, universal
+from llava_compete.train import checkpoints, trainable
+from llava_compete.train import resharding as universal
+from llava_compete.train import step_counts as counts
 from llava_compete.train.adapters import save_merged
+from llava_compete.train.bad_layers import first_bad_gradient, first_bad_layer
 from llava_compete.train.config import TrainConfig
-from llava_compete.train.diagnose import first_bad_gradient, first_bad_layer
-from llava_compete.train.evaluation import validation_loss
+from llava_compete.train.held_out import validation_loss
 from llava_compete.train.metrics import StepMetrics, scalars
 
 # With less than this left, a failed write is taken for a full disk.

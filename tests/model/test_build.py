@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma3Config, Lla
 from llava_compete.errors import UserError
 from llava_compete.model.build import build_model
 from llava_compete.model.checkpoint import load_checkpoint, save_checkpoint
-from llava_compete.model.config import ModelSection
+from llava_compete.model.section import ModelSection
 from llava_compete.moe.config import MoeConfig
 
 SMALL = {key: value for key, value in LANGUAGE.items() if key != "model_type"}

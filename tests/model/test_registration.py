@@ -57,7 +57,7 @@ def test_loads_and_answers_without_deepspeed(saved: Path) -> None:
 
 
 def test_plan_and_info_need_no_deepspeed() -> None:
-    code = "import sys; sys.modules['deepspeed'] = None; import llava_compete.model.info, llava_compete.model.plan"
+    code = "import sys; sys.modules['deepspeed'] = None; import llava_compete.plan.info, llava_compete.plan.plan"
     run(code)
 
 

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from llava_compete.cli import main
 from llava_compete.errors import UserError
+from llava_compete.language.families import FAMILIES
 from llava_compete.model.build import load_checkpoint, save_checkpoint
-from llava_compete.model.language import FAMILIES
+from llava_compete.model.upcycle import upcycle
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import ROUTERS, MoeConfig
-from llava_compete.moe.upcycle import upcycle
 
 SMALL = {key: value for key, value in LANGUAGE.items() if key not in ("model_type", "tie_word_embeddings")}
 # Per family a tiny config that its real models' options differ by.

@@ -17,7 +17,7 @@ import pytest
 
 from llava_compete.errors import UserError
 from llava_compete.train import distributed, preflight
-from llava_compete.train.callbacks import StopOnSignal
+from llava_compete.train.callbacks.between_steps import StopOnSignal
 from llava_compete.train.distributed import Rank
 
 HOST = socket.gethostname()

@@ -22,8 +22,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from llava_compete.config import parse_config
 from llava_compete.errors import UserError
 from llava_compete.model.build import load_checkpoint
-from llava_compete.moe.upcycle import upcycle
-from llava_compete.train import callbacks, checkpoints, trainer, watch
+from llava_compete.model.upcycle import upcycle
+from llava_compete.train import checkpoints, trainer
+from llava_compete.train.callbacks.between_steps import between_steps as callbacks
+from llava_compete.train.callbacks.between_steps import progress as watch
 from llava_compete.train.config import TrainConfig
 from llava_compete.train.run import train
 

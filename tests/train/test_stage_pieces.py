@@ -14,7 +14,9 @@ from torch import nn
 from llava_compete.config import parse_config
 from llava_compete.data.sampler import GlobalBatchSampler
 from llava_compete.errors import UserError
-from llava_compete.train import checkpoints, counts, trainable, universal
+from llava_compete.train import checkpoints, trainable
+from llava_compete.train import resharding as universal
+from llava_compete.train import step_counts as counts
 from llava_compete.train.config import DEEPSPEED_DIR, PartTraining, TrainConfig
 
 

@@ -1,0 +1,170 @@
+"""All that can be wrong with one row, by kind.
+
+Rows go through the code of training (`parse_row`, `open_image`, `encode_conversation`), so that what passes here does
+not fail there. Caller: `data.check`, in its worker processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava_compete.data.config import SourceSection
+from llava_compete.data.records import PLACEHOLDER, Conversation, RecordError, parse_row
+from llava_compete.errors import UserError
+from llava_compete.language.chat_encoding import IGNORE_INDEX, cut_to_length, encode_conversation
+from llava_compete.language.piece_ids import piece_encoder
+from llava_compete.vision.image_decoder import BadImageError, open_image
+
+MIN_SIDE, MAX_ASPECT = 8, 50  # a picture below or beyond says nothing once resized
+
+
+# kind -> (is it an error, what it means)
+PROBLEMS: dict[str, tuple[bool, str]] = {
+    "file_unreadable": (True, "a source that is missing, empty, of another format, or broken from some place on"),
+    "not_json": (True, "a line or stretch of the file is not JSON"),
+    "not_a_mapping": (True, "the row is not a mapping"),
+    "no_conversation": (True, "no turns"),
+    "turn_not_a_mapping": (True, "a turn is not a mapping"),
+    "unknown_role": (True, "a role that is none of human, gpt, user, assistant, system"),
+    "text_missing": (True, "a turn whose content is no text"),
+    "content_part_invalid": (True, "a content part that is neither text nor image"),
+    "system_not_first": (True, "a system turn after the first turn"),
+    "no_question": (True, "the conversation does not begin with a question"),
+    "turns_out_of_order": (True, "questions and answers do not alternate"),
+    "last_question_unanswered": (True, "the last turn is a question"),
+    "empty_answer": (True, "an answer without text"),
+    "empty_question": (True, "a later question without text or image"),
+    "not_unicode": (True, "bytes that are not UTF-8, or half of a surrogate pair"),
+    "image_reference_invalid": (True, "an image entry that is neither a path nor embedded bytes"),
+    "image_in_answer": (True, "an image part inside an answer"),
+    "placeholder_without_image": (True, "the text has placeholders, the row has no image"),
+    "placeholders_do_not_match": (True, "placeholders and images differ in number"),
+    "image_missing": (True, "no such image file"),
+    "image_is_a_folder": (True, "the image path is a folder"),
+    "image_empty": (True, "the image file has no bytes"),
+    "image_unreadable": (True, "not an image that Pillow can open"),
+    "image_truncated": (True, "the image file ends too early"),
+    "image_too_large": (True, "more pixels than a decoder should be given (decompression bomb)"),
+    "image_too_small": (True, f"a side below {MIN_SIDE} pixels, or one side over {MAX_ASPECT} times the other"),
+    "no_answer_in_limit": (True, "no whole answer within data.max_length"),
+    "template_fails": (True, "the chat template cannot express the row"),
+    "duplicate_row": (True, "same id and same content as an earlier row"),
+    "duplicate_id": (False, "an earlier row with other content has this id"),
+    "id_missing": (False, "no id: the row's number stands in"),
+    "image_without_placeholder": (False, "images but no placeholder: they are put before the first question"),
+    "placeholder_as_text": (False, "a literal <image> in an answer or in a typed text part: taken as text"),
+    "control_token_in_text": (False, "the string of a special token in a text: taken as text"),
+    "image_outside_folder": (False, "an absolute image path, or one that leaves the image folder"),
+    "image_mode": (False, "an image that is not RGB or grey: converted"),
+    "undecodable_text": (False, "U+FFFD or a null character: bytes lost before"),
+    "cut_to_limit": (False, "turns beyond data.max_length are cut off"),
+}
+
+
+@dataclass
+class RowFacts:
+    """What a worker found out about one row."""
+
+    id: str  # the row's number where it has none
+    has_id: bool
+    content_hash: bytes
+    problems: list[tuple[str, str]]
+    tokens: int = 0
+    supervised: int = 0
+    image_tokens: int = 0
+    images: int = 0
+    turns: int = 0
+
+
+class TextSide(NamedTuple):
+    """What is needed to count tokens; without it length and template are not checked."""
+
+    tokenizer: Any
+    num_image_tokens: int
+
+
+def check_row(source: SourceSection, raw: Any, number: int, text_side: TextSide | None, max_length: int) -> RowFacts:
+    """All problems of one row but duplicates, and its numbers."""
+    row_id = raw.get("id") if isinstance(raw, dict) else None
+    label = str(number) if row_id in (None, "") else str(row_id).encode(errors="backslashreplace").decode()
+    content = hashlib.blake2b(repr(raw).encode(errors="replace"), digest_size=8).digest()
+    facts = RowFacts(label, row_id not in (None, ""), content, [])
+    try:
+        if isinstance(raw, RecordError):
+            raise raw
+        conversation = parse_row(raw, default_id=label)
+    except RecordError as error:
+        facts.problems.append((error.kind, str(error)))
+        return facts
+    facts.images = len(conversation.images)
+    facts.turns = sum(message["role"] == "assistant" for message in conversation.messages)
+    if not facts.has_id:
+        facts.problems.append(("id_missing", PROBLEMS["id_missing"][1]))
+    facts.problems += _text_problems(conversation)
+    facts.problems += _image_problems(source, conversation)
+    if text_side is not None:
+        facts.problems += _length_problems(facts, conversation, text_side, max_length)
+    return facts
+
+
+def _text_problems(conversation: Conversation) -> Iterator[tuple[str, str]]:
+    for message in conversation.messages:
+        text = "".join(part.get("text", "") for part in message["content"])
+        if "\ufffd" in text or "\0" in text:
+            yield "undecodable_text", f"{message['role']}: {text[:40]!r}"
+        if PLACEHOLDER in text:
+            yield "placeholder_as_text", f"{message['role']}: {text[:60]!r}"
+    if conversation.images_placed:
+        yield "image_without_placeholder", PROBLEMS["image_without_placeholder"][1]
+
+
+def _image_problems(source: SourceSection, conversation: Conversation) -> Iterator[tuple[str, str]]:
+    folder = source.images
+    for image in conversation.images:
+        if isinstance(image, str) and (Path(image).is_absolute() or ".." in Path(image).parts):
+            yield "image_outside_folder", image
+        try:
+            opened = open_image(image if isinstance(image, bytes) else folder / image)
+        except BadImageError as error:
+            yield error.kind, str(error)
+            continue
+        short, long = sorted(opened.size)
+        name, mode = image if isinstance(image, str) else "embedded image", opened.info["source_mode"]
+        if short < MIN_SIDE or long > MAX_ASPECT * short:
+            yield "image_too_small", f"{name}: {opened.width}×{opened.height} pixels"
+        if mode not in ("RGB", "L"):
+            yield "image_mode", f"{name}: mode {mode}"
+
+
+def _length_problems(
+    facts: RowFacts, conversation: Conversation, text_side: TextSide, max_length: int
+) -> Iterator[tuple[str, str]]:
+    try:
+        whole = encode_conversation(
+            text_side.tokenizer, conversation.messages, tokens_per_image=text_side.num_image_tokens
+        )
+    except UserError as error:
+        yield "template_fails", str(error)
+        return
+    if _has_control_tokens(text_side.tokenizer, conversation):
+        yield "control_token_in_text", PROBLEMS["control_token_in_text"][1]
+    cut = cut_to_length(whole, max_length)
+    if cut is None:
+        first = whole.turn_ends[0].position if whole.turn_ends else len(whole.input_ids)
+        yield "no_answer_in_limit", f"the first answer ends at token {first}, data.max_length is {max_length}"
+        return
+    if cut.turn_ends[-1] != whole.turn_ends[-1]:
+        yield "cut_to_limit", f"{len(whole.input_ids)} tokens, {len(cut.input_ids)} kept"
+    facts.tokens = len(cut.input_ids)
+    facts.supervised = sum(label != IGNORE_INDEX for label in cut.labels)
+    facts.image_tokens = cut.num_images * text_side.num_image_tokens
+
+
+def _has_control_tokens(tokenizer: Any, conversation: Conversation) -> bool:
+    mark = piece_encoder(tokenizer).mark
+    texts = (part.get("text", "") for message in conversation.messages for part in message["content"])
+    return any(mark(plain) != plain for plain in (text.replace(PLACEHOLDER, "") for text in texts))

@@ -1,0 +1,39 @@
+"""Compare evaluations: scores, paired differences with 95% intervals, permutation tests, a forest plot.
+
+  llava-compete compare outputs/a/eval outputs/b/eval
+  llava-compete compare dense=d0/eval,d1/eval,d2/eval competition=c0/eval,c1/eval,c2/eval --out eval/results/mine
+
+Each RUN is an evaluation directory, or NAME=DIR,DIR,... with one directory a training seed (in the same order for all:
+runs of one seed are paired). The first is the baseline. Runs that answered other questions, or were prompted or scored
+in another way, are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="DIR or NAME=DIR,DIR,... (one directory a seed)")
+    parser.add_argument("--published", metavar="FILE", help="JSON of published scores, shown beside ours")
+    parser.add_argument("--out", default="outputs/comparison", metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--resamples", type=int, default=10_000, help="bootstrap and permutation draws (%(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from llava_compete.errors import UserError
+    from llava_compete.evaluation.compare.comparison import compare_methods
+    from llava_compete.evaluation.compare.comparison_report import to_markdown, write_comparison
+    from llava_compete.evaluation.compare.evaluation_dirs import read_method, read_published
+
+    published = read_published(Path(arguments.published)) if arguments.published else {}
+    comparison = compare_methods([read_method(text) for text in arguments.runs], published, arguments.resamples)
+    if published and not comparison.published:
+        raise UserError(f"{arguments.published}: no score of a task that the runs have ({', '.join(comparison.rows)})")
+    command = shlex.join(["llava-compete", *sys.argv[1:]])
+    paths = write_comparison(comparison, Path(arguments.out), command)
+    sys.stdout.write(to_markdown(comparison, command))
+    sys.stdout.write(f"Written: {', '.join(map(str, paths))}\n")

@@ -1,0 +1,150 @@
+"""Runs lmms-eval's own command line on a checkpoint, task by task, and writes scores that say where they come from.
+
+Layout of an evaluation directory:
+
+    summary.json       {"tasks": {NAME: {"accuracy", "chance", "n", "by_type", ...}}, "seconds", "checkpoint", ...}
+    samples/NAME.jsonl one line a unit: id, score, weight, type, answer, target
+    tasks/NAME.json    a finished task; a run that was stopped goes on with the tasks that have none
+    routing.json       router agreement and expert use, for mixtures of experts
+    lmms_eval/         lmms-eval's own files;  eval.log: its output;  run/: config and manifest
+
+Callers: `llava-compete eval`, scripts/eval.sh, scripts/compare_routers.sh.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from llava_compete.errors import UserError
+from llava_compete.evaluation.config import EvalConfig
+from llava_compete.evaluation.lmms.catalogue import check_names, check_on_disk, names_in
+from llava_compete.evaluation.lmms.launcher import run_lmms_eval
+from llava_compete.evaluation.lmms.output_files import finished, read_run, write_task
+from llava_compete.evaluation.lmms.suites import (
+    LocalTask,
+    check_judges,
+    check_local_data,
+    find_local_tasks,
+    load_suite,
+    task_digest,
+)
+from llava_compete.manifest import package_versions, write_json, write_manifest
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Evaluate and return what summary.json holds."""
+    started = time.perf_counter()
+    include_path = Path(config.include_path)
+    checkpoint = checkpoint_facts(Path(config.checkpoint), Path(config.adapter) if config.adapter else None)
+    tasks = list(dict.fromkeys(config.tasks or load_suite(config.suite or "").tasks))
+    local = find_local_tasks(include_path)
+    check_names(tasks, include_path)
+    check_judges(tasks)
+    for task in tasks:
+        if task in local:
+            check_local_data(local[task])
+    check_on_disk(tasks, include_path)
+    directory = config.directory
+    own = names_in(sorted(include_path.rglob("*.yaml")))
+    digests = {task: local[task].digest if task in local else task_digest(own[task]) for task in tasks if task in own}
+    write_manifest(directory, config, seeds={"lmms_eval": 0}, data_digest=_combined(digests), extra={"tasks": digests})
+
+    weights = {key: checkpoint[key] for key in ("sha256", "adapter_sha256")}
+    settings = {"checkpoint": weights, **_settings(config), "versions": _versions()}
+    states = {task: {**settings, "task": digests.get(task, task)} for task in tasks}
+    summaries = {task: finished(directory, task, states[task]) for task in tasks}
+    remaining = [task for task in tasks if summaries[task] is None]
+    if len(remaining) < len(tasks):
+        log.info("finished before, not run again: %s", ", ".join(task for task in tasks if task not in remaining))
+    if remaining:  # a summary of other results must not stand beside half-made new ones
+        (directory / "summary.json").unlink(missing_ok=True)
+    for group in _groups(remaining, local):
+        raw = directory / "lmms_eval" / "+".join(group)
+        shutil.rmtree(raw, ignore_errors=True)
+        log.info("lmms-eval: %s", ", ".join(group))
+        # `datasets` knows a converted local table by file name and time: one that was rebuilt gets a cache of its own.
+        cache = raw.with_name("datasets-" + _combined(digests)[:16]) if group[0] in local else None
+        run_lmms_eval(config, group, raw, directory / "eval.log", cache)
+        if cache is not None:
+            shutil.rmtree(cache, ignore_errors=True)
+        for task, run in read_run(raw, group).items():
+            facts = local[task].facts if task in local else {}
+            write_task(directory, task, run, facts, states[task])
+            summaries[task] = finished(directory, task, states[task])
+    summary = {
+        "tasks": summaries,
+        "seconds": round(time.perf_counter() - started, 1),
+        "checkpoint": {"path": config.checkpoint, **checkpoint},
+        "settings": config.model_dump(mode="json"),
+        "versions": package_versions(),
+    }
+    write_json(directory / "summary.json", summary)
+    return summary
+
+
+def checkpoint_config(directory: Path) -> dict[str, Any]:
+    """config.json of a checkpoint of this package; an error where there is none."""
+    config_file = directory / "config.json"
+    if not config_file.is_file():
+        raise UserError(f"{directory}: no checkpoint here (no config.json)")
+    config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
+    if config.get("model_type") != "llava_compete":
+        raise UserError(f"{config_file}: model_type is {config.get('model_type')!r}, expected 'llava_compete'")
+    return config
+
+
+def checkpoint_facts(directory: Path, adapter: Path | None = None) -> dict[str, Any]:
+    """SHA-256 over a checkpoint's files (and an adapter's), its stage, and whether it has experts."""
+    config = checkpoint_config(directory)
+    if adapter is not None and not (adapter / "adapter_config.json").is_file():
+        raise UserError(f"{adapter}: no adapter here (no adapter_config.json)")
+    return {
+        "sha256": _files_digest(directory),
+        "adapter_sha256": _files_digest(adapter) if adapter else None,
+        "stage": config.get("stage"),
+        "moe": config.get("moe") is not None,
+    }
+
+
+def _files_digest(directory: Path) -> str:
+    """Over weights, configs and tokenizer."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".json", ".jinja")):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _settings(config: EvalConfig) -> dict[str, Any]:
+    """The settings that may change a score; the others do not make a finished task stale."""
+    return {
+        "limit": config.limit,
+        "dtype": config.dtype,
+        "competition_at_inference": config.competition_at_inference,
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = package_versions()
+    return {
+        name: versions[name] for name in ("llava_compete", "lmms-eval", "torch", "transformers") if name in versions
+    }
+
+
+def _groups(tasks: list[str], local: dict[str, LocalTask]) -> list[list[str]]:
+    """Our small tasks share one start of lmms-eval; a benchmark has its own, so that a suite is resumed by task."""
+    own = [task for task in tasks if task in local]
+    return [*([own] if own else []), *([task] for task in tasks if task not in local)]
+
+
+def _combined(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,141 @@
+"""`LlavaCompeteProcessor`: text with placeholders and images -> model inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import ProcessorMixin
+from transformers.image_processing_base import BatchFeature
+from transformers.utils import PROCESSOR_NAME
+
+from llava_compete.errors import UserError
+
+IMAGE_TOKEN = "<image>"
+
+
+class LlavaCompeteProcessor(ProcessorMixin):
+    """Tokenizer and image processor of a checkpoint.
+
+    Each `<image>` in a text stands for one image and becomes `num_image_tokens` placeholders, one for each feature
+    the model will put there. The chat template is the tokenizer's.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        num_image_tokens: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        self.num_image_tokens = num_image_tokens
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        tokenizer.padding_side = "left"  # tokenizer files keep the side of their last use
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        """As in transformers; a text-only model has no image processor."""
+        if argument_name == "image_processor" and argument is None:
+            return None
+        return super().check_argument_for_proper_class(argument_name, argument)
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, which asks every part for its class; a text-only model has but a tokenizer to save."""
+        if self.image_processor is not None:
+            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        self.tokenizer.save_pretrained(save_directory)
+        file = Path(save_directory) / PROCESSOR_NAME
+        self.to_json_file(file)
+        return [str(file)]
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: Any, processor_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        if processor_dict is not None and processor_dict.get("image_processor") is None:
+            return [None, cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)]
+        return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """Model inputs; the counts of images and placeholders must agree. An empty list of images means none."""
+        if images is not None and not isinstance(images, str) and hasattr(images, "__len__") and len(images) == 0:
+            images = None
+        if images is not None:
+            self._check_sees_images()
+        try:
+            return super().__call__(images=images, text=text, **kwargs)
+        except ValueError as error:
+            if "images" in str(error) and self.image_token in str(error):
+                raise UserError(str(error)) from error
+            raise
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = "auto",
+        add_generation_prompt: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers; with `tokenize`, ids are made as in training.
+
+        So a literal "<image>" or another control token in somebody's text is text, and cannot stand for an image.
+        """
+        asked = {key for key, value in kwargs.items() if value}
+        if not tokenize or chat_template is not None or asked - {"padding"}:
+            return super().apply_chat_template(
+                conversation,
+                chat_template,
+                tokenize=tokenize,
+                return_dict=return_dict,
+                return_tensors=return_tensors,
+                add_generation_prompt=add_generation_prompt,
+                **kwargs,
+            )
+        from llava_compete.language.chat_encoding import encode_conversation
+
+        conversations, _ = self._normalize_conversations(conversation)
+        rows, images = [], []
+        for messages in conversations:
+            encoded = encode_conversation(
+                self.tokenizer,
+                messages,
+                tokens_per_image=self.num_image_tokens,
+                add_generation_prompt=add_generation_prompt,
+            )
+            given = [image for message in messages for image in _images_of(message)]
+            if encoded.num_images != len(given):
+                raise UserError(f"the conversation shows {encoded.num_images} images, but gives {len(given)}")
+            rows.append(encoded.input_ids)
+            images.extend(given)
+        tensors = None if return_tensors == "auto" else return_tensors
+        data = dict(self.tokenizer.pad({"input_ids": rows}, padding=len(rows) > 1))
+        if images:
+            self._check_sees_images()
+            data["pixel_values"] = self.image_processor(images)["pixel_values"]
+        inputs = BatchFeature(data, tensor_type=tensors)
+        return inputs if return_dict else inputs["input_ids"]
+
+    def _check_sees_images(self) -> None:
+        if self.image_processor is None:
+            raise UserError("images given, but this model has no vision tower")
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+        """The text that one image's placeholder becomes."""
+        return self.image_token * self.num_image_tokens
+
+
+def _images_of(message: dict[str, Any]) -> list[Any]:
+    """The images that a message's content parts hold: Pillow, or where to find one."""
+    content = message["content"]
+    parts = [] if isinstance(content, str) else [part for part in content if part["type"] == "image"]
+    keys = ("image", "url", "path", "base64")
+    found = [next((part[key] for key in keys if part.get(key) is not None), None) for part in parts]
+    if any(image is None for image in found):
+        raise UserError("an image part of the conversation gives no image; expected one of the keys " + ", ".join(keys))
+    return found

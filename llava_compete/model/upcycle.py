@@ -1,0 +1,283 @@
+"""Sparse upcycling (arXiv 2212.05055): a dense checkpoint directory becomes a MoE checkpoint directory.
+
+Every expert starts as a copy of the dense MLP and routers at N(0, 0.02) from a fixed seed; weights of the chosen
+experts sum to 1, so the result answers exactly as its parent. No model is built with weights: tensors are read one by
+one from the parent's shards and written in shards, so memory stays near one shard. Caller: `llava-compete upcycle`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from llava_compete.config import StrictConfig
+from llava_compete.errors import UserError
+from llava_compete.model.checkpoint import INDEX, WEIGHTS, TensorFacts, read_config, read_weight_headers
+from llava_compete.model.configuration import LlavaCompeteConfig
+from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
+from llava_compete.model.section import ModelSection
+from llava_compete.moe.block import SparseMoeBlock
+from llava_compete.moe.config import MoeConfig
+
+logger = logging.getLogger(__name__)
+
+# Names of the dense layers whose weights a packed parameter is made of, in order of its rows.
+DENSE_NAMES = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("gate_up_proj",)),
+    "up_proj": (("c_fc",), ("fc1",), ("up_proj",)),
+    "down_proj": (("down_proj",), ("c_proj",), ("fc2",)),
+}
+SHARD_BYTES = 2 * 1024**3
+# What a checkpoint directory holds besides config and weights, and what of it belongs to the parent's run only.
+_RUN_FOLDERS = ("checkpoint-*", "run", "adapter")
+
+
+class UpcycleConfig(StrictConfig):
+    """The YAML of `llava-compete upcycle`: which dense checkpoint, where to, which layers become which MoE."""
+
+    stage: Literal["upcycle"] = "upcycle"
+    model: ModelSection
+    output_dir: Path
+    moe: MoeConfig
+    seed: int = 0
+
+
+class UpcycledLayer(NamedTuple):
+    """One replaced MLP: parameters of the dense MLP, of all experts and the router, and of those that a token uses."""
+
+    name: str
+    experts: str
+    router: str
+    dense: int
+    total: int
+    active: int
+
+
+class UpcycleReport(NamedTuple):
+    """What was replaced, and the whole model's parameters."""
+
+    layers: list[UpcycledLayer]
+    parameters_before: int
+    parameters_after: int
+    parameters_active: int
+
+
+class _Source(NamedTuple):
+    """How a tensor of the new checkpoint is made: dense tensors joined by rows, then `copies` times; or a router."""
+
+    keys: tuple[str, ...]
+    copies: int | None
+    router: SparseMoeBlock | None = None
+
+
+def upcycle(
+    parent: str | Path, output_dir: str | Path, moe: MoeConfig, seed: int = 0, shard_bytes: int = SHARD_BYTES
+) -> UpcycleReport:
+    """Write the upcycled checkpoint; refuses a parent that is a MoE, or whose weights do not fit its config."""
+    parent, output_dir = Path(parent), Path(output_dir)
+    config = read_config(parent)
+    if config.moe is not None:
+        raise UserError(f"{parent}: already a mixture of experts; upcycle its dense parent instead")
+    if not moe.parts():
+        raise UserError("moe: no part given; expected at least one of vision, projector, language")
+    headers = read_weight_headers(parent)
+    new_config = _new_config(config, moe)
+    with torch.device("meta"):
+        model = LlavaCompeteForConditionalGeneration(new_config)
+    blocks = {path: module for path, module in model.named_modules() if isinstance(module, SparseMoeBlock)}
+    sources = _plan(model, blocks, headers, parent)
+    partial = output_dir.with_name(output_dir.name + ".partial")
+    _prepare(parent, output_dir, partial)
+    _copy_other_files(parent, partial)
+    new_config.save_pretrained(partial)
+    _write_shards(partial, sources, headers, model, seed, shard_bytes)
+    if output_dir.exists():
+        shutil.rmtree(output_dir)
+    partial.rename(output_dir)
+    return _report(blocks, sources, headers, model)
+
+
+def _new_config(config: LlavaCompeteConfig, moe: MoeConfig) -> LlavaCompeteConfig:
+    values = config.to_dict()
+    values.update(moe=moe.model_dump(mode="json"), stage="upcycle", parents=[*config.parents, config.stage])
+    new_config = LlavaCompeteConfig.from_dict(values)
+    new_config.architectures = config.architectures
+    return new_config
+
+
+def _plan(
+    model: LlavaCompeteForConditionalGeneration,
+    blocks: dict[str, SparseMoeBlock],
+    headers: dict[str, TensorFacts],
+    parent: Path,
+) -> dict[str, _Source]:
+    """A source for each tensor of the new model, checked against the parent's tensors for names and shapes."""
+    # A tied tensor is one with its source, also where a checkpoint stores it a second time.
+    tied = {key for key, source in model.all_tied_weights_keys.items() if key not in headers or source in headers}
+    sources = {key: _Source((key,), None) for key in model.state_dict() if key not in tied}
+    for path, block in blocks.items():
+        for key in [key for key in sources if key.startswith(f"{path}.")]:
+            child, _, name = key.removeprefix(f"{path}.").partition(".")
+            if child == "router":
+                sources[key] = _Source((), None, block)
+            else:
+                sources[key] = _Source(_dense_keys(path, name, headers, parent), block.config.num_experts)
+    used = {key for source in sources.values() for key in source.keys}
+    problems = [f"missing {key}" for key in sorted(used - set(headers))]
+    problems += [f"unexpected {key}" for key in sorted(set(headers) - used - set(model.all_tied_weights_keys))]
+    for key, parameter in model.state_dict().items():
+        source = sources.get(key)
+        if source is None or source.router is not None or any(part not in headers for part in source.keys):
+            continue
+        shapes = [headers[part].shape for part in source.keys]
+        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
+        expected = tuple(parameter.shape) if source.copies is None else tuple(parameter.shape[1:])
+        if shape != expected:
+            problems.append(f"{key} is made of shape {list(shape)}, expected {list(expected)}")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{parent}: weights do not fit config.json: {', '.join(problems[:3])}{more}")
+    return sources
+
+
+def _dense_keys(path: str, name: str, headers: dict[str, TensorFacts], parent: Path) -> tuple[str, ...]:
+    """The parent's tensors behind packed parameter `name` ("gate_up_proj", "down_proj_bias", ...) of block `path`."""
+    kind = "bias" if name.endswith("_bias") else "weight"
+    for layers in DENSE_NAMES[name.removesuffix("_bias")]:
+        keys = tuple(f"{path}.{layer}.{kind}" for layer in layers)
+        if all(key in headers for key in keys):
+            return keys
+    raise UserError(f"{parent}: no dense {kind} for {path}.experts.{name}")
+
+
+def _prepare(parent: Path, output_dir: Path, partial: Path) -> None:
+    """Refuse to overwrite anything but an earlier upcycling; drop what a killed one left."""
+    if output_dir.resolve() == parent.resolve():
+        raise UserError(f"{output_dir}: the output directory is the parent itself")
+    if output_dir.exists() and any(output_dir.iterdir()):
+        earlier = (output_dir / "config.json").is_file() and read_config(output_dir).stage == "upcycle"
+        if not earlier:
+            raise UserError(f"{output_dir}: not empty, and not an earlier result of upcycling; choose another --out")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+
+
+def _copy_other_files(parent: Path, partial: Path) -> None:
+    for item in parent.iterdir():
+        is_weights = item.suffix == ".safetensors" or item.name in (INDEX, "config.json")
+        if item.is_file() and not is_weights:
+            shutil.copy2(item, partial / item.name)
+        elif item.is_dir() and not any(item.match(pattern) for pattern in _RUN_FOLDERS):
+            shutil.copytree(item, partial / item.name)
+
+
+def _write_shards(
+    directory: Path,
+    sources: dict[str, _Source],
+    headers: dict[str, TensorFacts],
+    model: LlavaCompeteForConditionalGeneration,
+    seed: int,
+    shard_bytes: int,
+) -> None:
+    shapes = model.state_dict()
+    dtype_of = {key: _dtype(source, headers) for key, source in sources.items()}
+    sizes = {key: shapes[key].numel() * dtype_of[key].itemsize for key in sources}
+    shards = list(_group(sizes, shard_bytes))
+    weight_map = {}
+    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="upcycle", leave=False) as bar:
+        for number, keys in enumerate(shards, 1):
+            name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {}
+            for key in keys:
+                tensors[key] = _make(key, sources[key], headers, dtype_of[key], seed)
+                bar.update(sizes[key])
+            save_file(tensors, directory / name, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(keys, name))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _group(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
+    """Keys in order, in groups of at most `limit` bytes (a larger tensor is alone)."""
+    group: list[str] = []
+    total = 0
+    for key, size in sizes.items():
+        if group and total + size > limit:
+            yield group
+            group, total = [], 0
+        group.append(key)
+        total += size
+    if group:
+        yield group
+
+
+def _make(key: str, source: _Source, headers: dict[str, TensorFacts], dtype: torch.dtype, seed: int) -> Tensor:
+    if source.router is not None:
+        return _router_tensor(key, source.router, seed).to(dtype)
+    parts = []
+    for dense_key in source.keys:
+        with safe_open(headers[dense_key].file, framework="pt") as shard:
+            parts.append(shard.get_tensor(dense_key))
+    dense = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return dense if source.copies is None else dense.unsqueeze(0).repeat(source.copies, *[1] * dense.ndim)
+
+
+def _router_tensor(key: str, block: SparseMoeBlock, seed: int) -> Tensor:
+    """The router's parameter, drawn from (seed, layer) alone, so that no other layer's choice moves it."""
+    router = type(block.router)(block.config, block.experts.up.shape[2])
+    router.reset_parameters(torch.Generator().manual_seed(zlib.crc32(f"{seed}/{block.name}".encode())))
+    return router.get_parameter(key.rpartition(".router.")[2]).detach()
+
+
+def _dtype(source: _Source, headers: dict[str, TensorFacts]) -> torch.dtype:
+    """Stored precision; routers are kept in float32, in which they are computed, unless the parent is all narrower."""
+    if source.router is not None:
+        names = {facts.dtype for facts in headers.values()}
+        return torch.float32 if "F32" in names or len(names) != 1 else _DTYPES[names.pop()]
+    return _DTYPES[headers[source.keys[0]].dtype]
+
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I64": torch.int64}
+
+
+def _report(
+    blocks: dict[str, SparseMoeBlock],
+    sources: dict[str, _Source],
+    headers: dict[str, TensorFacts],
+    model: LlavaCompeteForConditionalGeneration,
+) -> UpcycleReport:
+    layers = []
+    for block in blocks.values():
+        experts = sum(parameter.numel() for parameter in block.experts.parameters())
+        router = sum(parameter.numel() for parameter in block.router.parameters())
+        chosen, count = block.config.num_experts_per_tok, block.config.num_experts
+        layers.append(
+            UpcycledLayer(
+                name=block.name,
+                experts=f"{chosen} of {count}",
+                router=block.config.router,
+                dense=experts // count,
+                total=experts + router,
+                active=experts // count * chosen + router,
+            )
+        )
+    before = sum(_numel(headers[key].shape) for key in {key for source in sources.values() for key in source.keys})
+    after = sum(parameter.numel() for parameter in model.parameters())
+    return UpcycleReport(layers, before, after, after - sum(layer.total - layer.active for layer in layers))
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())

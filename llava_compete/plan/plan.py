@@ -1,0 +1,222 @@
+"""What a recipe needs before a GPU is rented: parameters, memory a GPU by ZeRO stage, FLOPs, the largest micro-batch.
+
+Builds the model on the meta device and never downloads (`recipe.py`); what a step costs is `meta_step.py`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava_compete.model.configuration import LlavaCompeteConfig
+from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
+from llava_compete.moe.block import competition_layers, moe_blocks
+from llava_compete.moe.config import MoeConfig
+from llava_compete.plan.recipe import Recipe, read_recipe
+from llava_compete.plan.step_cost import StepCost, simulate
+from llava_compete.train import trainable as stage_trainable
+from llava_compete.train.adapters import with_adapters
+
+GIB = 1024**3
+# Bytes of a weight that bitsandbytes holds in 8 or 4 bits, scales included.
+QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.52}
+# CUDA context, allocator slack and collective buffers, measured as memory that is no tensor of ours.
+FIXED_BYTES = int(1.5 * GIB)
+USABLE_SHARE = 0.95
+
+
+@dataclass(frozen=True)
+class PartCount:
+    """Parameters of one part of the model."""
+
+    total: int
+    trainable: int
+    active: int
+
+
+@dataclass(frozen=True)
+class StateMemory:
+    """Bytes a GPU holds for the model itself at one ZeRO stage."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The result; bytes are of one GPU, FLOPs of one optimizer step over all GPUs."""
+
+    num_gpus: int
+    parameters: dict[str, PartCount]
+    states: dict[int, StateMemory]
+    recipe: Recipe
+    per_sample: StepCost
+    competition_per_sample: StepCost
+    largest_micro_batch: dict[int, dict[str, int]]
+
+    @property
+    def total(self) -> PartCount:
+        """Sum over the parts."""
+        return PartCount(
+            *(sum(getattr(part, key) for part in self.parameters.values()) for key in ("total", "trainable", "active"))
+        )
+
+    def activations(self, checkpointing: bool) -> int:
+        """Bytes of activations of the recipe's micro-batch on a router step."""
+        return self.recipe.micro_batch * self.per_sample.activations(checkpointing)
+
+    @property
+    def competition_bytes(self) -> int:
+        """Bytes that a competition step adds to the activations."""
+        with_competition = self.competition_per_sample.activations(self.recipe.checkpointing)
+        return self.recipe.micro_batch * with_competition - self.activations(self.recipe.checkpointing)
+
+    @property
+    def flops_per_step(self) -> int:
+        """Of a router step."""
+        return self.per_sample.step_flops(self.recipe.checkpointing) * self._samples
+
+    @property
+    def competition_flops(self) -> int:
+        """What a competition step adds."""
+        return self.competition_per_sample.step_flops(self.recipe.checkpointing) * self._samples - self.flops_per_step
+
+    @property
+    def _samples(self) -> int:
+        return self.recipe.micro_batch * self.recipe.accumulation * self.num_gpus
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        total = self.total
+        return {
+            "parameters": {
+                **dataclasses.asdict(total),
+                "parts": {name: dataclasses.asdict(part) for name, part in self.parameters.items()},
+            },
+            "num_gpus": self.num_gpus,
+            "zero_stage": self.recipe.zero_stage,
+            "offload": list(self.recipe.offload),
+            "tokens_per_sample": self.recipe.length,
+            "micro_batch": self.recipe.micro_batch,
+            "gradient_checkpointing": self.recipe.checkpointing,
+            "bytes_per_gpu": {
+                **{
+                    f"zero{stage}": dataclasses.asdict(state) | {"total": state.total}
+                    for stage, state in self.states.items()
+                },
+                "activations": self.activations(False),
+                "activations_with_checkpointing": self.activations(True),
+                "competition_step_extra": self.competition_bytes,
+            },
+            "flops_per_step": self.flops_per_step,
+            "competition_step_extra_flops": self.competition_flops,
+            "largest_micro_batch": {f"zero{stage}": sizes for stage, sizes in self.largest_micro_batch.items()},
+        }
+
+
+def plan(path: str | Path, overrides: list[str], num_gpus: int, gpu_memory_gib: float) -> Plan:
+    """Plan the recipe of one YAML (a training stage or an upcycling) on `num_gpus` GPUs."""
+    recipe = read_recipe(Path(path), overrides)
+    model = build_on_meta(recipe)
+    parameters = count_parameters(model)
+    trainable = sum(part.trainable for part in parameters.values())
+    weights = weight_bytes(model, recipe.quantization)
+    states = {
+        stage: state_memory(
+            weights, trainable, recipe.dtype, stage, num_gpus, recipe.offload if stage == recipe.zero_stage else ()
+        )
+        for stage in range(4)
+    }
+    images = 0 if recipe.config.tower is None else 1
+    per_sample = simulate(model, 1, recipe.length, images, frozenset())
+    competing = _heaviest_layers(model, recipe.config)
+    heaviest = simulate(model, 1, recipe.length, images, competing) if competing else per_sample
+    room = int(gpu_memory_gib * GIB * USABLE_SHARE) - FIXED_BYTES
+    largest = {
+        stage: {
+            name: max(0, (room - state.total) // heaviest.activations(checkpointing))
+            for name, checkpointing in (("without_checkpointing", False), ("with_checkpointing", True))
+        }
+        for stage, state in states.items()
+    }
+    return Plan(num_gpus, parameters, states, recipe, per_sample, heaviest, largest)
+
+
+def build_on_meta(recipe: Recipe) -> LlavaCompeteForConditionalGeneration:
+    """The model as the stage trains it, adapters included, without memory for its weights."""
+    with torch.device("meta"):
+        model = LlavaCompeteForConditionalGeneration(recipe.config).to(recipe.dtype).train()
+        if recipe.trainable is not None:
+            with_adapters(model, recipe.trainable)
+            stage_trainable.apply(model, recipe.trainable)
+    return model
+
+
+def count_parameters(model: LlavaCompeteForConditionalGeneration) -> dict[str, PartCount]:
+    """By part: all parameters (adapters too), those that train, and those that one token's forward uses."""
+    unused: dict[str, int] = defaultdict(int)
+    for block in moe_blocks(model).values():
+        experts = sum(parameter.numel() for parameter in block.experts.parameters())
+        unused[block.part] += (
+            experts * (block.config.num_experts - block.config.num_experts_per_tok) // block.config.num_experts
+        )
+    counts: dict[str, PartCount] = {}
+    for part, prefix in stage_trainable.PREFIXES.items():
+        parameters = [parameter for name, parameter in model.named_parameters() if name.startswith(prefix)]
+        if parameters:
+            total = sum(parameter.numel() for parameter in parameters)
+            trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+            counts[part] = PartCount(total, trainable, total - unused[part])
+    return counts
+
+
+def weight_bytes(model: LlavaCompeteForConditionalGeneration, quantization: str | None) -> int:
+    """Of all weights; with quantisation the language model's frozen linear layers take fewer, its head apart."""
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if quantization is not None:
+        for name, module in model.language_model.named_modules():
+            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings() and "lora_" not in name:
+                size -= round(module.weight.numel() * (module.weight.element_size() - QUANTIZED_BYTES[quantization]))
+    return size
+
+
+def state_memory(
+    weights: int, trainable: int, dtype: torch.dtype, stage: int, num_gpus: int, offload: tuple[str, ...] = ()
+) -> StateMemory:
+    """Weights (given in bytes), gradients and Adam's state on one GPU under DeepSpeed.
+
+    Adam keeps two float32 numbers a trainable parameter, and DeepSpeed a float32 master copy beside them.
+    """
+    size = dtype.itemsize
+    weights = 0 if "param" in offload else weights // (num_gpus if stage == 3 else 1)
+    if "optimizer" in offload:  # gradients follow the optimizer to the host
+        return StateMemory(weights, 0, 0)
+    gradients = trainable * size // (num_gpus if stage >= 2 else 1)
+    master = 4 if size < 4 or stage >= 1 else 0
+    return StateMemory(weights, gradients, trainable * (8 + master) // (num_gpus if stage >= 1 else 1))
+
+
+def _heaviest_layers(model: LlavaCompeteForConditionalGeneration, config: LlavaCompeteConfig) -> frozenset[str]:
+    """As many competing layers as one step may have, the largest first."""
+    if config.moe is None:
+        return frozenset()
+    blocks = moe_blocks(model)
+    names = sorted(competition_layers(model), key=lambda name: -sum(p.numel() for p in blocks[name].parameters()))
+    return frozenset(names[: MoeConfig.model_validate(config.moe).max_competing_layers])
+
+
+def write_json(result: Plan, path: Path) -> None:
+    """Write the plan for another program."""
+    path.write_text(json.dumps(result.as_json(), indent=2) + "\n", encoding="utf-8")

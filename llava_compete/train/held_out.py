@@ -1,0 +1,93 @@
+"""Held-out loss during training, and a few greedy answers: exact over ranks, safe under ZeRO-3.
+
+Every rank runs the same number of forwards over batches of the same kind (one data source, with images or without), for
+under ZeRO-3 a part that one rank skips would leave the others waiting. A rank out of rows repeats one, with no label.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from llava_compete.train.step_counts import IGNORED_LABEL
+
+
+@torch.no_grad()
+def validation_loss(
+    model: nn.Module, dataset: Any, collate: Any, *, batch_size: int, device: torch.device
+) -> dict[str, float]:
+    """Mean cross-entropy (nats) over all supervised tokens of `dataset`, their number, and each source's own mean."""
+    was_training = model.training
+    model.eval()
+    totals_S2 = torch.zeros(len(dataset.source_names), 2, dtype=torch.float64, device=device)
+    for source, batch in _equal_batches(dataset, collate, batch_size):
+        targets = (batch["labels"][:, 1:] != IGNORED_LABEL).sum()
+        inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+        # Divided by one item, the model's loss is the sum over tokens.
+        loss_sum = model(**inputs, num_items_in_batch=1).lm_loss
+        totals_S2[source] += torch.stack([loss_sum.double(), targets.to(device).double()])
+    if dist.is_initialized():
+        dist.all_reduce(totals_S2)
+    model.train(was_training)
+    (loss_sum, tokens), by_source = totals_S2.sum(0).tolist(), totals_S2.tolist()
+    losses = {f"eval_loss/{name}": s / n for name, (s, n) in zip(dataset.source_names, by_source, strict=True) if n}
+    return {"eval_loss": loss_sum / max(tokens, 1.0), "eval_tokens": tokens, **(losses if len(losses) > 1 else {})}
+
+
+def _equal_batches(dataset: Any, collate: Any, batch_size: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(source, batch)."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    kinds_N2 = np.stack([dataset.sources, dataset.modalities], axis=1)
+    for kind in np.unique(kinds_N2, axis=0):
+        rows = np.flatnonzero((kinds_N2 == kind).all(1))
+        for start in range(0, len(rows), world * batch_size):
+            mine = rows[start : start + world * batch_size][rank::world]
+            batch = collate([dataset[int(row)] for row in (mine if len(mine) else rows[:1])])
+            if not len(mine):
+                batch["labels"] = torch.full_like(batch["labels"], IGNORED_LABEL)
+            yield int(kind[0]), batch
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: Any, dataset: Any, processor: Any, *, count: int, device: torch.device, synced: bool
+) -> list[dict[str, str]]:
+    """Question, expected and generated text of the first `count` held-out rows, up to their first answer's end."""
+    was_training = model.training
+    model.eval()
+    answers = []
+    for row in range(min(count, len(dataset))):
+        item = dataset[row]
+        supervised = item["labels"] != IGNORED_LABEL
+        start = int(supervised.nonzero()[0, 0])
+        end = start + int(supervised[start:].cumprod(0).sum())
+        prompt = item["input_ids"][:start].unsqueeze(0).to(device)
+        pixels = item["pixel_values"]
+        images = int((prompt == model.config.image_token_id).sum()) // max(processor.num_image_tokens, 1)
+        generated = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            pixel_values=None if pixels is None or not images else pixels[:images].to(device),
+            max_new_tokens=max(end - start, 16),
+            do_sample=False,
+            synced_gpus=synced,
+        )
+        decode = processor.tokenizer.decode
+        texts = (decode(prompt[0]), decode(item["input_ids"][start:end]), decode(generated[0, start:]))
+        answers.append(dict(zip(("prompt", "expected", "generated"), texts, strict=True)) | {"id": item["sample_id"]})
+    model.train(was_training)
+    return answers
+
+
+def write_answers(path: Path, step: int, answers: list[dict[str, str]]) -> None:
+    """Append to `run/answers.jsonl`."""
+    with path.open("a", encoding="utf-8") as file:
+        for answer in answers:
+            file.write(json.dumps({"step": step, **answer}, ensure_ascii=False) + "\n")

@@ -1,0 +1,93 @@
+"""What a stage starts from: a fresh model or the checkpoint of an earlier stage, checked to be of a fitting kind."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerFast
+
+from llava_compete.data.config import DataSection
+from llava_compete.data.tables import load_source
+from llava_compete.data.text.config import TextSection
+from llava_compete.data.text.sources import read_source
+from llava_compete.errors import UserError
+from llava_compete.language.tokenizer import train_byte_level_bpe
+from llava_compete.model.build import build_model
+from llava_compete.model.checkpoint import read_config
+from llava_compete.moe.config import MoeConfig
+from llava_compete.train.config import TrainConfig
+
+if TYPE_CHECKING:  # `plan` reads recipes with this module where DeepSpeed is not installed
+    from llava_compete.train.distributed import Rank
+
+_TOKENIZER_DOCUMENTS = 200_000
+
+
+def start_model(config: TrainConfig, rank: Rank) -> tuple[Any, Any, MoeConfig | None]:
+    """Model (its config's stage and parents set), processor, and the MoE settings in force.
+
+    Rank 0 must get here before the others: it trains the tokenizer, where the config asks for one, and they read it.
+    """
+    if config.model.checkpoint is None:
+        moe = config.moe or None
+        model, processor = build_model(config.model, moe, config.seed, _tokenizer(config, rank))
+    else:
+        stored = read_config(config.model.checkpoint, config.model.trust_remote_code)
+        moe = moe_in_force(config, stored.moe)
+        model, processor = build_model(config.model, moe, config.seed)
+        model.config.parents = [*(stored.parents or []), stored.stage]
+    model.config.stage = config.stage
+    return model, processor, moe
+
+
+def _tokenizer(config: TrainConfig, rank: Rank) -> Any:
+    section = config.model.tokenizer
+    if section is None or section.train_on is None:
+        return None
+    folder = config.output_dir / "run" / "tokenizer"
+    if rank.is_main:
+        train_byte_level_bpe(_texts(config.data), section.vocab_size).save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def _texts(section: DataSection | TextSection) -> Iterator[str]:
+    """Every text of the stage's data, for the tokenizer; of endless text the beginning."""
+    if isinstance(section, TextSection):
+        yield from itertools.islice(read_source(section.train), _TOKENIZER_DOCUMENTS)
+        return
+    for source in section.sources:
+        for row in load_source(source, section.cache_dir).rows:
+            for message in json.loads(row["messages"]):
+                yield from (part["text"] for part in message["content"] if "text" in part)
+
+
+def moe_in_force(config: TrainConfig, stored: dict[str, Any] | None) -> MoeConfig | None:
+    """The checkpoint's settings with the config's laid over; refuses a checkpoint of the wrong kind."""
+    checkpoint = config.model.checkpoint
+    if stored is None:
+        if config.moe:
+            raise UserError(f"{checkpoint}: has no MoE blocks, but the config has a moe section; run upcycle first")
+        if config.stage == "sft" and config.moe is None:
+            raise UserError(
+                f"{checkpoint}: a dense checkpoint, but sft trains a MoE; run upcycle first, "
+                "or set moe=false to train the dense baseline"
+            )
+        return None
+    if config.moe is False:
+        raise UserError(f"{checkpoint}: has MoE blocks, but the config says moe: false")
+    if config.stage in ("pretrain_align", "pft"):
+        raise UserError(f"{checkpoint}: has MoE blocks, but {config.stage} trains a dense model (upcycle comes after)")
+    changes = config.moe.model_dump(exclude_unset=True, mode="json") if config.moe else {}
+    return MoeConfig.model_validate(_overlaid(stored, changes))
+
+
+def _overlaid(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `changes`, section by section."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = base.get(key)
+        merged[key] = _overlaid(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,218 @@
+"""From what a YAML names to a resolved `TowerConfig`, and pretrained weights of only the visual part.
+
+Sources: open_clip's registry by name and tag, `hf-hub:org/repo`, `local-dir:path`, or a config given inline.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llava_compete.config import parse_config
+from llava_compete.errors import UserError
+from llava_compete.model.section import VisionTowerSection
+from llava_compete.vision.tower import VisionTower, build_trunk, tower_facts
+from llava_compete.vision.tower_config import CLIP_MEAN, CLIP_STD, TowerConfig
+
+logger = logging.getLogger(__name__)
+
+# open_clip's words for how an image becomes square, and ours.
+_RESIZE_MODES = {"shortest": "crop", "longest": "pad", "squash": "squash"}
+
+
+class OpenClipModel(NamedTuple):
+    """An architecture (open_clip's model config) and the preprocessing its weights were trained with."""
+
+    model_cfg: dict[str, Any]
+    preprocess_cfg: dict[str, Any]
+
+
+def resolve_tower(section: VisionTowerSection) -> TowerConfig:
+    """Spell out everything that decides the tower's pixels and features. Only `hf-hub:` needs a network."""
+    model_cfg, preprocess_cfg = _lookup(section)
+    embed_dim, vision_cfg = model_cfg["embed_dim"], model_cfg["vision_cfg"]
+    if not isinstance(embed_dim, int) or not isinstance(vision_cfg, dict):
+        raise UserError(
+            "vision_tower: expected open_clip's model config, with embed_dim a number and vision_cfg a mapping"
+        )
+    quick_gelu = bool(model_cfg.get("quick_gelu", False))
+    facts = tower_facts(embed_dim, vision_cfg, quick_gelu, section.feature_layer, section.select)
+    resize_mode = preprocess_cfg.get("resize_mode") or "shortest"
+    preprocess = {
+        "size": facts.image_size,
+        "mean": preprocess_cfg.get("mean") or CLIP_MEAN,
+        "std": preprocess_cfg.get("std") or CLIP_STD,
+        "interpolation": preprocess_cfg.get("interpolation") or "bicubic",
+        "resize_mode": _RESIZE_MODES.get(resize_mode, resize_mode),
+    }
+    values = {
+        **section.model_dump(include={"name", "pretrained", "feature_layer", "select", "scales"}),
+        "embed_dim": embed_dim,
+        "quick_gelu": quick_gelu,
+        "vision_cfg": vision_cfg,
+        "preprocess": {**preprocess, **section.preprocess.model_dump(exclude_none=True)},
+        "width": facts.width,
+        "num_tokens": facts.num_tokens,
+        "num_layers": facts.num_layers,
+    }
+    return parse_config(TowerConfig, values, source="vision_tower")
+
+
+def load_pretrained(tower: VisionTower, section: VisionTowerSection) -> bool:
+    """Load the visual weights that `section` names into `tower`; False if it names none."""
+    path = _weights_path(section)
+    if path is None:
+        return False
+    config = tower.config
+    stored = _read_visual(path)
+    whole = build_trunk_keys(config)
+    prefix = "trunk." if config.vision_cfg.get("timm_model_name") else ""
+    if prefix:  # the rest of a timm tower is its projection head
+        stored = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+    wanted = tower.trunk.state_dict()
+    problems = [f"missing {key}" for key in wanted if key not in stored]
+    problems += [f"unexpected {key}" for key in stored if key not in whole]
+    problems += [
+        f"{key} has shape {list(stored[key].shape)}, expected {list(value.shape)}"
+        for key, value in wanted.items()
+        if key in stored and stored[key].shape != value.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{path}: not the weights of this tower: {', '.join(problems[:3])}{more}")
+    tower.trunk.load_state_dict({key: stored[key] for key in wanted})
+    return True
+
+
+def build_trunk_keys(config: TowerConfig) -> set[str]:
+    """Names of all tensors of the uncut trunk: what pretrained weights may hold and we may leave aside."""
+    with torch.device("meta"):
+        return set(build_trunk(config.embed_dim, config.vision_cfg, config.quick_gelu).state_dict())
+
+
+def _lookup(section: VisionTowerSection) -> OpenClipModel:
+    if section.config is not None:
+        missing = [key for key in ("embed_dim", "vision_cfg") if key not in section.config]
+        if missing:
+            raise UserError(f"vision_tower.config: missing key {missing[0]!r} (open_clip's model config)")
+        return OpenClipModel(section.config, section.config.get("preprocess_cfg", {}))
+    name = str(section.name)
+    if name.startswith(("hf-hub:", "local-dir:")):
+        if section.pretrained is not None:
+            raise UserError(f"vision_tower.pretrained: found {section.pretrained!r}, but {name} brings its own weights")
+        path = _open_clip_config_path(name)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if "model_cfg" not in content:
+            raise UserError(f"{path}: missing key 'model_cfg'; not an open_clip config")
+        return OpenClipModel(content["model_cfg"], content.get("preprocess_cfg", {}))
+    return _lookup_registry(name.replace("/", "-"), section.pretrained)
+
+
+def _lookup_registry(name: str, pretrained: str | None) -> OpenClipModel:
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    model_cfg = open_clip.get_model_config(name)
+    if model_cfg is None:
+        models = open_clip.list_models()
+        near = difflib.get_close_matches(name, models, n=3, cutoff=0.5)
+        near = near or [model for model in models if name.lower() in model.lower()]
+        hint = f"did you mean {', '.join(near[:5])}?" if near else "see open_clip.list_models()"
+        raise UserError(f"vision_tower.name: unknown open_clip model {name!r}; {hint}")
+    if pretrained is None or Path(pretrained).is_file():
+        return OpenClipModel(model_cfg, {})
+    preprocess_cfg = get_pretrained_cfg(name, pretrained)
+    if not preprocess_cfg:
+        tags = list_pretrained_tags_by_model(name)
+        raise UserError(f"vision_tower.pretrained: {name} has no weights {pretrained!r}; known: {', '.join(tags)}")
+    trained_with = bool(preprocess_cfg.get("quick_gelu", False))
+    if "timm_model_name" not in model_cfg["vision_cfg"] and trained_with != bool(model_cfg.get("quick_gelu", False)):
+        logger.warning(
+            "%s %s: its weights were trained with quick_gelu=%s, so that is used", name, pretrained, trained_with
+        )
+        model_cfg = {**model_cfg, "quick_gelu": trained_with}
+    return OpenClipModel(model_cfg, preprocess_cfg)
+
+
+def _open_clip_config_path(name: str) -> Path:
+    scheme, _, place = name.partition(":")
+    if scheme == "local-dir":
+        if not Path(place).is_dir():
+            raise UserError(f"vision_tower.name: {name}: no such directory")
+        path = Path(place) / "open_clip_config.json"
+        if not path.is_file():
+            raise UserError(f"vision_tower.name: {name}: has no open_clip_config.json")
+        return path
+    from open_clip.pretrained import download_pretrained_from_hf
+
+    try:
+        return Path(download_pretrained_from_hf(place, filename="open_clip_config.json"))
+    except FileNotFoundError as error:
+        raise UserError(f"vision_tower.name: {name}: {_line(error)}") from error
+
+
+def _weights_path(section: VisionTowerSection) -> Path | None:
+    """The file with the tower's pretrained weights, downloaded where it must be."""
+    from open_clip.factory import _find_checkpoint_in_dir
+    from open_clip.pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg
+
+    name = section.name or ""
+    try:
+        if name.startswith("hf-hub:"):
+            return Path(download_pretrained_from_hf(name.removeprefix("hf-hub:")))
+        if name.startswith("local-dir:"):
+            found = _find_checkpoint_in_dir(Path(name.removeprefix("local-dir:")))
+            if found is None:
+                raise UserError(f"vision_tower.name: {name}: has no weights")
+            return Path(found)
+        if section.pretrained is None:
+            return None
+        if Path(section.pretrained).is_file():
+            return Path(section.pretrained)
+        if section.config is not None:
+            raise UserError(f"vision_tower.pretrained: {section.pretrained}: no such file")
+        return Path(download_pretrained(get_pretrained_cfg(name.replace("/", "-"), section.pretrained)))
+    except (FileNotFoundError, RuntimeError, OSError) as error:
+        raise UserError(
+            f"vision_tower: cannot fetch the weights of {name} {section.pretrained}: {_line(error)}"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _read_visual(path: Path) -> dict[str, Tensor]:
+    """The tensors under `visual.` of a CLIP checkpoint; pickled files only with torch's safe unpickler."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {key.removeprefix("visual."): file.get_tensor(key) for key in _visual_keys(file.keys(), path)}
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        if "TorchScript" in str(error):
+            raise UserError(f"{path}: a TorchScript archive, which holds code; use safetensors") from error
+        raise UserError(f"{path}: truncated or damaged weights ({_line(error)})") from error
+    except Exception as error:
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise UserError(
+            f"{path}: not a file of weights alone, and running code out of it is not safe; use safetensors"
+        ) from error
+    content = content.get("state_dict", content)
+    content = {key.removeprefix("module."): value for key, value in content.items()}
+    return {key.removeprefix("visual."): content[key] for key in _visual_keys(content, path)}
+
+
+def _visual_keys(keys: Any, path: Path) -> list[str]:
+    visual = [key for key in keys if key.startswith("visual.")]
+    if not visual:
+        raise UserError(f"{path}: has no tensors under 'visual.'; not an open_clip checkpoint")
+    return visual

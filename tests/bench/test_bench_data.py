@@ -1,0 +1,45 @@
+"""The data benchmark: both loops do the same work on the same rows, and a large table stays on disk."""
+
+import pytest
+import torch
+
+from llava_compete.bench import data as bench
+from llava_compete.bench.data_scale import run_scale
+from llava_compete.data.collator import Collator
+from llava_compete.data.config import DataSection, SourceSection
+from llava_compete.data.dataset import build_datasets
+from llava_compete.language.chat_encoding import IGNORE_INDEX
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    monkeypatch.setattr(bench, "NUM_IMAGES", 2)
+
+
+def test_the_plain_loop_reads_the_same_rows(tmp_path, few_images):
+    processor = bench.processor_for(bench.make_rows(tmp_path, 4))
+    source = SourceSection(name="bench", path=tmp_path / "rows.json")
+    ours = build_datasets(DataSection(sources=[source], cache_dir=tmp_path / "cache"), processor, seed=0).train
+    plain = bench.PlainDataset(tmp_path / "rows.json", processor)
+    assert len(plain) == len(ours) == 4
+    for one, other in zip((ours[index] for index in range(4)), (plain[index] for index in range(4)), strict=True):
+        assert torch.equal(one["input_ids"], other["input_ids"])
+        assert one["pixel_values"].shape == other["pixel_values"].shape == (1, 3, 224, 224)
+        # Padded before or after resizing, the picture is the same but for rounding.
+        assert (one["pixel_values"] - other["pixel_values"]).abs().mean() < 0.02
+        answers = one["labels"] != IGNORE_INDEX
+        assert torch.equal(one["labels"][answers], other["labels"][answers])
+    times = bench.steps(ours, processor, Collator(processor), count=4)
+    assert set(times) == {"read", "decode", "resize", "tokenise", "collate"}
+    assert times["decode"] > 0
+
+
+@pytest.mark.parametrize(
+    "num_rows", [2_000, pytest.param(665_000, marks=[pytest.mark.slow, pytest.mark.timeout(900)], id="665K")]
+)
+def test_a_large_table_stays_on_disk(num_rows, tmp_path, few_images):
+    processor = bench.processor_for(bench.make_rows(tmp_path, 50))
+    result = run_scale(tmp_path, processor, num_rows, rows_read=min(num_rows, 20_000))
+    assert result["rows"] == num_rows
+    assert 0 < result["worker_growth_mib"] < 150
+    assert result["start_up_seconds"] < 30

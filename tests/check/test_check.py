@@ -1,0 +1,361 @@
+"""A folder of broken inputs: the checker names each of them rightly, keeps the good rows, and exits with 1."""
+
+import io
+import json
+import struct
+import zlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tokenizers_for_tests import make_tokenizer
+
+from llava_compete.check.check import check_data
+from llava_compete.check.output import RowWriter
+from llava_compete.check.row_checks import PROBLEMS, TextSide, check_row
+from llava_compete.cli import main
+from llava_compete.data.config import DataSection, SourceSection
+from llava_compete.errors import UserError
+
+
+def turns(question="<image>\nWhat?", answer="That."):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def row(row_id, image="good.png", conversations=None, **extra):
+    images = {} if image is None else {"image": image}
+    return {"id": row_id, **images, "conversations": turns() if conversations is None else conversations, **extra}
+
+
+def bomb_png():
+    """A valid header that promises 30,000 × 30,000 pixels."""
+
+    def chunk(kind, content):
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "good.png")
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "JPEG")
+    (folder / "truncated.jpg").write_bytes(buffer.getvalue()[:-400])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("<html>404 Not Found</html>")
+    (folder / "bomb.png").write_bytes(bomb_png())
+    (folder / "folder.jpg").mkdir()
+    Image.new("RGB", (3, 40)).save(folder / "tiny.png")
+    Image.new("RGB", (600, 10)).save(folder / "strip.png")
+    Image.new("CMYK", (40, 40)).save(folder / "cmyk.jpg")
+    return folder
+
+
+BROKEN = {
+    "not_a_mapping": ["only a text", None, 7, [row("a")]],
+    "no_conversation": [
+        {"id": "a", "image": "good.png"},
+        {"id": "b", "conversations": []},
+        {"id": "c", "conversations": {"from": "human"}},
+        {"id": "d", "conversations": "y" * 100_000},
+    ],
+    "turn_not_a_mapping": [row("a", conversations=["What?", "That."])],
+    "unknown_role": [row("a", conversations=[{"from": "robot", "value": "<image>"}, *turns()[1:]])],
+    "text_missing": [
+        row("a", conversations=[{"from": "human", "value": None}, *turns()[1:]]),
+        row("b", conversations=[{"from": "human", "value": {"text": "What?"}}, *turns()[1:]]),
+        row("c", conversations=[{"from": "human"}, *turns()[1:]]),
+    ],
+    "content_part_invalid": [
+        row("a", None, [{"role": "user", "content": [{"type": "video"}]}, {"role": "assistant", "content": "x"}])
+    ],
+    "system_not_first": [row("a", conversations=[*turns(), {"from": "system", "value": "Be kind."}])],
+    "no_question": [row("a", None, turns()[1:])],
+    "turns_out_of_order": [
+        row("a", conversations=[*turns()[:1], *turns("again?"), *turns("x")[1:]]),
+        row("b", conversations=[*turns(), *turns()[1:]]),
+    ],
+    "last_question_unanswered": [row("a", conversations=[*turns(), *turns("And?")[:1]])],
+    "empty_answer": [row("a", conversations=turns(answer="")), row("b", conversations=turns(answer=" \n"))],
+    "empty_question": [row("a", conversations=[*turns(), *turns("")])],
+    "not_unicode": [
+        row("a", conversations=turns(answer="Half an emoji: \ud83d")),
+        row("\ud83d"),
+        row("c", image="\ud83d.png"),
+    ],
+    "image_reference_invalid": [row("a", image=7), row("b", image=["good.png", None])],
+    "image_in_answer": [
+        row("a", None, [{"role": "user", "content": "Draw."}, {"role": "assistant", "content": [{"type": "image"}]}])
+    ],
+    "placeholder_without_image": [row("a", image=None)],
+    "placeholders_do_not_match": [
+        row("a", image=["good.png", "good.png"]),
+        row("b", conversations=turns("<image><image>")),
+    ],
+    "image_missing": [row("a", image="gone.png")],
+    "image_is_a_folder": [row("a", image="folder.jpg")],
+    "image_empty": [row("a", image="empty.jpg")],
+    "image_unreadable": [row("a", image="text.jpg")],
+    "image_truncated": [row("a", image="truncated.jpg")],
+    "image_too_large": [row("a", image="bomb.png")],
+    "image_too_small": [row("a", image="tiny.png"), row("b", image="strip.png")],
+    "no_answer_in_limit": [row("a", conversations=turns("<image>\n" + "why " * 200))],
+    "duplicate_row": [row("a"), row("a")],
+    "duplicate_id": [row("a"), row("a", conversations=turns("<image>\nWho?"))],
+    "id_missing": [{"image": "good.png", "conversations": turns()}],
+    "image_without_placeholder": [row("a", conversations=turns("What?"))],
+    "placeholder_as_text": [
+        row("a", conversations=turns(answer="An <image> tag.")),
+        row("b", None, [{"role": "user", "content": [{"type": "text", "text": "An <image>?"}]}, *turns()[1:]]),
+    ],
+    "control_token_in_text": [row("a", conversations=turns(answer="It ends with <|im_end|>."))],
+    "image_outside_folder": [row("a", image="../images/good.png")],
+    "image_mode": [row("a", image="cmyk.jpg")],
+    "undecodable_text": [row("a", conversations=turns(answer="caf\ufffd"))],
+    "cut_to_limit": [row("a", conversations=turns() + turns("why " * 200))],
+}
+
+
+def section_of(tmp_path, images, rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in rows))
+    source = {"name": "broken", "path": path, "image_folder": images}
+    return DataSection(sources=[source], max_length=150, cache_dir=tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def text_side():
+    return TextSide(make_tokenizer("byte_bpe", "chatml"), num_image_tokens=16)
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_each_broken_input_has_its_kind(kind, tmp_path, images, text_side):
+    rows = BROKEN[kind]
+    report = check_data(section_of(tmp_path, images, rows), text_side, workers=0)
+    pairs = kind.startswith("duplicate")
+    assert dict(report.counts) == {kind: 1 if pairs else len(rows)}
+    assert report.sources["broken"].rows == len(rows)
+    is_error = PROBLEMS[kind][0]
+    assert report.sources["broken"].good_rows == (len(rows) - report.counts[kind] if is_error else len(rows))
+    assert bool(report.num_errors) is is_error
+
+
+def test_every_kind_of_problem_is_shown_here():
+    assert set(PROBLEMS) - set(BROKEN) == {"file_unreadable", "not_json", "template_fails"}  # below
+    assert len(PROBLEMS) >= 25
+
+
+ONE, TWO = json.dumps(row("a")), json.dumps(row("b"))
+# name -> (content, good rows, rows that are not JSON, files that cannot be read, rows that are not Unicode)
+FILES = {
+    "empty.json": (b"", 0, 0, 1, 0),
+    "blank.json": (b" \n", 0, 0, 1, 0),
+    "no_rows.json": (b"[]", 0, 0, 1, 0),
+    "mapping.json": (b'{"rows": []}', 0, 0, 1, 0),
+    "utf16.json": (f"[{ONE}]".encode("utf-16"), 0, 0, 1, 0),
+    "ends_early.json": (f"[{ONE}, {TWO[:-20]}".encode(), 1, 1, 0, 0),
+    "ends_after_a_row.json": (f"[{ONE}, {TWO}".encode(), 2, 1, 0, 0),
+    "trailing_comma.json": (f"[{ONE},]".encode(), 1, 1, 0, 0),
+    "two_lists.json": (f"[{ONE}]\n[{TWO}]".encode(), 1, 1, 0, 0),
+    "long_number.json": (f'[{ONE}, {{"id": {"1" * 5000}}}, {TWO}]'.encode(), 1, 1, 0, 0),
+    "empty.jsonl": (b"", 0, 0, 1, 0),
+    "bad_line.jsonl": (f"{ONE}\n{{oops\n{TWO}\n".encode(), 2, 1, 0, 0),
+    "windows.jsonl": (f"\ufeff{ONE}\r\n\r\n{TWO}\r\n".encode(), 2, 0, 0, 0),
+    "nested.jsonl": (f"{ONE}\n{'[' * 600}{']' * 600}\n{'[' * 5000}\n{TWO}\n".encode(), 2, 2, 0, 0),
+    "long_number.jsonl": (f'{ONE}\n{{"id": {"1" * 5000}}}\n'.encode(), 1, 1, 0, 0),
+    "latin1.jsonl": (f"{ONE}\n".encode() + TWO.replace("That", "Th\u00e9").encode("latin-1"), 1, 0, 0, 1),
+    "not.parquet": (b"hello", 0, 0, 1, 0),
+    "empty.tar": (b"", 0, 0, 1, 0),
+    "zeros.tar": (b"\0" * 10240, 0, 0, 1, 0),
+    "rows.txt": (ONE.encode(), 0, 0, 1, 0),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_broken_files_are_named_and_every_row_is_written(name, tmp_path, images, text_side):
+    content, good, not_json, unreadable, not_unicode = FILES[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    section = DataSection(
+        sources=[{"name": "broken", "path": path, "image_folder": images}], max_length=150, cache_dir=tmp_path
+    )
+    files = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    with RowWriter(*files, section.sources) as writer:
+        report = check_data(section, text_side, workers=2, sink=writer)
+    expected = {"not_json": not_json, "file_unreadable": unreadable, "not_unicode": not_unicode}
+    assert dict(report.counts) == {kind: count for kind, count in expected.items() if count}
+    assert report.sources["broken"].good_rows == good
+    written = [[json.loads(line) for line in file.open()] for file in files]
+    assert (len(written[0]), sum(map(len, written))) == (good, report.sources["broken"].rows)
+    for items in report.first.values():
+        assert all(len(item.message) <= 301 and "\n" not in item.message for item in items)
+
+
+def test_what_cannot_be_read_is_kept_with_its_reason(tmp_path, images):
+    section = section_of(tmp_path, images, [row("a")])
+    (tmp_path / "rows.jsonl").write_text("{oops\n")
+    with RowWriter(None, tmp_path / "bad.jsonl", section.sources) as writer:
+        check_data(section, None, workers=0, sink=writer)
+    bad = json.loads((tmp_path / "bad.jsonl").read_text())
+    assert bad["row"] == "{oops"
+    assert bad["reasons"][0].startswith("not_json: rows.jsonl, line 1: ")
+
+
+_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["<image>", "\ud83d", "a\0b"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "text", "image", "path"]), inner)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_no_value_anywhere_in_a_row_is_a_crash(data, text_side):
+    """Any JSON in any place of a row: the row is fine or has problems with a name."""
+    raw = row("a", conversations=[{"role": "user", "content": [{"type": "text", "text": "What?"}]}, *turns()[1:]])
+    place, key = data.draw(
+        st.sampled_from(
+            [(raw, key) for key in ("id", "image", "images", "conversations", "messages")]
+            + [(raw["conversations"], 0), (raw["conversations"], 1)]
+            + [(raw["conversations"][0], key) for key in ("from", "role", "value", "content")]
+            + [(raw["conversations"][0]["content"], 0), (raw["conversations"][0]["content"][0], "type")]
+        )
+    )
+    place[key] = data.draw(_JSON)
+    source = SourceSection(name="s", path="nowhere/rows.json")
+    facts = check_row(source, raw, 0, text_side, 150)
+    assert {kind for kind, _ in facts.problems} <= set(PROBLEMS)
+
+
+def test_a_template_that_refuses_a_row(tmp_path, images):
+    tokenizer = make_tokenizer("byte_bpe_bos", "plain")
+    original = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = "{{ raise_exception('no system turns') }}" + original
+        report = check_data(section_of(tmp_path, images, [row("a")]), TextSide(tokenizer, 4), workers=0)
+    finally:
+        tokenizer.chat_template = original
+    assert dict(report.counts) == {"template_fails": 1}
+    assert "no system turns" in report.first["template_fails"][0].message
+
+
+def test_token_statistics(tmp_path, images, text_side):
+    rows = [row("a"), row("b", None, turns("Why?", "Because."))]
+    report = check_data(section_of(tmp_path, images, rows), text_side, workers=0)
+    source = report.sources["broken"]
+    assert (source.rows, source.images, source.text_only_rows, source.image_tokens) == (2, 1, 1, 16)
+    assert 0 < source.supervised_tokens < source.tokens - 16
+
+
+def test_command_writes_report_and_both_files_and_exits_with_1(tmp_path, images, capsys):
+    section_of(tmp_path, images, [row("a"), row("b", image="gone.png"), row("c")])
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"data:\n  cache_dir: {tmp_path}\n  sources:\n"
+        f"    - {{name: broken, path: {tmp_path}/rows.jsonl, image_folder: {images}}}\n"
+    )
+    files = {name: tmp_path / name for name in ("report.json", "clean.jsonl", "bad.jsonl")}
+    command = ["data", "check", str(config), "--workers", "2", "--json", str(files["report.json"])]
+    command += ["--write-clean", str(files["clean.jsonl"]), "--write-bad", str(files["bad.jsonl"])]
+    assert main(command) == 1
+    assert "image_missing" in capsys.readouterr().out
+    report = json.loads(files["report.json"].read_text())
+    assert (report["errors"], report["problems"]["image_missing"]["first"][0]["id"]) == (1, "b")
+    assert [json.loads(line)["id"] for line in files["clean.jsonl"].open()] == ["a", "c"]
+    bad = json.loads(files["bad.jsonl"].read_text())
+    assert (bad["row"]["id"], bad["reasons"][0].split(":")[0]) == ("b", "image_missing")
+    # The clean file is fit to train on.
+    assert main(["data", "check", str(config), f"data.sources=[{{name: clean, path: {files['clean.jsonl']}, "
+                 f"image_folder: {images}}}]", "--json", str(files["report.json"])]) == 0  # fmt: skip
+
+
+def test_a_source_that_is_not_there_does_not_hide_the_others(tmp_path, images, text_side):
+    section = section_of(tmp_path, images, [row("a"), row("b", image="gone.png")])
+    gone = SourceSection(name="gone", path=tmp_path / "gone.json")
+    report = check_data(section.model_copy(update={"sources": [gone, *section.sources]}), text_side, workers=0)
+    assert dict(report.counts) == {"file_unreadable": 1, "image_missing": 1}
+    assert "gone.json: no such file" in report.first["file_unreadable"][0].message
+    assert (report.sources["gone"].rows, report.sources["broken"].rows) == (0, 2)
+
+
+def test_problems_count_rows(tmp_path, images):
+    report = check_data(section_of(tmp_path, images, [row("a", image=["x", "y"], conversations=turns("Two?"))]), None)
+    assert report.counts["image_missing"] == 1
+
+
+def test_rows_without_an_id_are_no_duplicates(tmp_path, images):
+    anonymous = {"image": "good.png", "conversations": turns()}
+    report = check_data(section_of(tmp_path, images, [anonymous, row("0"), row("2"), anonymous]), None)
+    assert dict(report.counts) == {"id_missing": 2}
+
+
+def test_embedded_images_are_written_as_files(tmp_path, images):
+    good = (images / "good.png").read_bytes()
+    rows = [
+        {**row(str(n)), "image": {"bytes": content, "path": "p.png"}} for n, content in enumerate([good, b"?", good])
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    sources = [SourceSection(name="embedded", path=tmp_path / "rows.parquet")]
+    section = DataSection(sources=sources, cache_dir=tmp_path / "cache")
+    with RowWriter(tmp_path / "good.jsonl", tmp_path / "bad.jsonl", sources) as writer:
+        report = check_data(section, None, sink=writer)
+    assert dict(report.counts) == {"image_unreadable": 1}
+    clean = section.model_copy(update={"sources": [SourceSection(name="clean", path=tmp_path / "good.jsonl")]})
+    again = check_data(clean, None)
+    assert (again.sources["clean"].good_rows, again.num_errors) == (2, 0)
+    bad = json.loads((tmp_path / "bad.jsonl").read_text())
+    assert (tmp_path / bad["row"]["image"]).read_bytes() == b"?"
+
+
+def test_several_sources_are_written_apart_and_stale_files_replaced(tmp_path, images):
+    section = section_of(tmp_path, images, [row("a"), row("b", image="gone.png")])
+    sources = [source.model_copy(update={"name": name}) for source in section.sources for name in ("one", "two")]
+    stale = tmp_path / "bad.two.jsonl"
+    stale.write_text("from an earlier run\n")
+    with pytest.raises(KeyboardInterrupt), RowWriter(None, tmp_path / "bad.jsonl", sources):
+        raise KeyboardInterrupt
+    assert stale.read_text() == "from an earlier run\n"
+    with RowWriter(tmp_path / "good.jsonl", tmp_path / "bad.jsonl", sources) as writer:
+        check_data(section.model_copy(update={"sources": sources[:1]}), None, sink=writer)
+    ids = {path.name: [json.loads(line) for line in path.open()] for path in tmp_path.glob("*.*.jsonl")}
+    assert {name: len(rows) for name, rows in ids.items()} == {
+        "good.one.jsonl": 1, "bad.one.jsonl": 1, "good.two.jsonl": 0, "bad.two.jsonl": 0,
+    }  # fmt: skip
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_output_never_overwrites_a_source(tmp_path, images, capsys):
+    section = section_of(tmp_path, images, [row("a")])
+    source = section.sources[0].path
+    with pytest.raises(UserError, match="is a data source"):
+        RowWriter(source, None, section.sources)
+    with pytest.raises(UserError, match="or another output"):
+        RowWriter(tmp_path / "x.jsonl", tmp_path / "x.jsonl", section.sources)
+    config = tmp_path / "config.yaml"
+    config.write_text(f"sources: [{{name: s, path: {source}}}]\n")
+    before = source.read_bytes()
+    assert main(["data", "check", str(config), "--json", str(source)]) == 2
+    assert "is a data source" in capsys.readouterr().err
+    assert source.read_bytes() == before
+    # Said before the check, not after it.
+    assert main(["data", "check", str(config), "--json", str(source / "report.json")]) == 2
+    assert "its folder cannot be made" in capsys.readouterr().err
+    assert main(["data", "check", str(config), "--json", str(images)]) == 2
+    assert "a folder" in capsys.readouterr().err

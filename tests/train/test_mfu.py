@@ -1,0 +1,98 @@
+"""Counted operations, tokens/s of the training benchmark: same active parameters, same data, its schedule's average."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from llava_compete.bench import train as bench
+from llava_compete.cli import main
+from llava_compete.moe.block import moe_blocks
+from llava_compete.train.adapters import with_adapters
+from llava_compete.train.config import PartTraining
+from llava_compete.train.mfu import count_flops, mfu
+
+SHAPE = bench.Shape(16, 32, 2, 2, 64, 2, 16, "float32")
+SEEING = SHAPE._replace(tower=bench.Tower(8, 4, 12, 24, 6, 3))
+CPU = torch.device("cpu")
+
+
+def test_operations_are_six_a_parameter_and_token_and_four_where_frozen() -> None:
+    model, _ = tiny_model(tower=None, language={"hidden_size": 256, "intermediate_size": 512, "vocab_size": 64})
+    used = sum(parameter.numel() for name, parameter in model.named_parameters() if "embed_tokens" not in name)
+    trained = count_flops(model, 32)
+    assert trained.per_token == pytest.approx(6 * used, rel=0.15)
+    assert trained.per_image == pytest.approx(0, abs=trained.per_token)
+    lora = {"language": PartTraining(mode="lora", lora_rank=2)}
+    frozen = count_flops(with_adapters(model, lora).get_base_model(), 32, lora)  # type: ignore[arg-type]
+    assert frozen.per_token == pytest.approx(4 * used, rel=0.15)
+    assert mfu(trained, 1000, 0, seconds=2.0, peak=trained.per_token * 1000, devices=2) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, SEEING])
+def test_dense_and_mixtures_have_the_same_active_parameters(shape: bench.Shape) -> None:
+    counts = {}
+    for case in bench.CASES:
+        model = bench.build(case, shape, CPU)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        for block in moe_blocks(model).values():
+            experts, router = (sum(p.numel() for p in part.parameters()) for part in (block.experts, block.router))
+            total -= experts * (bench.EXPERTS - bench.CHOSEN) // bench.EXPERTS + router
+            if block.part == "vision":  # K output biases a token where the dense block has one
+                total -= bench.CHOSEN * 12 - 12
+        counts[case] = total
+    assert len(set(counts.values())) == 1
+
+
+@pytest.mark.parametrize("layers", [1, 4, 32])
+def test_competing_layers_come_from_the_schedule(layers: int) -> None:
+    names = [f"vision.{layer}" for layer in range(3)] + [f"language.{layer}" for layer in range(layers)]
+    competing = bench.competing_layers(names)
+    for part, number in (("vision", 3), ("language", layers)):
+        assert sum(count * share for count, share in competing[part].items()) == pytest.approx(
+            number * bench.RATE, rel=0.1
+        )
+        assert set(competing[part]) <= {1, 2, 3}
+
+
+def test_the_slice_fits_and_keeps_the_share_of_tower_blocks() -> None:
+    whole = bench.GPU_SHAPE
+    assert bench.fit(whole, 10**15) == whole
+    for gigabytes in (10, 26, 80):
+        shape = bench.fit(whole, gigabytes * 10**9)
+        with torch.device("meta"):
+            model = bench.build("softmax", shape, torch.device("meta"))
+        assert shape.tower is not None
+        assert shape.tower.layers / shape.layers == pytest.approx(27 / 32, abs=0.3)
+        held = 8 * sum(parameter.numel() for parameter in model.parameters())
+        assert held < gigabytes * 10**9 * 0.72
+        assert shape.layers == 1 or held > gigabytes * 10**9 * 0.4
+
+
+@pytest.mark.parametrize("shape", [SHAPE, SEEING])
+def test_the_command_prints_and_writes_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shape: bench.Shape
+) -> None:
+    monkeypatch.setattr(bench, "CPU_SHAPE", shape)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "train", "--repeats", "2", "--json", str(tmp_path / "new" / "result.json")]) == 0
+    found: dict[str, Any] = json.loads((tmp_path / "new" / "result.json").read_text(encoding="utf-8"))
+    seconds, competing = found["seconds"], found["competing_layers"]
+    steps = {"language": 2} | ({"vision": 3} if shape.tower else {})
+    keys = {f"competition/{part}.{count + 1}" for part, most in steps.items() for count in range(most)}
+    assert set(seconds) == {"dense", "softmax", "competition/0", *keys}
+    assert competing.keys() == steps.keys()
+    average = seconds["competition/0"]
+    for part, shares in competing.items():
+        for count, share in shares.items():
+            average += share * (seconds[f"competition/{part}.{count}"] - seconds["competition/0"])
+    assert found["competition_over_softmax"] == pytest.approx(average / seconds["softmax"] - 1)
+    assert found["softmax_over_dense"] == pytest.approx(seconds["softmax"] / seconds["dense"] - 1)
+    assert set(found["tokens_per_second"]) == set(found["peak_mb"]) == set(bench.CASES)
+    printed = capsys.readouterr().out
+    assert f"competition over softmax  {found['competition_over_softmax']:+.1%}  (aim: at most 8%)" in printed

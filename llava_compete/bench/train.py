@@ -22,7 +22,7 @@ import torch
 from transformers import AutoConfig
 
 from llava_compete.bench.memory import LiveBytes
-from llava_compete.model.configuration import LlavaCompeteConfig
+from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig

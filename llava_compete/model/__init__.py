@@ -10,7 +10,7 @@ from transformers import (
     AutoProcessor,
 )
 
-from llava_compete.model.configuration import LlavaCompeteConfig
+from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration, LlavaCompeteOutput
 from llava_compete.model.processor import LlavaCompeteProcessor
 from llava_compete.vision.image_processing import LlavaCompeteImageProcessor

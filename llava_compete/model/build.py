@@ -19,7 +19,7 @@ from llava_compete.language.sources import load_language_model, load_tokenizer, 
 from llava_compete.language.templates import set_chat_template
 from llava_compete.language.tokenizer import add_image_token
 from llava_compete.model.checkpoint import load_checkpoint, save_checkpoint
-from llava_compete.model.configuration import LlavaCompeteConfig
+from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.processor import LlavaCompeteProcessor
 from llava_compete.model.section import LanguageModelSection, ModelSection

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from llava_compete.errors import UserError
 from llava_compete.language.remote_code import copy_remote_code, register_remote_code
-from llava_compete.model.configuration import LlavaCompeteConfig
+from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.processor import LlavaCompeteProcessor
 

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
 from llava_compete.errors import UserError
-from llava_compete.model.configuration import LlavaCompeteConfig
+from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.functional import check_counts, language_loss, routing_losses, sample_positions
 from llava_compete.model.generation import ImageGenerationMixin
 from llava_compete.model.place_experts import install_language_experts, install_vision_experts, make_projector

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from llava_compete.errors import UserError
 from llava_compete.language.families import decoder_layers, family_of, feed_forward_options
-from llava_compete.model.configuration import LlavaCompeteConfig
+from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.moe.block import SparseMoeBlock
 from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.state import RoutingState

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from llava_compete.config import StrictConfig
 from llava_compete.errors import UserError
 from llava_compete.model.checkpoint import INDEX, WEIGHTS, TensorFacts, read_config, read_weight_headers
-from llava_compete.model.configuration import LlavaCompeteConfig
+from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.section import ModelSection
 from llava_compete.moe.block import SparseMoeBlock

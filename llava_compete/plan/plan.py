@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_compete.model.configuration import LlavaCompeteConfig
+from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.moe.block import competition_layers, moe_blocks
 from llava_compete.moe.config import MoeConfig

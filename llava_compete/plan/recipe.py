@@ -18,7 +18,7 @@ from llava_compete.errors import UserError
 from llava_compete.language.sources import text_config_of
 from llava_compete.model.build import build_config, check_moe_settings
 from llava_compete.model.checkpoint import read_config
-from llava_compete.model.configuration import LlavaCompeteConfig
+from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.section import ModelSection
 from llava_compete.model.upcycle import UpcycleConfig
 from llava_compete.moe.config import MoeConfig

@@ -54,7 +54,7 @@ stage setup "$(cat pyproject.toml constraints.txt | sha256sum)" ensure_venv
 ensure_venv # an environment that was removed since then is made again
 upstream="" # a newer package does not make the stages run again
 export PATH="$VENV/bin:$PATH"
-stage data "$(cat llava_compete/demo/build*.py | sha256sum)" llava-compete data demo --out playground/data/demo
+stage data "$(cat llava_compete/demo/*.py | sha256sum)" llava-compete data demo --out playground/data/demo
 stage pretrain_align "$(config_sum pretrain_align)" \
   bash scripts/pretrain_align.sh configs/demo/pretrain_align.yaml output_dir="$OUT/pretrain_align" "${train_overrides[@]}"
 stage upcycle "$(config_sum upcycle)" \

@@ -15,7 +15,7 @@ from tiny import tiny_model
 
 from llava_compete.model.build import save_checkpoint
 
-TASKS = Path(__file__).parent / "local_tasks"
+TASKS = Path(__file__).parent / "evaluation" / "lmms" / "local_tasks"
 NUM_DOCUMENTS = 11
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 HOME = "datasets/liuhaotian/LLaVA-Pretrain/resolve/main"
 
 

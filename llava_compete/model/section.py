@@ -90,7 +90,7 @@ class ModelSection(StrictConfig):
     tokenizer: TokenizerSection | None = None
     """Default: the language model's own."""
     chat_template: str | None = None
-    """A template of `data/templates`; default: the tokenizer's, or the language model family's."""
+    """A template of `language/templates`; default: the tokenizer's, or the language model family's."""
     dtype: DtypeName = "float32"
     attention: AttentionName | None = None
     """Default: transformers' choice, sdpa wherever the family has it."""

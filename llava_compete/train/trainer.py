@@ -227,7 +227,7 @@ class StageTrainer(Trainer):
         return norm
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Nothing here: throughput.py counts them once a logging step."""
+        """Nothing here: counted before training, see mfu.py."""
         return 0
 
     # ---- log: called on every rank, so the collective inside `collect` is safe ----

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datasets
 import pytest
 import torch
-from kit import save_tiny
+from evaluation_kit import save_tiny
 from PIL import Image
 
 from llava_compete.errors import UserError

@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from llava_compete.errors import UserError
     from llava_compete.evaluation.compare.comparison import compare_methods
-    from llava_compete.evaluation.compare.comparison_report import to_markdown, write_comparison
     from llava_compete.evaluation.compare.evaluation_dirs import read_method, read_published
+    from llava_compete.report.comparison import to_markdown, write_comparison
 
     published = read_published(Path(arguments.published)) if arguments.published else {}
     comparison = compare_methods([read_method(text) for text in arguments.runs], published, arguments.resamples)

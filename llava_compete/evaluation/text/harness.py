@@ -17,7 +17,7 @@ from llava_compete.evaluation.unit_scores import Unit
 
 logger = logging.getLogger(__name__)
 
-SUITES = Path(__file__).parents[2] / "eval" / "lm_suites"
+SUITES = Path(__file__).parents[3] / "eval" / "lm_suites"
 # Per-sample metrics that say how right an answer was, the best suited to compare first.
 _SCORES = ("acc_norm", "acc", "exact_match", "f1")
 

@@ -11,10 +11,10 @@ import pytest
 from llava_compete.cli import main
 from llava_compete.errors import UserError
 from llava_compete.evaluation.compare.comparison import compare_methods
-from llava_compete.evaluation.compare.comparison_report import to_markdown
 from llava_compete.evaluation.compare.evaluation_dirs import read_method, read_published
+from llava_compete.report.comparison import to_markdown
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def write_run(

@@ -7,7 +7,7 @@ import os
 import shutil
 
 import pytest
-from kit import NUM_DOCUMENTS, read_samples, save_tiny, write_tasks
+from evaluation_kit import NUM_DOCUMENTS, read_samples, save_tiny, write_tasks
 
 from llava_compete.cli import main
 from llava_compete.errors import UserError

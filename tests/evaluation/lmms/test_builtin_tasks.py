@@ -10,7 +10,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from kit import save_tiny
+from evaluation_kit import save_tiny
 from PIL import Image
 
 from llava_compete.cli import main

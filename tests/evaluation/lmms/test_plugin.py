@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from kit import NUM_DOCUMENTS, save_tiny, write_tasks
+from evaluation_kit import NUM_DOCUMENTS, save_tiny, write_tasks
 from PIL import Image
 
 from llava_compete.evaluation.answerer import (

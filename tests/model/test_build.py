@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_forward import picture
-from test_tower import open_clip_tower
 from tiny import LANGUAGE, TOWER, tiny_model, tiny_tokenizer
+from tower_kit import open_clip_tower
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma3Config, LlamaConfig, LlamaForCausalLM
 
 from llava_compete.errors import UserError

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_forward import picture
-from test_tower import TIMM
 from tiny import TOWER, tiny_model
+from tower_kit import TIMM
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,

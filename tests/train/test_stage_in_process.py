@@ -24,8 +24,8 @@ from llava_compete.errors import UserError
 from llava_compete.model.build import load_checkpoint
 from llava_compete.model.upcycle import upcycle
 from llava_compete.train import checkpoints, trainer
-from llava_compete.train.callbacks.between_steps import between_steps as callbacks
-from llava_compete.train.callbacks.between_steps import progress as watch
+from llava_compete.train.callbacks import between_steps as callbacks
+from llava_compete.train.callbacks import progress as watch
 from llava_compete.train.config import TrainConfig
 from llava_compete.train.run import train
 

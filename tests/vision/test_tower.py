@@ -10,35 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from safetensors.torch import save_file
 from tiny import TOWER
+from tower_kit import TIMM, make_tower, open_clip_tower
 
 from llava_compete.errors import UserError
 from llava_compete.model.section import VisionTowerSection
 from llava_compete.vision.sources import load_pretrained, resolve_tower
 from llava_compete.vision.tower import VisionTower
-
-TIMM: dict[str, Any] = {
-    "embed_dim": 64,
-    "vision_cfg": {"timm_model_name": "test_vit2", "image_size": 64, "timm_pool": "", "timm_proj": "none"},
-}
-
-
-def make_tower(config: dict[str, Any], seed: int = 0, **options: Any) -> VisionTower:
-    torch.manual_seed(seed)
-    return VisionTower(resolve_tower(VisionTowerSection(config=config, **options))).eval()
-
-
-def open_clip_tower(config: dict[str, Any], seed: int = 0) -> Any:
-    """The whole visual module as open_clip makes it, with the same random weights."""
-    torch.manual_seed(seed)
-    visual = _build_vision_tower(
-        config["embed_dim"], CLIPVisionCfg(**config["vision_cfg"]), config.get("quick_gelu", False)
-    )
-    if "timm_model_name" in config["vision_cfg"]:
-        visual.set_input_size(config["vision_cfg"]["image_size"])
-    return visual.eval()
 
 
 @pytest.mark.parametrize("quick_gelu", [False, True])

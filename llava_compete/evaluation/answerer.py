@@ -21,6 +21,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from llava_compete.evaluation.generation_settings import GenerationSettings, cut_at
 from llava_compete.language.chat_encoding import encode_conversation, stop_token_ids
 from llava_compete.model.build import load_checkpoint
+from llava_compete.model.lora import load_adapter
 
 ResultT = TypeVar("ResultT")
 _PLACEHOLDER = re.compile(r"<image(?: \d+)?>")
@@ -213,9 +214,7 @@ def load_for_inference(
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     model, processor = load_checkpoint(checkpoint, dtype=dtype, **extra)
     if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        model = load_adapter(model, adapter).merge_and_unload()
     return model.to(device).eval(), processor
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from llava_compete.errors import UserError
+from llava_compete.import_hooks import not_installed
 from llava_compete.model.checkpoint import load_checkpoint, save_checkpoint
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.moe.experts import PackedExperts
@@ -76,7 +78,35 @@ def add_adapters(model: LlavaCompeteForConditionalGeneration, parts: Mapping[str
         lora_alpha=int(next(iter(targets.values())).alpha),
         lora_dropout=dropout,
     )
-    return get_peft_model(model, config)
+    with _bitsandbytes_for(model):
+        return get_peft_model(model, config)
+
+
+def load_adapter(model: LlavaCompeteForConditionalGeneration, adapter: str | Path) -> Any:
+    """Wrap `model` with the adapters of a directory; returns peft's model."""
+    from peft import PeftModel
+
+    with _bitsandbytes_for(model):
+        return PeftModel.from_pretrained(model, adapter)
+
+
+@contextmanager
+def _bitsandbytes_for(model: LlavaCompeteForConditionalGeneration) -> Iterator[None]:
+    """Let peft see bitsandbytes only for a quantised `model`, which has imported it: any other would import it in vain.
+
+    peft remembers what it finds, so a quantised model later in this process must make it look again.
+    """
+    from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+
+    if getattr(model, "is_quantized", False):
+        yield
+        return
+    try:
+        with not_installed("bitsandbytes"):
+            yield
+    finally:
+        is_bnb_available.cache_clear()
+        is_bnb_4bit_available.cache_clear()
 
 
 def merge_adapters(adapter: str | Path, output_dir: str | Path, checkpoint: str | Path | None = None) -> None:
@@ -84,7 +114,7 @@ def merge_adapters(adapter: str | Path, output_dir: str | Path, checkpoint: str 
 
     checkpoint: default the one that the adapter names as its base.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
     adapter, output_dir = Path(adapter), Path(output_dir)
@@ -98,7 +128,7 @@ def merge_adapters(adapter: str | Path, output_dir: str | Path, checkpoint: str 
         raise UserError(f"{output_dir}: not empty; choose another --out")
     model, processor = load_checkpoint(base)
     try:
-        adapted = PeftModel.from_pretrained(model, adapter)
+        adapted = load_adapter(model, adapter)
         stored = load_peft_weights(str(adapter), device="cpu")
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise UserError(f"{adapter}: does not fit {base}: {str(error).splitlines()[0]}") from error

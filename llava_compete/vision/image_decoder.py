@@ -1,23 +1,25 @@
-"""Open any image file as upright RGB, or say what is wrong with it.
+"""Open any image as upright RGB, or say what is wrong with it.
 
-The one decoder of training, checks, evaluation and chat. Handles EXIF orientation, palettes, transparency (over
-white), CMYK, 16-bit grey, and takes the first frame of an animation. A picture of more than `MAX_PIXELS` is refused
-before it is decoded.
+The one decoder of training, checks, evaluation and chat, so that a model meets the pixels it was trained on. Handles
+EXIF orientation, palettes, transparency (over white), CMYK, 16-bit grey, and takes the first frame of an animation. A
+picture of more than `MAX_PIXELS` is refused before it is decoded.
 """
 
 from __future__ import annotations
 
 import io
-import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from llava_compete.errors import UserError
 
 MAX_PIXELS = 100_000_000
+_TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
 
 
 class BadImageError(UserError):
@@ -38,54 +40,97 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
     image_is_a_folder, image_empty, image_unreadable, image_truncated or image_too_large.
     """
     label = name or (str(source) if not isinstance(source, bytes) else "embedded image")
-    if isinstance(source, bytes):
-        stream: io.BytesIO | Path = io.BytesIO(source)
-    else:
-        stream = Path(source)
+    if not source:
+        raise BadImageError("image_empty", f"{label or 'image'}: the file has no bytes")
+    with _named_errors(label):
+        if not isinstance(source, bytes):
+            _check_file(Path(source), label)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return upright_rgb(image, label)
+
+
+def upright_rgb(image: Image.Image, label: str = "image") -> Image.Image:
+    """The RGB image that `open_image` makes of a Pillow image's file; the image itself is not changed.
+
+    Raises:
+        BadImageError: as `open_image`, for an image that Pillow has opened but not yet read, or of no pixels.
+    """
+    if image.mode == "RGB" and "source_mode" in image.info:  # has been through here
+        return image
+    with _named_errors(label):
+        width, height = image.size
+        if width < 1 or height < 1:
+            raise BadImageError("image_empty", f"{label} of size {width}x{height}: nothing to see")
+        if width * height > MAX_PIXELS:
+            raise BadImageError("image_too_large", f"{label}: {width}×{height} pixels, at most {MAX_PIXELS:,}")
+        image.load()
+        mode = image.mode
+        if (
+            mode == "RGB"
+            and "transparency" not in image.info
+            and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        ):
+            rgb = image.copy()
+        else:
+            rgb = _to_rgb(ImageOps.exif_transpose(image), label)
+        rgb.info = {"source_mode": mode}  # and nothing of the file: its orientation would be applied twice
+        return rgb
+
+
+def _check_file(path: Path, label: str) -> None:
+    """Pillow would wait for ever at a pipe, and reports an empty file as one of an unknown kind."""
+    if path.is_dir():
+        raise BadImageError("image_is_a_folder", f"{label}: a folder, not an image file")
+    if not path.is_file():
+        if path.exists():
+            raise BadImageError("image_unreadable", f"{label}: a pipe or device, not an image file")
+        raise BadImageError("image_missing", f"{label}: no such image file")
+    if path.stat().st_size == 0:
+        raise BadImageError("image_empty", f"{label}: the file has no bytes")
+
+
+@contextmanager
+def _named_errors(label: str) -> Iterator[None]:
+    """Whatever Pillow raises becomes a `BadImageError` with a kind; its warnings are kept back."""
     # lmms-eval switches this on for the whole process at import; half a picture would then pass as grey.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         with warnings.catch_warnings():
-            # Pillow warns about large pictures, odd EXIF and palettes; size is checked below, the rest is harmless.
+            # Pillow warns about large pictures, odd EXIF and palettes; size is checked, the rest is harmless.
             warnings.simplefilter("ignore")
-            with Image.open(stream) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise BadImageError("image_too_large", f"{label}: {width}×{height} pixels, at most {MAX_PIXELS:,}")
-                image.load()
-                mode = image.mode
-                ImageOps.exif_transpose(image, in_place=True)
-                upright = to_rgb(image)
-                upright.info = {"source_mode": mode}
-                return upright
-    except (BadImageError, MemoryError):
+            yield
+    except (UserError, MemoryError):
         raise
-    except FileNotFoundError as error:
-        raise BadImageError("image_missing", f"{label}: no such image file") from error
     except Image.DecompressionBombError as error:
         raise BadImageError("image_too_large", f"{label}: {error}") from error
-    except IsADirectoryError as error:
-        raise BadImageError("image_is_a_folder", f"{label}: a folder, not an image file") from error
     except (UnidentifiedImageError, PermissionError) as error:
-        if source == b"" or (isinstance(stream, Path) and os.access(stream, os.R_OK) and stream.stat().st_size == 0):
-            raise BadImageError("image_empty", f"{label}: the file has no bytes") from error
         raise BadImageError("image_unreadable", f"{label}: not an image that Pillow can open ({error})") from error
     except Exception as error:  # Pillow's decoders meet broken files with nearly any exception
         kind = "image_truncated" if "truncated" in str(error).lower() else "image_unreadable"
         raise BadImageError(kind, f"{label}: {type(error).__name__}: {error}") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any Pillow mode to RGB: transparency over white, 16-bit grey scaled to 8 bits."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I;16") or image.mode == "I":
-        pixels = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        return Image.fromarray(np.nan_to_num(np.asarray(image)).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+def _to_rgb(image: Image.Image, label: str) -> Image.Image:
+    """Any Pillow mode as RGB: transparency over white, grey of more than 8 bits scaled to 8."""
+    if image.mode.startswith("I;16"):
+        # By the file format's own definition 65535 is white.
+        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        return Image.fromarray(_by_range(np.asarray(image, dtype=np.float64), image.mode, label)).convert("RGB")
+    if image.mode in _TRANSPARENT or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _by_range(values_HW: np.ndarray, mode: str, label: str) -> np.ndarray:
+    """uint8 [H, W]: the smallest value black and the largest white, for 32-bit pixels have no white of their own."""
+    low, high = float(values_HW.min()), float(values_HW.max())
+    if not np.isfinite([low, high]).all():
+        raise BadImageError("image_unreadable", f"{label}: mode {mode} with values that are not finite")
+    if low == high:
+        raise BadImageError(
+            "image_unreadable", f"{label}: mode {mode} with the one value {low:g}, which may be black or white"
+        )
+    return np.round((values_HW - low) * (255 / (high - low))).astype(np.uint8)

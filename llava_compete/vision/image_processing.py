@@ -1,4 +1,4 @@
-"""From a Pillow image to the tower's pixels, with Pillow and NumPy only.
+"""From an image to the tower's pixels, with Pillow and NumPy only: decode (`image_inputs`), then resize and normalise.
 
 The same code serves training workers, evaluation and chat. For `squash` and `crop` the result is bit-equal to
 open_clip's own inference transform. S² needs no step here: `size` is that of the largest scale.
@@ -16,17 +16,20 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
 from llava_compete.errors import UserError
-from llava_compete.vision.image_decoder import to_rgb
+from llava_compete.vision.image_inputs import load_images
 from llava_compete.vision.tower_config import CLIP_MEAN, CLIP_STD, Interpolation, ResizeMode, TowerConfig
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+# What transformers writes into a saved file beside the settings.
+_NOTES = ("image_processor_type", "processor_class", "auto_map")
 
 
 class LlavaCompeteImageProcessor(BaseImageProcessor):
     """Resizes to `size` x `size` and normalises.
 
     resize_mode: `pad` fills up to a square with the mean colour, `squash` stretches, `crop` scales the shorter side
-    and cuts the centre.
+    and cuts the centre. These settings belong to the tower: transformers' own options (`do_resize`, `image_mean` and
+    the like) are refused, here and in a call, since ignoring them would go unnoticed.
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values"]
@@ -41,6 +44,7 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
         resize_mode: ResizeMode = "squash",
         **kwargs: Any,
     ) -> None:
+        _refuse(sorted(kwargs.keys() - set(_NOTES)))
         super().__init__(**kwargs)
         self.size = size
         self.mean = list(mean)
@@ -53,21 +57,27 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
         """The processor that delivers what this tower takes."""
         return cls(**{**tower.preprocess.model_dump(), "size": tower.image_size})
 
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Images of any kind as upright RGB Pillow images, nesting kept; transformers' processor calls this by name."""
+        return load_images(image_url_or_urls)
+
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
-        """`images`: one image or any nesting of them (Pillow, H x W x 3 uint8 arrays, paths, URLs) -> pixel_values
-        float32 [n, 3, size, size]."""
-        pixels = [self.pixels(image) for image in _flatten(self.fetch_images(_as_pil(images)))]
+        """`images`: one image or any nesting of them -> pixel_values float32 [n, 3, size, size].
+
+        Raises:
+            BadImageError: an image that cannot be decoded.
+            UserError: an option of transformers' image processors; `image_inputs` lists what an image may be.
+        """
+        _refuse(sorted(key for key, value in kwargs.items() if value is not None))
+        pixels = [self.pixels(image) for image in _flatten(self.fetch_images(images))]
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
     def pixels(self, image: Image.Image) -> np.ndarray:
-        """One image, float32 [3, size, size]."""
-        if image.width < 1 or image.height < 1:
-            raise UserError(f"image of size {image.width}x{image.height}: nothing to see")
-        square = self._square(to_rgb(image))
+        """One RGB image, float32 [3, size, size]."""
+        array = np.asarray(self._square(image))
         values = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
         # A table of the 256 possible values: the same float32 arithmetic as on the whole image, once.
         table = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
-        array = np.asarray(square)
         return np.stack([table[:, channel][array[..., channel]] for channel in range(3)])
 
     def _square(self, image: Image.Image) -> Image.Image:
@@ -91,16 +101,12 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
         return image.crop((left, top, left + size, top + size))
 
 
-def _as_pil(images: Any) -> Any:
-    """Arrays and tensors (H x W x 3 or 3 x H x W, uint8) become Pillow images; nesting is kept."""
-    if isinstance(images, list | tuple):
-        return [_as_pil(image) for image in images]
-    if isinstance(images, str | Image.Image):
-        return images
-    array = np.asarray(images)
-    if array.dtype != np.uint8 or array.ndim != 3 or 3 not in (array.shape[0], array.shape[-1]):
-        raise UserError(f"image array: found {array.dtype} {array.shape}, expected uint8 [height, width, 3]")
-    return Image.fromarray(array if array.shape[-1] == 3 else array.transpose(1, 2, 0))
+def _refuse(options: list[str]) -> None:
+    if options:
+        raise UserError(
+            f"image processor: found the option {', '.join(options)}; pictures are prepared as the tower was trained, "
+            "so size, mean, std, interpolation and resize_mode of the checkpoint are the only settings"
+        )
 
 
 def _flatten(images: Any) -> list[Image.Image]:

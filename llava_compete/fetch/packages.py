@@ -23,6 +23,10 @@ _TIMEOUT_SECONDS = 3600
 _LICENCE = re.compile(r"(^|/)(licen[cs]e|copying|notice)[^/]*$", re.IGNORECASE)
 
 
+class UnreachableError(UserError):
+    """A registry did not give a package: no network, no such version, no client."""
+
+
 @dataclass(frozen=True)
 class Package:
     """One version of a package, pinned by the SHA-256 of its file: a wheel (pypi) or a tarball (npm)."""
@@ -112,7 +116,7 @@ def _is_metadata(name: str) -> bool:
 
 def _pip(package: Package, folder: str) -> list[str]:
     if importlib.util.find_spec("pip") is None:
-        raise UserError(f"{package}: needs pip in this environment ({sys.executable} -m pip), found none")
+        raise UnreachableError(f"{package}: needs pip in this environment ({sys.executable} -m pip), found none")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     return [*command, "--disable-pip-version-check", "--retries", "2", "--dest", folder, str(package)]
 
@@ -120,7 +124,7 @@ def _pip(package: Package, folder: str) -> list[str]:
 def _npm(package: Package, folder: str) -> list[str]:
     npm = shutil.which("npm")
     if npm is None:
-        raise UserError(f"{package}: needs npm (it comes with Node.js), found none on PATH")
+        raise UnreachableError(f"{package}: needs npm (it comes with Node.js), found none on PATH")
     return [npm, "pack", "--loglevel=error", "--fetch-retries=1", f"--pack-destination={folder}", str(package)]
 
 
@@ -129,11 +133,11 @@ def _run(package: Package, command: list[str], folder: Path) -> None:
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"{package}: {package.registry} gave no answer in {_TIMEOUT_SECONDS} s") from error
+        raise UnreachableError(f"{package}: {package.registry} gave no answer in {_TIMEOUT_SECONDS} s") from error
     if done.returncode != 0:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if re.match(r"(npm )?error\b", line, re.IGNORECASE)] or lines[-1:]
         said = " ".join(errors[:2]) or f"exit status {done.returncode}"
-        raise UserError(
+        raise UnreachableError(
             f"{package}: not to be had from {package.registry} (is the package index reached?). It said: {said[:300]}"
         )

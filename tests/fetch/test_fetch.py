@@ -1,4 +1,4 @@
-"""Fetching with the real pip and a stand-in for npm, from packages made here: what is refused, kept and gone on with."""
+"""Fetching with the real pip and a stand-in for npm, from packages made here: what is kept, and what is refused."""
 
 import hashlib
 import io

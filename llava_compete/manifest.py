@@ -6,7 +6,6 @@ decide behaviour (that is config.json's job), except to refuse a resume whose da
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from llava_compete.config import dump_yaml
+from llava_compete.files import write_json
 
 PACKAGES = (
     "llava_compete", "torch", "torchvision", "transformers", "accelerate", "deepspeed", "open_clip_torch", "timm",
@@ -71,10 +71,3 @@ def write_manifest(
         **(extra or {}),
     }
     write_json(run / "manifest.json", manifest)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader never sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)

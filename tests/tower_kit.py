@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
 
-from llava_compete.model.section import VisionTowerSection
 from llava_compete.vision.sources import resolve_tower
 from llava_compete.vision.tower import VisionTower
+from llava_compete.vision.tower_config import VisionTowerSection
 
 TIMM: dict[str, Any] = {
     "embed_dim": 64,

@@ -23,10 +23,11 @@ from transformers import CLIPImageProcessorPil
 from llava_compete.data.collator import Collator
 from llava_compete.data.config import DataSection, SourceSection
 from llava_compete.data.dataset import ConversationDataset, build_datasets
-from llava_compete.language.chat_encoding import IGNORE_INDEX, encode_conversation
+from llava_compete.language.chat_encoding import encode_conversation
 from llava_compete.language.templates import set_chat_template
 from llava_compete.language.tokenizer import train_byte_level_bpe
 from llava_compete.model.processor import LlavaCompeteProcessor
+from llava_compete.parts import IGNORE_INDEX
 from llava_compete.vision.image_decoder import open_image
 from llava_compete.vision.image_processing import LlavaCompeteImageProcessor
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_compete.data.config import SourceSection
-from llava_compete.data.records import PLACEHOLDER, Conversation, RecordError, parse_row
+from llava_compete.data.records import Conversation, RecordError, parse_row
 from llava_compete.errors import UserError
-from llava_compete.language.chat_encoding import IGNORE_INDEX, cut_to_length, encode_conversation
+from llava_compete.language.chat_encoding import cut_to_length, encode_conversation
 from llava_compete.language.piece_ids import piece_encoder
+from llava_compete.parts import IGNORE_INDEX, IMAGE_TOKEN
 from llava_compete.vision.image_decoder import BadImageError, open_image
 
 MIN_SIDE, MAX_ASPECT = 8, 50  # a picture below or beyond says nothing once resized
@@ -116,7 +117,7 @@ def _text_problems(conversation: Conversation) -> Iterator[tuple[str, str]]:
         text = "".join(part.get("text", "") for part in message["content"])
         if "\ufffd" in text or "\0" in text:
             yield "undecodable_text", f"{message['role']}: {text[:40]!r}"
-        if PLACEHOLDER in text:
+        if IMAGE_TOKEN in text:
             yield "placeholder_as_text", f"{message['role']}: {text[:60]!r}"
     if conversation.images_placed:
         yield "image_without_placeholder", PROBLEMS["image_without_placeholder"][1]
@@ -167,4 +168,4 @@ def _length_problems(
 def _has_control_tokens(tokenizer: Any, conversation: Conversation) -> bool:
     mark = piece_encoder(tokenizer).mark
     texts = (part.get("text", "") for message in conversation.messages for part in message["content"])
-    return any(mark(plain) != plain for plain in (text.replace(PLACEHOLDER, "") for text in texts))
+    return any(mark(plain) != plain for plain in (text.replace(IMAGE_TOKEN, "") for text in texts))

@@ -1,7 +1,4 @@
-"""The tokenizer and image size that a stage will train with, for counting tokens before the stage runs.
-
-Caller: `llava-compete data check`.
-"""
+"""The tokenizer and image size that a stage will train with, for counting tokens before the stage runs."""
 
 from __future__ import annotations
 
@@ -15,17 +12,16 @@ from llava_compete.config import parse_config
 from llava_compete.data.config import DataSection
 from llava_compete.data.readers import SourceError, read_rows
 from llava_compete.data.records import RecordError, parse_row
+from llava_compete.language.tokenizer import train_byte_level_bpe
+from llava_compete.model.build import build_processor
+from llava_compete.model.processor import LlavaCompeteProcessor
+from llava_compete.model.section import ModelSection
 
 log = logging.getLogger(__name__)
 
 
 def text_side_of(model: dict[str, Any], section: DataSection, source: str) -> TextSide | None:
     """From a config's `model:`; None where its checkpoint is made by a stage that has not run yet."""
-    from llava_compete.language.tokenizer import train_byte_level_bpe
-    from llava_compete.model.build import build_processor
-    from llava_compete.model.processor import LlavaCompeteProcessor
-    from llava_compete.model.section import ModelSection
-
     config = parse_config(ModelSection, model, source=f"{source}: model")
     if config.checkpoint is not None:
         if not (config.checkpoint / "config.json").is_file():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from llava_compete.language.chat_encoding import IGNORE_INDEX
+from llava_compete.parts import IGNORE_INDEX
 
 
 class Collator:

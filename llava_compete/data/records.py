@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llava_compete.errors import UserError
+from llava_compete.parts import IMAGE_TOKEN
 
-PLACEHOLDER = "<image>"
 ROLES = {
     "human": "user",
     "user": "user",
@@ -22,7 +22,7 @@ ROLES = {
     "system": "system",
 }
 # LLaVA's line break between a placeholder and the text belongs to the chat template, which writes its own.
-_SPLIT = re.compile(rf"\n?({re.escape(PLACEHOLDER)})\n?")
+_SPLIT = re.compile(rf"\n?({re.escape(IMAGE_TOKEN)})\n?")
 
 
 class RecordError(UserError):
@@ -163,7 +163,7 @@ def _place_images(row_id: str, messages: list[dict[str, Any]], images: list[str 
         return Conversation(row_id, messages, images, images_placed=True)
     if len(places) != len(images):
         kind = "placeholder_without_image" if not images else "placeholders_do_not_match"
-        raise RecordError(kind, f"{len(places)} placeholders {PLACEHOLDER} for {len(images)} images")
+        raise RecordError(kind, f"{len(places)} placeholders {IMAGE_TOKEN} for {len(images)} images")
     return Conversation(row_id, messages, images)
 
 

@@ -21,8 +21,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from llava_compete.errors import UserError
 from llava_compete.language.piece_ids import PieceEncoder, piece_encoder
+from llava_compete.parts import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 Message = dict[str, Any]
 
 

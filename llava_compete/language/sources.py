@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from llava_compete.errors import UserError
+from llava_compete.errors import UserError, did_you_mean, nearest
+from llava_compete.language.config import LanguageModelSection, TokenizerSection
+from llava_compete.language.loading_report import refuse_wrong_keys
 from llava_compete.language.remote_code import register_remote_code
 from llava_compete.language.templates import ensure_generation_markers, set_chat_template
 from llava_compete.language.tokenizer import add_image_token
-from llava_compete.model.section import ModelSection
-from llava_compete.model.strict_loading import refuse_wrong_keys
 
 
-def text_config_of(section: ModelSection, offline: bool) -> PreTrainedConfig:
+def text_config_of(
+    language: LanguageModelSection, *, offline: bool = False, trust_remote_code: bool = False
+) -> PreTrainedConfig:
     """The language model's config.
 
     A named model has its own; inline values beside the name must agree with it, and stand for it when `offline`.
     """
-    language = section.language_model
-    assert language is not None
     if language.config is not None and (language.name is None or offline):
         return _inline_config(dict(language.config))
     try:
         stored, _ = PreTrainedConfig.get_config_dict(language.name)
-        register_remote_code(str(language.name), stored, section.trust_remote_code)
+        register_remote_code(str(language.name), stored, trust_remote_code)
         config = AutoConfig.from_pretrained(language.name)
     except (OSError, ValueError) as error:
         raise UserError(f"language_model.name: {language.name}: {str(error).splitlines()[0]}") from error
@@ -45,13 +44,13 @@ def _inline_config(values: dict[str, Any]) -> PreTrainedConfig:
     """A text config from a YAML's values; transformers would take a misspelt key in silence."""
     model_type = values.pop("model_type")
     if model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(model_type, CONFIG_MAPPING, n=3) or ["llama", "qwen3"]
+        near = nearest(model_type, CONFIG_MAPPING, cutoff=0.6) or ["llama", "qwen3"]
         raise UserError(f"language_model.config.model_type: unknown {model_type!r}; such as {', '.join(near)}")
     known = {field.name for field in dataclasses.fields(CONFIG_MAPPING[model_type])}
     known |= {*CONFIG_MAPPING[model_type].attribute_map, "rope_theta", "rope_scaling"}
     for key in values:
         if key not in known:
-            hint = "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(key, known, n=1))
+            hint = did_you_mean(key, known, cutoff=0.6)
             raise UserError(f"unknown key 'language_model.config.{key}' for a {model_type} model{hint}")
     try:
         config = AutoConfig.for_model(model_type, **values)
@@ -66,12 +65,12 @@ def _refuse_multimodal(config: PreTrainedConfig, source: str) -> None:
         raise UserError(f"{source}: a {config.model_type!r} model, expected a causal LM")
 
 
-def load_language_model(name: str, section: ModelSection) -> Any:
+def load_language_model(name: str, attention: str | None = None) -> Any:
     """The named causal LM, every weight of it read from its files."""
     try:
         language_model, info = AutoModelForCausalLM.from_pretrained(
             name,
-            attn_implementation=section.attention,
+            attn_implementation=attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with the other wrong keys
         )
@@ -81,26 +80,33 @@ def load_language_model(name: str, section: ModelSection) -> Any:
     return language_model
 
 
-def load_tokenizer(section: ModelSection, trained: Any, text_config: PreTrainedConfig) -> Any:
+def load_tokenizer(
+    language: LanguageModelSection,
+    section: TokenizerSection | None,
+    text_config: PreTrainedConfig,
+    *,
+    trained: Any = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
     """The language model's own tokenizer, or another by name, or the `trained` one; with placeholder and template."""
-    if section.tokenizer is not None and section.tokenizer.train_on is not None:
+    if section is not None and section.train_on is not None:
         if trained is None:
             raise UserError("model.tokenizer.train_on: this command has no data to train a tokenizer on")
         tokenizer = trained
     elif trained is not None:
         tokenizer = trained
     else:
-        assert section.language_model is not None
-        name = section.tokenizer.name if section.tokenizer is not None else section.language_model.name
+        name = section.name if section is not None else language.name
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=section.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
             raise UserError(f"tokenizer: {name}: {str(error).splitlines()[0]}") from error
     add_image_token(tokenizer)
     # What generation needs, also from a tokenizer loaded without the processor; training's collator pads by itself.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-    if section.chat_template is not None:
-        set_chat_template(tokenizer, section.chat_template)
+    if chat_template is not None:
+        set_chat_template(tokenizer, chat_template)
     else:
         ensure_generation_markers(tokenizer, text_config.model_type)
     return tokenizer

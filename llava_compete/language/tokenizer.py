@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llava_compete.model.processor import IMAGE_TOKEN
+from llava_compete.parts import IMAGE_TOKEN
 
 PAD_TOKEN, END_TOKEN = "<pad>", "<eos>"
 

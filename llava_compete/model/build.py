@@ -22,7 +22,7 @@ from llava_compete.model.checkpoint import load_checkpoint, save_checkpoint
 from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.processor import LlavaCompeteProcessor
-from llava_compete.model.section import LanguageModelSection, ModelSection
+from llava_compete.model.section import ModelSection
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.vision.image_processing import LlavaCompeteImageProcessor
@@ -61,8 +61,7 @@ def build_model(
         if moe is not None:
             apply_moe_settings(model, moe)
         return model.train(), processor
-    text_config = text_config_of(section, offline=False)
-    tokenizer = load_tokenizer(section, tokenizer, text_config)
+    text_config, tokenizer = _language_of(section, tokenizer)
     config = build_config(section, moe, text_config, tokenizer)
     model = _join(section, config, tokenizer).to(dtype)
     config.dtype = dtype
@@ -101,11 +100,25 @@ def _quantized(section: ModelSection) -> dict[str, Any]:
 
 def build_processor(section: ModelSection, tokenizer: Any = None) -> LlavaCompeteProcessor:
     """The processor of a new model, without the model: for checks of the data before training."""
-    text_config = text_config_of(section, offline=False)
-    tokenizer = load_tokenizer(section, tokenizer, text_config)
+    text_config, tokenizer = _language_of(section, tokenizer)
     config = build_config(section, None, text_config, tokenizer)
     image_processor = None if config.tower is None else LlavaCompeteImageProcessor.from_tower(config.tower)
     return LlavaCompeteProcessor(image_processor, tokenizer, num_image_tokens=config.num_image_tokens)
+
+
+def _language_of(section: ModelSection, trained: Any) -> tuple[PreTrainedConfig, Any]:
+    """Config and tokenizer of the language model that `section` names."""
+    assert section.language_model is not None
+    text_config = text_config_of(section.language_model, trust_remote_code=section.trust_remote_code)
+    tokenizer = load_tokenizer(
+        section.language_model,
+        section.tokenizer,
+        text_config,
+        trained=trained,
+        chat_template=section.chat_template,
+        trust_remote_code=section.trust_remote_code,
+    )
+    return text_config, tokenizer
 
 
 def build_config(
@@ -138,7 +151,7 @@ def build_config(
 
 def _join(section: ModelSection, config: LlavaCompeteConfig, tokenizer: Any) -> LlavaCompeteForConditionalGeneration:
     """The model with every part's weights: pretrained where named, else random."""
-    language: LanguageModelSection | None = section.language_model
+    language = section.language_model
     assert language is not None
     new_parts = []
     if language.name is None:
@@ -151,7 +164,7 @@ def _join(section: ModelSection, config: LlavaCompeteConfig, tokenizer: Any) -> 
             )
         with torch.device("meta"):
             model = LlavaCompeteForConditionalGeneration(config)
-        model.language_model = load_language_model(language.name, section)
+        model.language_model = load_language_model(language.name, section.attention)
         if config.tower is not None:
             model.vision_tower = VisionTower(config.tower)
             model.projector = Projector(

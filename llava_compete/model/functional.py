@@ -10,8 +10,7 @@ from torch import Tensor
 
 from llava_compete.errors import UserError
 from llava_compete.moe.state import RoutingRecord
-
-IGNORE_INDEX = -100
+from llava_compete.parts import IGNORE_INDEX
 
 
 def check_counts(places: Tensor, num_images: int, features_per_image: int, may_wait: bool) -> None:

@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from llava_compete.errors import UserError
-from llava_compete.import_hooks import not_installed
 from llava_compete.model.checkpoint import load_checkpoint, save_checkpoint
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.moe.experts import PackedExperts
+from llava_compete.optional_packages import not_installed
 
 logger = logging.getLogger(__name__)
 

@@ -22,11 +22,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
 from llava_compete.errors import UserError
+from llava_compete.language.loading_report import refuse_wrong_keys
 from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.functional import check_counts, language_loss, routing_losses, sample_positions
 from llava_compete.model.generation import ImageGenerationMixin
 from llava_compete.model.place_experts import install_language_experts, install_vision_experts, make_projector
-from llava_compete.model.strict_loading import refuse_offloaded_tower, refuse_wrong_keys, spare_from_quantization
+from llava_compete.model.strict_loading import refuse_offloaded_tower, spare_from_quantization
 from llava_compete.moe.block import SparseMoeBlock, moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.moe.state import RoutingState, TokenGroups

@@ -10,8 +10,8 @@ from transformers.image_processing_base import BatchFeature
 from transformers.utils import PROCESSOR_NAME
 
 from llava_compete.errors import UserError
-
-IMAGE_TOKEN = "<image>"
+from llava_compete.language.chat_encoding import encode_conversation
+from llava_compete.parts import IMAGE_TOKEN
 
 
 class LlavaCompeteProcessor(ProcessorMixin):
@@ -97,8 +97,6 @@ class LlavaCompeteProcessor(ProcessorMixin):
                 add_generation_prompt=add_generation_prompt,
                 **kwargs,
             )
-        from llava_compete.language.chat_encoding import encode_conversation
-
         conversations, _ = self._normalize_conversations(conversation)
         rows, images = [], []
         for messages in conversations:

@@ -3,81 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from llava_compete.config import StrictConfig
-from llava_compete.vision.tower_config import Interpolation, ResizeMode
+from llava_compete.language.config import LanguageModelSection, TokenizerSection
+from llava_compete.vision.projector import ProjectorSection
+from llava_compete.vision.tower_config import VisionTowerSection
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 AttentionName = Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"]
-
-
-class PreprocessOverrides(StrictConfig):
-    """What to change in the preprocessing that comes with a tower."""
-
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    interpolation: Interpolation | None = None
-    resize_mode: ResizeMode | None = None
-
-
-class VisionTowerSection(StrictConfig):
-    """An open_clip tower: `name` (registry, `hf-hub:`, `local-dir:`) or `config` (open_clip's own dict, inline)."""
-
-    name: str | None = None
-    config: dict[str, Any] | None = None
-    pretrained: str | None = None
-    """open_clip's weight tag or a file; null leaves the weights random. `hf-hub:` and `local-dir:` bring theirs."""
-    feature_layer: int = -2
-    select: Literal["patch", "cls_patch"] = "patch"
-    scales: tuple[int, ...] = (1,)
-    preprocess: PreprocessOverrides = PreprocessOverrides()
-
-    @model_validator(mode="after")
-    def _one_source(self) -> VisionTowerSection:
-        if (self.name is None) == (self.config is None):
-            raise ValueError("give either name or config")
-        return self
-
-
-class ProjectorSection(StrictConfig):
-    """The projector's type: linear, mlp2x_gelu, mlp3x_gelu, ..."""
-
-    type: str = "mlp2x_gelu"
-
-
-class LanguageModelSection(StrictConfig):
-    """A Hugging Face causal LM: `name` (hub id or directory), or `config` with a model_type for random weights.
-
-    With both, `name` gives the weights and `config` tells `plan` and tests the architecture without a download.
-    """
-
-    name: str | None = None
-    config: dict[str, Any] | None = None
-
-    @model_validator(mode="after")
-    def _has_source(self) -> LanguageModelSection:
-        if self.name is None and self.config is None:
-            raise ValueError("give name, config or both")
-        if self.config is not None and "model_type" not in self.config:
-            raise ValueError("config: missing key 'model_type', such as llama or qwen3")
-        return self
-
-
-class TokenizerSection(StrictConfig):
-    """A tokenizer by `name` (hub id or directory), or one trained on the stage's own data."""
-
-    name: str | None = None
-    train_on: Literal["data"] | None = None
-    vocab_size: int = Field(default=4096, ge=300)
-
-    @model_validator(mode="after")
-    def _one_source(self) -> TokenizerSection:
-        if (self.name is None) == (self.train_on is None):
-            raise ValueError("give either name or train_on")
-        return self
 
 
 class ModelSection(StrictConfig):

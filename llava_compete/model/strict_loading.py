@@ -28,24 +28,3 @@ def refuse_offloaded_tower(device_map: dict[str, Any]) -> None:
                 f"device_map: the vision tower is offloaded to {place}, which works for any other part; allow more "
                 "max_memory, or choose smaller weights with dtype or quantization_config"
             )
-
-
-def refuse_wrong_keys(path: str, info: dict[str, Any]) -> None:
-    """Raise a `UserError` that names the tensors which transformers' loading report says do not fit; `path` is where
-    they come from."""
-    problems = []
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(_describe_key(key) for key in info.get(kind, ()))
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            problems.append(f"{kind.removesuffix('_keys')} {', '.join(keys[:3])}{more}")
-    if problems:
-        raise UserError(f"{path}: weights do not fit config.json: {'; '.join(problems)}")
-
-
-def _describe_key(key: Any) -> str:
-    """A key's name; of a mismatched one (name, stored shape, expected shape) all three."""
-    if isinstance(key, str):
-        return key
-    name, found, expected = key
-    return f"{name} {list(found)} (expected {list(expected)})"

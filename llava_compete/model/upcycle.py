@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava_compete.config import StrictConfig
-from llava_compete.errors import UserError
+from llava_compete.errors import UserError, and_more
 from llava_compete.model.checkpoint import INDEX, WEIGHTS, TensorFacts, read_config, read_weight_headers
 from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
@@ -146,8 +146,7 @@ def _plan(
         if shape != expected:
             problems.append(f"{key} is made of shape {list(shape)}, expected {list(expected)}")
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"{parent}: weights do not fit config.json: {', '.join(problems[:3])}{more}")
+        raise UserError(f"{parent}: weights do not fit config.json: {and_more(problems)}")
     return sources
 
 

@@ -17,8 +17,7 @@ from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.experts import PackedExperts
 from llava_compete.moe.routers import ROUTER_CLASSES, Routing
 from llava_compete.moe.state import RoutingMetrics, RoutingRecord, RoutingState, TokenGroups
-
-PARTS = ("vision", "projector", "language")
+from llava_compete.parts import PARTS
 
 
 class SparseMoeBlock(nn.Module):

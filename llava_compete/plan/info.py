@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from llava_compete.language.loading_report import refuse_wrong_keys
 from llava_compete.model.checkpoint import TensorFacts, read_config, read_weight_headers
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
-from llava_compete.model.strict_loading import refuse_wrong_keys
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.plan.plan import count_parameters

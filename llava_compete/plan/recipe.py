@@ -88,7 +88,8 @@ def _zero_options(name: str | None) -> tuple[int, tuple[str, ...]]:
 def architecture(path: Path, section: ModelSection) -> LlavaCompeteConfig:
     """config.json of what a `model:` section names, also of a checkpoint that a recipe beside `path` will write."""
     if section.checkpoint is None:
-        config = build_config(section, None, text_config_of(section, offline=True))
+        assert section.language_model is not None
+        config = build_config(section, None, text_config_of(section.language_model, offline=True))
         config.image_token_id = 0  # no tokenizer is read; any id does for shapes
         return config
     if (section.checkpoint / "config.json").is_file():

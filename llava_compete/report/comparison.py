@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llava_compete.evaluation.compare.comparison import LEVEL, Comparison
 from llava_compete.evaluation.compare.statistics import Interval
-from llava_compete.manifest import write_json
+from llava_compete.files import write_json
 from llava_compete.report.forest import ForestRow, plot_forest
 
 NO_VALUE = "–"

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llava_compete.errors import UserError
-from llava_compete.manifest import write_json
+from llava_compete.files import write_json
 from llava_compete.report.figures import plot_expert_use, plot_loss_terms
 
 TRAINING_STAGES = ("pretrain_align", "sft")

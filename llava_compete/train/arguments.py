@@ -7,12 +7,11 @@ once the process group is up. A few arguments belong to other keys of the stage 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_compete.errors import UserError
+from llava_compete.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -45,9 +44,7 @@ def check_names(training: dict[str, Any]) -> None:
         if name in OWNED:
             raise ValueError(f"training.{name} is not set here: {OWNED[name]}")
         if name not in valid:
-            near = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown key 'training.{name}' (no TrainingArguments field){hint}")
+            raise ValueError(f"unknown key 'training.{name}' (no TrainingArguments field){did_you_mean(name, valid)}")
     kwargs = training.get("activation_checkpointing_kwargs") or training.get("gradient_checkpointing_kwargs") or {}
     if kwargs.get("use_reentrant"):
         raise ValueError("training.activation_checkpointing_kwargs.use_reentrant: must be false (aux losses need it)")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_compete.errors import UserError
-from llava_compete.manifest import write_json
+from llava_compete.files import write_json
 
 logger = logging.getLogger(__name__)
 

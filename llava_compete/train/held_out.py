@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from llava_compete.train.step_counts import IGNORED_LABEL
+from llava_compete.parts import IGNORE_INDEX
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def validation_loss(
     model.eval()
     totals_S2 = torch.zeros(len(dataset.source_names), 2, dtype=torch.float64, device=device)
     for source, batch in _equal_batches(dataset, collate, batch_size):
-        targets = (batch["labels"][:, 1:] != IGNORED_LABEL).sum()
+        targets = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
         inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
         # Divided by one item, the model's loss is the sum over tokens.
         loss_sum = model(**inputs, num_items_in_batch=1).lm_loss
@@ -51,7 +51,7 @@ def _equal_batches(dataset: Any, collate: Any, batch_size: int) -> Iterator[tupl
             mine = rows[start : start + world * batch_size][rank::world]
             batch = collate([dataset[int(row)] for row in (mine if len(mine) else rows[:1])])
             if not len(mine):
-                batch["labels"] = torch.full_like(batch["labels"], IGNORED_LABEL)
+                batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
             yield int(kind[0]), batch
 
 
@@ -65,7 +65,7 @@ def greedy_answers(
     answers = []
     for row in range(min(count, len(dataset))):
         item = dataset[row]
-        supervised = item["labels"] != IGNORED_LABEL
+        supervised = item["labels"] != IGNORE_INDEX
         start = int(supervised.nonzero()[0, 0])
         end = start + int(supervised[start:].cumprod(0).sum())
         prompt = item["input_ids"][:start].unsqueeze(0).to(device)

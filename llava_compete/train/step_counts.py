@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-IGNORED_LABEL = -100
+from llava_compete.parts import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _named(samples: int, images: int) -> list[tuple[str, int]]:
 def _count(batch: dict[str, Any]) -> list[int]:
     """[supervised tokens, tokens, samples, images, checksum, 0] of one micro-batch on this rank."""
     # A causal language model predicts position i + 1 from i, so the first label of a row is never a target.
-    supervised = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+    supervised = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
     pixel_values = batch.get("pixel_values")
     images = 0 if pixel_values is None else len(pixel_values)
     sequence_ids = batch.get("sequence_ids")

@@ -12,7 +12,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from llava_compete.config import StrictConfig
 from llava_compete.errors import UserError
+
+
+class ProjectorSection(StrictConfig):
+    """The projector's type: linear, mlp2x_gelu, mlp3x_gelu, ..."""
+
+    type: str = "mlp2x_gelu"
 
 
 class Mlp(nn.Module):

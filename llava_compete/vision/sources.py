@@ -5,7 +5,6 @@ Sources: open_clip's registry by name and tag, `hf-hub:org/repo`, `local-dir:pat
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 from pathlib import Path
@@ -16,10 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llava_compete.config import parse_config
-from llava_compete.errors import UserError
-from llava_compete.model.section import VisionTowerSection
+from llava_compete.errors import UserError, and_more, nearest
 from llava_compete.vision.tower import VisionTower, build_trunk, tower_facts
-from llava_compete.vision.tower_config import CLIP_MEAN, CLIP_STD, TowerConfig
+from llava_compete.vision.tower_config import CLIP_MEAN, CLIP_STD, TowerConfig, VisionTowerSection
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +83,7 @@ def load_pretrained(tower: VisionTower, section: VisionTowerSection) -> bool:
         if key in stored and stored[key].shape != value.shape
     ]
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"{path}: not the weights of this tower: {', '.join(problems[:3])}{more}")
+        raise UserError(f"{path}: not the weights of this tower: {and_more(problems)}")
     tower.trunk.load_state_dict({key: stored[key] for key in wanted})
     return True
 
@@ -116,13 +113,12 @@ def _lookup(section: VisionTowerSection) -> OpenClipModel:
 
 
 def _lookup_registry(name: str, pretrained: str | None) -> OpenClipModel:
-    import open_clip
-    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+    from llava_compete.vision.lean_open_clip import get_pretrained_cfg, list_pretrained_tags_by_model, open_clip
 
     model_cfg = open_clip.get_model_config(name)
     if model_cfg is None:
         models = open_clip.list_models()
-        near = difflib.get_close_matches(name, models, n=3, cutoff=0.5)
+        near = nearest(name, models, cutoff=0.5)
         near = near or [model for model in models if name.lower() in model.lower()]
         hint = f"did you mean {', '.join(near[:5])}?" if near else "see open_clip.list_models()"
         raise UserError(f"vision_tower.name: unknown open_clip model {name!r}; {hint}")
@@ -150,7 +146,7 @@ def _open_clip_config_path(name: str) -> Path:
         if not path.is_file():
             raise UserError(f"vision_tower.name: {name}: has no open_clip_config.json")
         return path
-    from open_clip.pretrained import download_pretrained_from_hf
+    from llava_compete.vision.lean_open_clip import download_pretrained_from_hf
 
     try:
         return Path(download_pretrained_from_hf(place, filename="open_clip_config.json"))
@@ -160,8 +156,12 @@ def _open_clip_config_path(name: str) -> Path:
 
 def _weights_path(section: VisionTowerSection) -> Path | None:
     """The file with the tower's pretrained weights, downloaded where it must be."""
-    from open_clip.factory import _find_checkpoint_in_dir
-    from open_clip.pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg
+    from llava_compete.vision.lean_open_clip import (
+        _find_checkpoint_in_dir,
+        download_pretrained,
+        download_pretrained_from_hf,
+        get_pretrained_cfg,
+    )
 
     name = section.name or ""
     try:

@@ -134,9 +134,7 @@ class VisionTower(nn.Module):
 
 def build_trunk(embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bool) -> Any:
     """Only the visual part of an open_clip architecture (the text tower is never made), without pretrained weights."""
-    from open_clip.model import CLIPVisionCfg, _build_vision_tower
-    from open_clip.timm_model import TimmModel
-    from open_clip.transformer import VisionTransformer
+    from llava_compete.vision.lean_open_clip import CLIPVisionCfg, TimmModel, VisionTransformer, _build_vision_tower
 
     try:
         parsed = CLIPVisionCfg(**{**vision_cfg, "timm_model_pretrained": False})

@@ -1,15 +1,14 @@
-"""The resolved configuration of a vision tower, as a checkpoint stores it.
+"""What a YAML says of a vision tower, and its resolved configuration, as a checkpoint stores it.
 
-It holds everything that decides pixels and features (architecture, activation, feature layer, scales, preprocessing),
-so that a reload needs neither open_clip's registry nor a network and cannot change with either. Made by
-`tower_registry.resolve_tower` from what a YAML names; read by the tower, the image processor and `plan`.
+The resolved form holds everything that decides pixels and features (architecture, activation, feature layer, scales,
+preprocessing), so that a reload needs neither open_clip's registry nor a network and cannot change with either.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from llava_compete.config import StrictConfig
 
@@ -64,3 +63,31 @@ class TowerConfig(StrictConfig):
     def image_size(self) -> int:
         """Side in pixels of what the image processor delivers (the largest scale)."""
         return self.preprocess.size * self.scales[-1]
+
+
+class PreprocessOverrides(StrictConfig):
+    """What to change in the preprocessing that comes with a tower."""
+
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    interpolation: Interpolation | None = None
+    resize_mode: ResizeMode | None = None
+
+
+class VisionTowerSection(StrictConfig):
+    """An open_clip tower: `name` (registry, `hf-hub:`, `local-dir:`) or `config` (open_clip's own dict, inline)."""
+
+    name: str | None = None
+    config: dict[str, Any] | None = None
+    pretrained: str | None = None
+    """open_clip's weight tag or a file; null leaves the weights random. `hf-hub:` and `local-dir:` bring theirs."""
+    feature_layer: int = -2
+    select: Literal["patch", "cls_patch"] = "patch"
+    scales: tuple[int, ...] = (1,)
+    preprocess: PreprocessOverrides = PreprocessOverrides()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> VisionTowerSection:
+        if (self.name is None) == (self.config is None):
+            raise ValueError("give either name or config")
+        return self

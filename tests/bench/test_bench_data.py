@@ -8,7 +8,7 @@ from llava_compete.bench.data_scale import run_scale
 from llava_compete.data.collator import Collator
 from llava_compete.data.config import DataSection, SourceSection
 from llava_compete.data.dataset import build_datasets
-from llava_compete.language.chat_encoding import IGNORE_INDEX
+from llava_compete.parts import IGNORE_INDEX
 
 
 @pytest.fixture

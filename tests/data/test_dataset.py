@@ -22,7 +22,7 @@ from llava_compete.data.dataset import build_datasets
 from llava_compete.data.readers import read_rows, source_digest
 from llava_compete.data.records import RecordError, parse_row
 from llava_compete.errors import UserError
-from llava_compete.language.chat_encoding import IGNORE_INDEX
+from llava_compete.parts import IGNORE_INDEX
 
 
 class Resize:

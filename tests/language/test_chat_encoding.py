@@ -9,8 +9,9 @@ from tokenizers import AddedToken
 from tokenizers_for_tests import TOKENIZER_KINDS, make_tokenizer
 
 from llava_compete.errors import UserError
-from llava_compete.language.chat_encoding import IGNORE_INDEX, cut_to_length, encode_conversation, stop_token_ids
+from llava_compete.language.chat_encoding import cut_to_length, encode_conversation, stop_token_ids
 from llava_compete.language.templates import TEMPLATES
+from llava_compete.parts import IGNORE_INDEX
 
 END = {
     "llama3": "<|eot_id|>",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llava_compete.errors import UserError
-from llava_compete.manifest import write_json
+from llava_compete.files import write_json
 from llava_compete.report.quickstart import STAGES, write_report
 
 

@@ -15,9 +15,9 @@ from tiny import TOWER
 from tower_kit import TIMM, make_tower, open_clip_tower
 
 from llava_compete.errors import UserError
-from llava_compete.model.section import VisionTowerSection
 from llava_compete.vision.sources import load_pretrained, resolve_tower
 from llava_compete.vision.tower import VisionTower
+from llava_compete.vision.tower_config import VisionTowerSection
 
 
 @pytest.mark.parametrize("quick_gelu", [False, True])

@@ -27,7 +27,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     from llava_compete.bench.generate import Size, bench_generate
     from llava_compete.console import setup_console
-    from llava_compete.manifest import package_versions, write_json
+    from llava_compete.files import write_json
+    from llava_compete.manifest import package_versions
 
     setup_console()
     result = bench_generate(

@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     from llava_compete.console import setup_console
     from llava_compete.evaluation.config import EvalConfig
     from llava_compete.evaluation.lmms.benchmark_run import checkpoint_config, evaluate
-    from llava_compete.manifest import write_json
+    from llava_compete.files import write_json
 
     if arguments.checkpoint == "prepare":
         return _prepare(arguments)

@@ -34,7 +34,8 @@ from llava_compete.evaluation.lmms.suites import (
     load_suite,
     task_digest,
 )
-from llava_compete.manifest import package_versions, write_json, write_manifest
+from llava_compete.files import write_json
+from llava_compete.manifest import package_versions, write_manifest
 
 log = logging.getLogger(__name__)
 

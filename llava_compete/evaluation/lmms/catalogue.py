@@ -5,7 +5,6 @@ Importing lmms-eval and its tasks takes 10 seconds and more; a wrong name or a m
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import os
 import re
@@ -13,7 +12,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from llava_compete.errors import UserError
+from llava_compete.errors import UserError, nearest
 from llava_compete.evaluation.lmms.suites import read_task_yaml
 
 # A tag stands for the tasks that carry it, which share their data set.
@@ -46,7 +45,7 @@ def check_names(tasks: Iterable[str], include_path: Path) -> None:
     known = lmms_eval_tasks().keys() | names_in(include_path.rglob("*.yaml")).keys()
     for task in tasks:
         if task not in known:
-            near = difflib.get_close_matches(task, sorted(known), n=3)
+            near = nearest(task, known)
             hint = f"did you mean {', '.join(near)}?" if near else "list them with: python -m lmms_eval --tasks list"
             raise UserError(f"task {task!r}: not one of lmms-eval's nor of {include_path}; {hint}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ import yaml
 from pydantic import Field
 
 from llava_compete.config import StrictConfig, load_config
-from llava_compete.errors import UserError
+from llava_compete.errors import UserError, did_you_mean
 from llava_compete.evaluation.config import EVAL_ROOT
 
 
@@ -57,9 +56,7 @@ def load_suite(name: str) -> Suite:
     path = Path(name) if name.endswith(".yaml") else EVAL_ROOT / "suites" / f"{name}.yaml"
     if not path.is_file():
         known = sorted(file.stem for file in (EVAL_ROOT / "suites").glob("*.yaml"))
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"suite {name!r}: no file {path}; {hint}known suites: {', '.join(known)}")
+        raise UserError(f"suite {name!r}: no file {path}{did_you_mean(name, known)}; known suites: {', '.join(known)}")
     return load_config(Suite, path)
 
 

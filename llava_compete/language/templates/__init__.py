@@ -9,14 +9,13 @@ Callers: `model.build` (a recipe's `chat_template`), `data.encoding`, `data.chec
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_compete.errors import UserError
+from llava_compete.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
@@ -49,9 +48,8 @@ TEMPLATES: dict[str, Template] = {
 def read_template(name: str) -> str:
     """The Jinja text of a template of the table."""
     if name not in TEMPLATES:
-        near = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(TEMPLATES)}"
-        raise UserError(f"unknown chat template {name!r}; {hint}")
+        hint = did_you_mean(name, TEMPLATES) or f"; valid: {', '.join(TEMPLATES)}"
+        raise UserError(f"unknown chat template {name!r}{hint}")
     parts = [(_FOLDER / f"{part}.jinja").read_text(encoding="utf-8") for part in ("_content", name)]
     return "".join(parts).rstrip("\n")
 

@@ -1,0 +1,78 @@
+"""Files that are whole or absent: written beside their place, flushed to the disk, then renamed over it.
+
+JSON lines are cut at "\n" and nowhere else. `str.splitlines` also cuts at U+2028, U+2029 and U+0085, which JSON leaves
+unescaped inside strings, and would tear an answer that holds one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llava_compete.errors import UserError
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace the file at `path`; a reader sees the old text or the new, and a crash leaves one of them."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The process number keeps two writers of one file apart.
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with beside.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """`content` as indented JSON with a line break at its end."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: no such file, or not JSON.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+
+
+def write_json_lines(path: str | Path, rows: Iterable[Any]) -> None:
+    """One JSON value a line."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_json_lines(path: str | Path) -> Iterator[Any]:
+    """The values of a file with one JSON value a line; empty lines are left out.
+
+    Raises:
+        UserError: no such file, or a line that is not JSON; names the line.
+    """
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise UserError(f"{path}:{number}: not valid JSON: {error}") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8: {error}") from error

@@ -1,4 +1,4 @@
-"""What the tower needs of open_clip, without Weights & Biases: timm imports it where it is installed, a second a process."""
+"""What the tower needs of open_clip, without Weights & Biases, which timm imports where it is installed (a second)."""
 
 from __future__ import annotations
 

@@ -49,12 +49,13 @@ def tiny_section(
     projector: str = "mlp2x_gelu",
     **tower_options: Any,
 ) -> ModelSection:
-    """The `model:` section of a tiny model; `tower=None` makes it text-only."""
+    """The `model:` section of a tiny model; `tower=None` makes it text-only, None in `language` takes a key away."""
+    values = {key: value for key, value in {**LANGUAGE, **(language or {})}.items() if value is not None}
     return ModelSection.model_validate(
         {
             "vision_tower": None if tower is None else {"config": tower, **tower_options},
             "projector": {"type": projector},
-            "language_model": {"config": {**LANGUAGE, **(language or {})}},
+            "language_model": {"config": values},
             "tokenizer": {"train_on": "data"},
             "chat_template": "chatml",
         }

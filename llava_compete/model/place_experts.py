@@ -56,10 +56,10 @@ def install_language_experts(
     language_model: nn.Module, text_config: PreTrainedConfig, moe: MoeLayerConfig, state: RoutingState
 ) -> None:
     """Replace the MLPs of the language model's chosen layers."""
-    layers = decoder_layers(language_model, text_config)
+    layers, family = decoder_layers(language_model), family_of(text_config)
     for index in _select(moe, len(layers), "language"):
         block = _moe_block(moe, state, f"language.{index}", **feed_forward_options(text_config))
-        setattr(layers[index], family_of(text_config).mlp, block)
+        setattr(layers[index], str(family.mlp), block)
 
 
 def _moe_block(moe: MoeLayerConfig, state: RoutingState, name: str, **shape: Any) -> SparseMoeBlock:

@@ -13,34 +13,28 @@ import logging
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from llava_compete.errors import UserError, did_you_mean
+from llava_compete.language.families import FAMILIES, LanguageFamily
 
 log = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-class Template(NamedTuple):
-    """Control tokens that a tokenizer must have, and the `model_type`s that the template may belong to."""
-
-    control_tokens: tuple[str, ...] = ()
-    model_types: tuple[str, ...] = ()
-
-
-# Several families share a model type (Llama 2, Vicuna, Llama 3 and SmolLM are all "llama"): the first row whose
-# control tokens the tokenizer has is the right one, so rows without such tokens come last.
-TEMPLATES: dict[str, Template] = {
-    "llama3": Template(("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), ("llama",)),
-    "smollm": Template(("<|im_start|>", "<|im_end|>"), ("llama", "smollm3")),
-    "chatml": Template(("<|im_start|>", "<|im_end|>"), ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")),
-    "phi3": Template(("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"), ("phi3", "phimoe")),
-    "gemma": Template(("<start_of_turn>", "<end_of_turn>"), ("gemma", "gemma2", "gemma3", "gemma3_text")),
-    "mistral": Template((), ("mistral", "mixtral", "ministral")),
-    "vicuna_v1": Template((), ("llama",)),
-    "llava_llama_2": Template(),
-    "plain": Template(),
+# Control tokens that a tokenizer must have for a template. Which model families use it is a matter of
+# `language.families`.
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "smollm": ("<|im_start|>", "<|im_end|>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "phi3": ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "mistral": (),
+    "vicuna_v1": (),
+    "llava_llama_2": (),
+    "plain": (),
 }
 
 
@@ -61,7 +55,7 @@ def set_chat_template(tokenizer: Any, name: str) -> int:
     """
     text = read_template(name)
     known = tokenizer.get_vocab()
-    missing = [token for token in TEMPLATES[name].control_tokens if token not in known]
+    missing = [token for token in TEMPLATES[name] if token not in known]
     added = tokenizer.add_tokens(missing, special_tokens=True) if missing else 0
     if "eos_token" in text and tokenizer.eos_token is None:
         raise UserError(f"chat template {name!r} ends turns with the eos token, and this tokenizer has none")
@@ -90,8 +84,8 @@ def has_generation_markers(template: str) -> bool:
 def family_template(model_type: str, tokenizer: Any) -> str:
     """Name of our template for a language model's `model_type`, told apart by the tokenizer's control tokens."""
     vocabulary = tokenizer.get_vocab()
-    for name, template in TEMPLATES.items():
-        if model_type in template.model_types and all(token in vocabulary for token in template.control_tokens):
+    for name in FAMILIES.get(model_type, LanguageFamily()).templates:
+        if all(token in vocabulary for token in TEMPLATES[name]):
             return name
     raise UserError(
         f"no chat template is known for model type {model_type!r}: set `chat_template` to one of {', '.join(TEMPLATES)}"

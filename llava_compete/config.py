@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from llava_compete.errors import UserError, did_you_mean
+from llava_compete.files import write_text
 
 
 class StrictConfig(BaseModel):
@@ -47,14 +48,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def dump_yaml(content: Any, path: str | Path) -> None:
-    """Write plain data (or a config) as YAML."""
+    """Write plain data (or a config) as YAML, so that a reader never sees half a file."""
     if isinstance(content, BaseModel):
         content = content.model_dump(mode="json")
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    with Path(path).open("w", encoding="utf-8") as file:
-        yaml.dump(content, file)
+    text = io.StringIO()
+    yaml.dump(content, text)
+    write_text(path, text.getvalue())
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

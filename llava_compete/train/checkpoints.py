@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent, what may be resumed, and the marks of a running and a finished stage.
 
 A checkpoint is written under `.saving/`, marked with `complete.json` and renamed, so a kill or a full disk leaves the
-last good one in place; the mark lists the files, so one that lost some later is noticed too. `run/lock` keeps a second
-run out; `run/finished.json` is a stage's last file.
+last good one in place; the mark lists the files with sizes and checksums, so one that lost or changed some later is
+noticed too. `run/lock` keeps a second run out; `run/finished.json` is a stage's last file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,14 @@ logger = logging.getLogger(__name__)
 STAGING = ".saving"
 COMPLETE = "complete.json"
 FINISHED = Path("run") / "finished.json"
+_BLOCK = 4 * 2**20
 
 
 @contextmanager
 def output_lock(output_dir: Path) -> Iterator[None]:
     """Hold `run/lock` of the directory; the system frees it when the process dies, however it dies.
+
+    On a file system without locks (Lustre mounted without `flock`) a warning says that nothing keeps a second run out.
 
     Raises:
         UserError: another run holds it.
@@ -41,9 +46,11 @@ def output_lock(output_dir: Path) -> Iterator[None]:
     with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.seek(0)
             raise UserError(f"{output_dir}: another run is writing here ({file.read().strip() or path})") from error
+        except OSError as error:
+            logger.warning("%s: no file locks here (%s): nothing keeps a second run out", output_dir, error.strerror)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -72,11 +79,12 @@ def publish(output_dir: Path, name: str, identity: dict[str, Any]) -> None:
     """Mark `.saving/<name>` complete and move it into place; `identity` is what a resume compares."""
     staged, target = output_dir / STAGING / name, output_dir / name
     files = {str(path.relative_to(staged)): path.stat().st_size for path in staged.rglob("*") if path.is_file()}
-    write_json(staged / COMPLETE, {"identity": identity, "bytes": files})
+    write_json(staged / COMPLETE, {"identity": identity, "bytes": files, "crc32": _checksums(staged, files)})
     _sync(staged)
     if target.exists():
         shutil.rmtree(target)
     staged.rename(target)
+    _sync_entry(output_dir)
     (output_dir / STAGING).rmdir()
 
 
@@ -92,11 +100,42 @@ def list_complete(output_dir: Path) -> list[Path]:
     return found
 
 
+def last_sound(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint whose files are as they were written; a damaged one is named in a warning."""
+    for checkpoint in reversed(list_complete(output_dir)):
+        written = _mark(checkpoint)["crc32"]
+        found = _checksums(checkpoint, written)
+        damaged = [name for name, checksum in written.items() if found[name] != checksum]
+        if not damaged:
+            return checkpoint
+        logger.warning("%s: damaged checkpoint skipped (%s is not as it was written)", checkpoint, damaged[0])
+    return None
+
+
+def _checksums(directory: Path, names: Iterable[str]) -> dict[str, int]:
+    """CRC-32 of each file; in threads, since a checkpoint has hundreds of gigabytes and zlib lets others run."""
+
+    def checksum(name: str) -> int:
+        value = 0
+        with (directory / name).open("rb") as file:
+            while block := file.read(_BLOCK):
+                value = zlib.crc32(block, value)
+        return value
+
+    names = list(names)
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return dict(zip(names, pool.map(checksum, names), strict=True))
+
+
 def _torn(checkpoint: Path) -> str | None:
     """What is missing of a checkpoint, or None."""
-    if not (checkpoint / COMPLETE).is_file():
+    try:
+        sizes = _mark(checkpoint)["bytes"]
+    except FileNotFoundError:
         return f"no {COMPLETE}"
-    for name, size in _mark(checkpoint)["bytes"].items():
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return f"{COMPLETE} is no JSON"
+    for name, size in sizes.items():
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != size:
             return f"{name} should have {size} bytes, {'has another size' if path.is_file() else 'is not there'}"
@@ -154,22 +193,36 @@ def _global_batch(identity: dict[str, Any]) -> int:
 
 
 def rotate(output_dir: Path, limit: int | None) -> None:
-    """Delete the oldest complete checkpoints beyond `limit`."""
-    if limit:
+    """Delete the oldest complete checkpoints beyond `limit`; None keeps all."""
+    if limit is not None and limit > 0:
         for path in list_complete(output_dir)[:-limit]:
             shutil.rmtree(path)
 
 
 def install_model(staged: Path, output_dir: Path) -> None:
-    """Move the final model's files from `staged` into `output_dir`; `config.json` last, so no half model loads."""
+    """Move the final model from `staged` into `output_dir`; `config.json` last, so no half model loads.
+
+    What an installation that was killed has left there is replaced.
+    """
+    _sync(staged)
     for path in sorted(staged.iterdir(), key=lambda path: path.name == "config.json"):
-        path.replace(output_dir / path.name)
+        target = output_dir / path.name
+        if target.is_dir():  # `replace` takes the place of a file, not of a folder with files
+            shutil.rmtree(target)
+        path.replace(target)
+    _sync_entry(output_dir)
     shutil.rmtree(staged.parent)
 
 
 def _sync(directory: Path) -> None:
-    """Force the files to disk before the rename makes them count."""
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    """Force the files and folders to disk before the rename makes them count."""
+    for path in (*directory.rglob("*"), directory):
+        _sync_entry(path)
+
+
+def _sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

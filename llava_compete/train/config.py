@@ -107,6 +107,19 @@ class TrainConfig(StrictConfig):
         return self
 
     @model_validator(mode="after")
+    def _does_not_write_over_its_start(self) -> TrainConfig:
+        if self.model.checkpoint is None:
+            return self
+        start, target = Path(self.model.checkpoint).resolve(), self.output_dir.resolve()
+        if start == target or (start.parent == target and start.name.startswith("checkpoint-")):
+            where = " itself" if start == target else f"'s {start.name}"
+            raise ValueError(
+                f"output_dir: model.checkpoint is {self.output_dir}{where}, which the stage would write over; "
+                "choose another output_dir"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something_trains(self) -> TrainConfig:
         if all(part.mode == "frozen" for part in self.trainable.values()):
             raise ValueError("trainable: no part is trained; set one of vision, projector, language to full or lora")

@@ -6,9 +6,7 @@ under ZeRO-3 a part that one rank skips would leave the others waiting. A rank o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,10 +82,3 @@ def greedy_answers(
         answers.append(dict(zip(("prompt", "expected", "generated"), texts, strict=True)) | {"id": item["sample_id"]})
     model.train(was_training)
     return answers
-
-
-def write_answers(path: Path, step: int, answers: list[dict[str, str]]) -> None:
-    """Append to `run/answers.jsonl`."""
-    with path.open("a", encoding="utf-8") as file:
-        for answer in answers:
-            file.write(json.dumps({"step": step, **answer}, ensure_ascii=False) + "\n")

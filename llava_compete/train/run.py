@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from deepspeed.utils import set_z3_leaf_modules, z3_leaf_module
 from transformers import set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
@@ -33,6 +34,7 @@ from llava_compete.train.adapters import with_adapters
 from llava_compete.train.arguments import build_arguments
 from llava_compete.train.callbacks.between_steps import CompetitionCallback, StepCallback, StopOnSignal
 from llava_compete.train.callbacks.progress import AnswersCallback, WatchCallback
+from llava_compete.train.callbacks.tensorboard import ResumedTensorBoardCallback
 from llava_compete.train.config import DEEPSPEED_DIR, TrainConfig
 from llava_compete.train.distributed import Rank, all_or_none, main_first, of_main, process_group, this_rank
 from llava_compete.train.inputs import Feed, build_feed
@@ -197,6 +199,8 @@ def _build_trainer(
         eval_dataset=data.validation,
         processing_class=processor,
     )
+    if trainer.pop_callback(TensorBoardCallback) is not None:
+        trainer.add_callback(ResumedTensorBoardCallback)
     # The watch callback shows the bar and the line.
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -208,14 +212,14 @@ def _checkpoint_to_resume(
 ) -> tuple[Path | None, bool]:
     """The last complete checkpoint, if there is one, and whether another number of ranks wrote it; rank 0 only."""
     checkpoints.clear_staging(config.output_dir)
-    complete = checkpoints.list_complete(config.output_dir)
-    if not complete:
+    checkpoint = checkpoints.last_sound(config.output_dir)
+    if checkpoint is None:
         return None, False
-    resharded = checkpoints.check_identity(complete[-1], identity, allow_changed=allow_changed)
+    resharded = checkpoints.check_identity(checkpoint, identity, allow_changed=allow_changed)
     if resharded and identity["zero_stage"]:
-        universal.convert(complete[-1])
-    logger.info("%s: going on from %s", config.stage, complete[-1].name)
-    return complete[-1], resharded
+        universal.convert(checkpoint)
+    logger.info("%s: going on from %s", config.stage, checkpoint.name)
+    return checkpoint, resharded
 
 
 def _describe(config: TrainConfig, trainer: StageTrainer, data: Feed, moe: MoeConfig | None) -> None:

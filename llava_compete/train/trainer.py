@@ -8,9 +8,11 @@ split into ranks and micro-batches.
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,10 @@ from llava_compete.train.config import TrainConfig
 from llava_compete.train.held_out import validation_loss
 from llava_compete.train.metrics import StepMetrics, scalars
 
+logger = logging.getLogger(__name__)
+
+# Seconds that `deepspeed` and `torchrun` wait for their ranks once they are told to stop; both have no setting for it.
+LAUNCHERS_PATIENCE = 30
 # With less than this left, a failed write is taken for a full disk.
 FULL_DISK_BYTES = 64 * 2**20
 # What a checkpoint of a LoRA stage holds beside peft's adapter: parts that train in full.
@@ -76,6 +82,7 @@ class StageTrainer(Trainer):
         # Throughput and times since its last call; the step callback, which measures them, sets it.
         self.take_window: Callable[[], dict[str, Any]] = dict
         self._micro_batch = "before the first step"
+        self._longest_save = 0.0
 
     # ---- data: the sampler already shares rows out to ranks, so accelerate must not do it again ----
 
@@ -107,6 +114,17 @@ class StageTrainer(Trainer):
         self._batches = batches
         self._loss_before_step = self._tr_loss.clone()
         return batches, self.step_counts.supervised_tokens
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *rest: Any
+    ) -> tuple[int, int]:
+        """(epochs trained, micro-batches trained in the next one), as the Trainer's.
+
+        The Trainer would begin the next step even where a run was killed after its last checkpoint; with all epochs
+        trained it begins none, and the stage goes straight to saving its model.
+        """
+        trained = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *rest)
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else trained
 
     # ---- loss and optimizer ----
 
@@ -272,6 +290,7 @@ class StageTrainer(Trainer):
         return str(Path(self.args.output_dir) / checkpoints.STAGING) if saving else self.args.output_dir
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        began = time.perf_counter()
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
@@ -293,6 +312,19 @@ class StageTrainer(Trainer):
             checkpoints.publish(output_dir, f"checkpoint-{self.state.global_step}", self.identity)
             checkpoints.rotate(output_dir, self.args.save_total_limit)
         _barrier()
+        self._tell_save_time(time.perf_counter() - began)
+
+    def _tell_save_time(self, seconds: float) -> None:
+        """Once, and again where a save grows too long for a run that is told to stop."""
+        if seconds > max(self._longest_save, LAUNCHERS_PATIENCE) or not self._longest_save:
+            too_long = seconds > LAUNCHERS_PATIENCE
+            logger.log(
+                logging.WARNING if too_long else logging.INFO,
+                "checkpoint-%d: saved in %.1f s; a launcher that is told to stop kills its ranks after %d s%s",
+                *(self.state.global_step, seconds, LAUNCHERS_PATIENCE),
+                ", before they have saved: give notice to the ranks alone, as the stage scripts do" if too_long else "",
+            )
+        self._longest_save = max(self._longest_save, seconds)
 
     def save_merged(self, directory: Path, base: Any) -> None:
         """The stage's result: the trained model, or `base()` with the trained adapters merged into it."""

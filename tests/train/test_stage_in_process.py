@@ -135,7 +135,7 @@ def test_stages_one_after_the_other(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds the model of stage 'sft', found stage 'pft'"):
         _run(stage_config("pft", data, tuned, model={"checkpoint": str(dense)}, deepspeed=None))
     with pytest.raises(UserError, match=r"holds the model of stage 'upcycle', found stage 'sft'"):
-        _run(stage_config("sft", data, Path(parent["checkpoint"]), model=parent, deepspeed=None))
+        _run(stage_config("sft", data, Path(parent["checkpoint"]), model={"checkpoint": str(tuned)}, deepspeed=None))
 
 
 def test_loss_does_not_depend_on_micro_batches_or_checkpointing(data: Path, tmp_path: Path) -> None:

@@ -5,9 +5,7 @@ Also where starving experts are noticed. Rank 0 writes; the other ranks only tak
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,9 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llava_compete.moe.block import moe_blocks
-from llava_compete.train.held_out import greedy_answers, write_answers
+from llava_compete.train.held_out import greedy_answers
 from llava_compete.train.metrics import expert_loads
+from llava_compete.train.step_lines import append, cut_after
 from llava_compete.train.trainer import StageTrainer
 
 logger = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ class WatchCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            _cut_after(self.path, state.global_step)
+            cut_after(self.path, state.global_step)
             self.bar = tqdm(
                 total=state.max_steps,
                 initial=state.global_step,
@@ -59,7 +58,7 @@ class WatchCallback(TrainerCallback):
         elif "eval_loss" in record:
             logger.info("step %d/%d  held-out loss %.4f", state.global_step, state.max_steps, record["eval_loss"])
         if "train_runtime" not in record:
-            self._write(record)
+            append(self.path, [record])
 
     def close(self) -> None:
         """End the bar's line, so that an error has one of its own."""
@@ -69,12 +68,7 @@ class WatchCallback(TrainerCallback):
 
     def write_end(self, content: dict[str, Any]) -> None:
         """The closing line of the file."""
-        self._write({"event": "end", **content})
-
-    def _write(self, record: dict[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(record)) + "\n")
+        append(self.path, [{"event": "end", **content}])
 
     def _check_collapse(self, record: dict[str, Any]) -> None:
         guards = self.trainer.config.guards
@@ -100,6 +94,10 @@ class AnswersCallback(TrainerCallback):
         self.trainer = trainer
         self.path = path
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            cut_after(self.path, state.global_step)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         every = self.trainer.config.sample_steps
         if not every or state.global_step % every:
@@ -113,7 +111,7 @@ class AnswersCallback(TrainerCallback):
             synced=bool(args.world_size > 1),
         )
         if state.is_world_process_zero:
-            write_answers(self.path, state.global_step, answers)
+            append(self.path, [{"step": state.global_step, **answer} for answer in answers])
 
 
 def _console_line(record: dict[str, Any], max_steps: int) -> str:
@@ -128,21 +126,3 @@ def _console_line(record: dict[str, Any], max_steps: int) -> str:
     if record["competition_layers"]:
         parts.append(f"competed: {', '.join(record['competition_layers'])}")
     return "  ".join(parts)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value
-
-
-def _cut_after(path: Path, step: int) -> None:
-    """Drop lines past the step that a resumed run starts from, so that no step is logged twice."""
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", step + 1) <= step]
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

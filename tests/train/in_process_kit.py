@@ -1,0 +1,61 @@
+"""Whole stages in this process: one rank, no launcher."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from llava_compete.config import parse_config
+from llava_compete.train.callbacks import between_steps
+from llava_compete.train.config import TrainConfig
+from llava_compete.train.run import train
+
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def run_stage_here(content: dict[str, Any], **options: Any) -> Path:
+    """Train, and leave this process as a new one: no group, no log file. Returns the output directory."""
+    config = parse_config(TrainConfig, content, source="test.yaml")
+    for name in LAUNCHER:
+        os.environ.pop(name, None)
+    try:
+        train(config, **options)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        for handler in list(logging.getLogger().handlers):
+            if isinstance(handler, logging.FileHandler) and handler.baseFilename.endswith("console.log"):
+                logging.getLogger().removeHandler(handler)
+                handler.close()
+        for name in LAUNCHER:
+            os.environ.pop(name, None)
+    return config.output_dir
+
+
+def fail(*_: Any, **__: Any) -> None:
+    """Stands for a kill."""
+    raise KeyboardInterrupt
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[Any], None]) -> None:
+    """Call `action(callback)` once, after optimizer step `step` and before its log and checkpoint."""
+    plain = between_steps.StepCallback.on_step_end
+    done = []
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **options: Any) -> None:
+        plain(self, args, state, control, **options)
+        if state.global_step == step and not done:
+            done.append(step)
+            action(self)
+
+    monkeypatch.setattr(between_steps.StepCallback, "on_step_end", on_step_end)
+
+
+def stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Kill the run in step `step`, the first time it gets there."""
+    at_step(monkeypatch, step, fail)

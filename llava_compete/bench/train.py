@@ -102,7 +102,7 @@ def build(case: str, shape: Shape, device: torch.device) -> LlavaCompeteForCondi
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.heads,
         vocab_size=shape.vocabulary,
-        max_position_embeddings=shape.length,
+        max_position_embeddings=2 * shape.length,  # operations are counted at both lengths
     )
     vision: dict[str, Any] = {}
     if shape.tower is not None:

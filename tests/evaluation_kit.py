@@ -17,6 +17,7 @@ from llava_compete.model.build import save_checkpoint
 
 TASKS = Path(__file__).parent / "evaluation" / "lmms" / "local_tasks"
 NUM_DOCUMENTS = 11
+SAME_IMAGE = (1, 4)  # two documents that ask about one image
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 
 
@@ -43,6 +44,8 @@ def write_tasks(directory: Path) -> Path:
             "label": index % 3,
             "images": [_image(generator) for _ in range(index % 3)],
         }
+        if index == SAME_IMAGE[1]:
+            row["images"] = rows["images"][SAME_IMAGE[0]]
         for key, value in row.items():
             rows[key].append(value)
     features = datasets.Features(

@@ -12,12 +12,27 @@ def hallusion(doc, results):
     return {"accuracy": {"score": score, "type": doc["subcategory"], "id": name}}
 
 
+def _mathvista():
+    """lmms-eval's own MathVista: its import makes a judge's client, which wants a key though nothing is asked of it."""
+    os.environ.setdefault("OPENAI_API_KEY", "unused")
+    from lmms_eval.tasks.mathvista import utils
+
+    return utils
+
+
+def mathvista_image(doc):
+    """MathVista's picture, as lmms-eval shows it."""
+    return _mathvista().mathvista_doc_to_visual(doc)
+
+
+def mathvista_prompt(doc, lmms_eval_specific_kwargs=None):
+    """MathVista's question, as lmms-eval asks it."""
+    return _mathvista().mathvista_doc_to_text(doc, lmms_eval_specific_kwargs)
+
+
 def mathvista(doc, results):
     """MathVista: the benchmark's own normalisation of the answer as it stands."""
-    # Importing the evaluator makes a judge's client, which wants a key even though nothing is asked of it here.
-    os.environ.setdefault("OPENAI_API_KEY", "unused")
-    from lmms_eval.tasks.mathvista.utils import mathvista_evaluator
-
+    mathvista_evaluator = _mathvista().mathvista_evaluator
     text = results[0].strip()
     if doc["question_type"] == "multi_choice":
         letter = re.match(r"\(?([A-Z])\)?(?:[.:\s]|$)", text)

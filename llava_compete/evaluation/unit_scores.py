@@ -17,16 +17,8 @@ Sample = dict[str, Any]
 # Entries of a per-sample line that lmms-eval itself writes.
 _NOT_SCORES = {
     "doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash", "input",
-    "input_media", "member",
+    "input_media", "member", "group",
 }  # fmt: skip
-# Columns that name the image, where a benchmark asks several questions about one.
-_GROUPED_BY = {
-    "gqa": ("imageId",),
-    "hallusion_bench_image_exact": ("category", "subcategory", "set_id", "figure_id"),
-    "infovqa_val": ("image_url",),
-    "pope": ("image_source",),
-    "textvqa_val": ("image_id",),
-}
 
 
 class Unit(NamedTuple):
@@ -76,18 +68,9 @@ def _each_sample(task: str, samples: list[Sample]) -> list[Unit]:
         if "member" in sample:  # a task of a group, whose documents are numbered on their own
             name = f"{sample['member']}/{name}"
         kind = details.get("type", sample.get("member"))
-        target, group = str(sample.get("target")), _group(task, sample)
+        target, group = str(sample.get("target")), sample.get("group")
         units.append(Unit(name, float(details["score"]), 1.0, kind, _answer(sample), target, group))
     return units
-
-
-def _group(task: str, sample: Sample) -> str | None:
-    """The image that the question is about, if the document names it."""
-    document = sample.get("doc") or {}
-    columns = _GROUPED_BY.get(task, ())
-    if not columns or any(column not in document for column in columns):
-        return None
-    return "/".join(str(document[column]) for column in columns)
 
 
 def _mme(task: str, samples: list[Sample]) -> list[Unit]:
@@ -171,7 +154,8 @@ _UNITS: dict[str, Callable[[str, list[Sample]], list[Unit]]] = {
 
 def _joined(name: str, score: float, weight: float, kind: str | None, members: list[Sample]) -> Unit:
     answers = "\n".join(map(_answer, members))
-    return Unit(name, score, weight, kind, answers, "\n".join(str(member.get("target")) for member in members))
+    targets = "\n".join(str(member.get("target")) for member in members)
+    return Unit(name, score, weight, kind, answers, targets, members[0].get("group"))
 
 
 def _is_score(entry: Any) -> bool:

@@ -7,7 +7,8 @@
   llava-compete eval prepare --suite NAME         fetch and verify data sets, while there is a network
 
 Results go to `eval` beside the checkpoint: summary.json, per-sample scores, lmms-eval's own files. A run that was
-stopped goes on with the tasks that are not finished.
+stopped goes on with the tasks that are not finished. A benchmark that fails does not stop the others; it is named at
+the end, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from llava_compete.console import setup_console
     from llava_compete.evaluation.config import EvalConfig
-    from llava_compete.evaluation.lmms.benchmark_run import checkpoint_config, evaluate
+    from llava_compete.evaluation.lmms.benchmark_run import EvaluationError, checkpoint_config, evaluate
     from llava_compete.files import write_json
 
     if arguments.checkpoint == "prepare":
@@ -70,13 +71,23 @@ def run(arguments: argparse.Namespace) -> int:
 
     checkpoint_config(Path(config.checkpoint))  # before a log is written beside something else
     setup_console(config.directory / "eval.log")
-    summary = evaluate(config)
+    try:
+        summary = evaluate(config)
+    except EvaluationError as failed:
+        return _report(failed.failures)
     if config.routing_data:
         from llava_compete.evaluation.routing import measure_routing
 
         write_json(config.directory / "routing.json", measure_routing(config))
     print_table(summary, config.directory)
-    return 0
+    return _report(summary["failures"])
+
+
+def _report(failures: dict[str, str]) -> int:
+    """A line for each benchmark that failed, and the exit status."""
+    for task, reason in failures.items():
+        sys.stderr.write(f"error: {task}: {reason}\n")
+    return 1 if failures else 0
 
 
 def _prepare(arguments: argparse.Namespace) -> int:

@@ -2,8 +2,8 @@
 
 Layout of an evaluation directory:
 
-    summary.json       {"tasks": {NAME: {"accuracy", "chance", "n", "by_type", ...}}, "seconds", "checkpoint", ...}
-    samples/NAME.jsonl one line a unit: id, score, weight, type, answer, target
+    summary.json       {"tasks": {NAME: {"accuracy", "chance", "n", "by_type", ...}}, "failures", "checkpoint", ...}
+    samples/NAME.jsonl one line a unit: id, score, weight, type, answer, target, group
     tasks/NAME.json    a finished task; a run that was stopped goes on with the tasks that have none
     routing.json       router agreement and expert use, for mixtures of experts
     lmms_eval/         lmms-eval's own files;  eval.log: its output;  run/: config and manifest
@@ -26,6 +26,7 @@ from llava_compete.evaluation.config import EvalConfig
 from llava_compete.evaluation.lmms.catalogue import check_names, check_on_disk, names_in
 from llava_compete.evaluation.lmms.launcher import run_lmms_eval
 from llava_compete.evaluation.lmms.output_files import finished, read_run, write_task
+from llava_compete.evaluation.lmms.plugin import check_registered
 from llava_compete.evaluation.lmms.suites import (
     LocalTask,
     check_judges,
@@ -40,8 +41,20 @@ from llava_compete.manifest import package_versions, write_manifest
 log = logging.getLogger(__name__)
 
 
+class EvaluationError(Exception):
+    """No benchmark could be evaluated; `failures` holds a reason for each."""
+
+    def __init__(self, failures: dict[str, str]) -> None:
+        super().__init__("; ".join(f"{task}: {reason}" for task, reason in failures.items()))
+        self.failures = failures
+
+
 def evaluate(config: EvalConfig) -> dict[str, Any]:
-    """Evaluate and return what summary.json holds."""
+    """Evaluate and return what summary.json holds.
+
+    A benchmark that fails does not keep the others from being run: its reason is in `failures`. `EvaluationError` if
+    none is left.
+    """
     started = time.perf_counter()
     include_path = Path(config.include_path)
     checkpoint = checkpoint_facts(Path(config.checkpoint), Path(config.adapter) if config.adapter else None)
@@ -65,23 +78,32 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     remaining = [task for task in tasks if summaries[task] is None]
     if len(remaining) < len(tasks):
         log.info("finished before, not run again: %s", ", ".join(task for task in tasks if task not in remaining))
-    if remaining:  # a summary of other results must not stand beside half-made new ones
+    if remaining:
+        check_registered()
+        # A summary of other results must not stand beside half-made new ones.
         (directory / "summary.json").unlink(missing_ok=True)
-    for group in _groups(remaining, local):
-        raw = directory / "lmms_eval" / "+".join(group)
-        shutil.rmtree(raw, ignore_errors=True)
-        log.info("lmms-eval: %s", ", ".join(group))
+    failures: dict[str, str] = {}
+    groups = _groups(remaining, local)
+    while groups:
+        group = groups.pop(0)
         # `datasets` knows a converted local table by file name and time: one that was rebuilt gets a cache of its own.
-        cache = raw.with_name("datasets-" + _combined(digests)[:16]) if group[0] in local else None
-        run_lmms_eval(config, group, raw, directory / "eval.log", cache)
-        if cache is not None:
-            shutil.rmtree(cache, ignore_errors=True)
-        for task, run in read_run(raw, group).items():
-            facts = local[task].facts if task in local else {}
-            write_task(directory, task, run, facts, states[task])
-            summaries[task] = finished(directory, task, states[task])
+        cache = "datasets-" + _combined(digests)[:16] if group[0] in local else None
+        try:
+            runs = _run_group(config, group, cache)
+            for task, run in runs.items():
+                write_task(directory, task, run, local[task].facts if task in local else {}, states[task])
+                summaries[task] = finished(directory, task, states[task])
+        except UserError as error:
+            if len(group) > 1:  # which of them fails shows when each has a start of its own
+                groups = [[task] for task in group if summaries[task] is None] + groups
+            else:
+                failures[group[0]] = str(error)
+                log.error("%s: %s", group[0], error)
+    if failures and not any(summaries.values()):
+        raise EvaluationError(failures)
     summary = {
-        "tasks": summaries,
+        "tasks": {task: found for task, found in summaries.items() if found is not None},
+        "failures": failures,
         "seconds": round(time.perf_counter() - started, 1),
         "checkpoint": {"path": config.checkpoint, **checkpoint},
         "settings": config.model_dump(mode="json"),
@@ -89,6 +111,20 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     }
     write_json(directory / "summary.json", summary)
     return summary
+
+
+def _run_group(config: EvalConfig, group: list[str], cache: str | None) -> dict[str, dict[str, Any]]:
+    """One start of lmms-eval; its metrics and samples by task."""
+    raw = config.directory / "lmms_eval" / "+".join(group)
+    shutil.rmtree(raw, ignore_errors=True)
+    log.info("lmms-eval: %s", ", ".join(group))
+    datasets_cache = raw.with_name(cache) if cache else None
+    try:
+        run_lmms_eval(config, group, raw, config.directory / "eval.log", datasets_cache)
+    finally:
+        if datasets_cache is not None:
+            shutil.rmtree(datasets_cache, ignore_errors=True)
+    return read_run(raw, group)
 
 
 def checkpoint_config(directory: Path) -> dict[str, Any]:

@@ -1,19 +1,29 @@
-"""Starts `python -m lmms_eval` (by torchrun for several processes), shows its progress, and notices its failures."""
+"""Starts `python -m lmms_eval` (by torchrun for several processes), shows its progress, and notices its failures.
+
+It ends with us: the processes of lmms-eval are a group of their own, which an interrupt (Ctrl-C, TERM, a closed
+terminal) of this process ends too.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from llava_compete.errors import UserError
 from llava_compete.evaluation.config import EvalConfig
+from llava_compete.evaluation.lmms.documents import FOLDER_VARIABLE
 
 log = logging.getLogger(__name__)
+# torchrun gives its workers up to 30 seconds to end; killed earlier, it would leave them behind.
+_SECONDS_TO_END = 40
 _PROGRESS = re.compile(r"^answering: ")
 # The last line of a Python traceback, also as torchrun shows it.
 _ERROR = re.compile(r"^(?:\[rank\d+\]: )?(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt))\b:? ?(.*)")
@@ -68,27 +78,62 @@ def run_lmms_eval(
     """
     words = command(config, tasks, output)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment[FOLDER_VARIABLE] = str(output)
     if datasets_cache is not None:
         environment["HF_DATASETS_CACHE"] = str(datasets_cache)
     processes = num_processes(config)
     if processes > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("a", encoding="utf-8") as file:
+    with log_file.open("a", encoding="utf-8") as file, _ended_by_signals():
         file.write(f"$ {' '.join(words)}\n")
         with subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+            words,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=environment,
+            start_new_session=True,
         ) as process:
             try:
                 last_error = _follow(process, file)
             except BaseException:
-                process.terminate()
+                _end(process)
                 raise
         status = process.returncode
     if status != 0:
         killed = f"killed by signal {-status} (9: perhaps out of memory)"
         reason = last_error or (killed if status < 0 else f"exit status {status}")
         raise UserError(f"lmms-eval failed on {', '.join(tasks)}: {reason} (all of its output: {log_file})")
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Inside, TERM and HUP raise `SystemExit` as Ctrl-C raises `KeyboardInterrupt`: Python would just die."""
+
+    def leave(number: int, _: Any) -> None:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """TERM to the process and those it started, KILL to whatever of them does not end."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(_SECONDS_TO_END)
+            return
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
 
 
 def _follow(process: subprocess.Popen[str], log_file: IO[str]) -> str | None:

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from llava_compete.errors import UserError
 from llava_compete.evaluation.answerer import Answerer, DocumentError, Prompt, document_errors, load_for_inference
 from llava_compete.evaluation.config import DTYPES
 from llava_compete.evaluation.generation_settings import GenerationSettings
+from llava_compete.evaluation.lmms.documents import FOLDER_VARIABLE, DocumentWriter
+from llava_compete.evaluation.lmms.task_mends import mend_tasks
 
 PADDING = "__padding_only__"  # lmms-eval's mark on requests that only even out the ranks
 MAX_ROUNDS = 64
@@ -55,6 +58,7 @@ class LlavaCompeteLmms(lmms):
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
+        mend_tasks()  # lmms-eval makes the model before it builds the tasks
         if dtype not in DTYPES:
             raise UserError(f"model_args: dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
         if device in (None, "cuda"):
@@ -66,6 +70,8 @@ class LlavaCompeteLmms(lmms):
         model.config.competition_at_inference = bool(competition_at_inference)
         # The Answerer keeps the model out of reach of lmms-eval's clean(), which deletes attributes that are modules.
         self.answerer = Answerer(model, processor, int(batch_size))
+        folder = os.environ.get(FOLDER_VARIABLE)
+        self.documents = DocumentWriter(Path(folder) if folder else None)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """One answer a request, in order; padding requests get an empty one that lmms-eval throws away."""
@@ -132,14 +138,20 @@ class LlavaCompeteLmms(lmms):
 
     def _prompt(self, context: str, doc_to_visual: Callable[..., Any], doc_id: int, task: str, split: str) -> Prompt:
         def images() -> list[Image.Image]:
-            return _images(doc_to_visual(self.task_dict[task][split][doc_id]))
+            shown = _images(doc_to_visual(self.task_dict[task][split][doc_id]))
+            if shown and self.answerer.model.vision_tower is None:
+                raise UserError(f"shows {len(shown)} image(s), but the checkpoint has no vision tower")
+            self.documents.saw(task, doc_id, context, shown)
+            return shown
 
         return Prompt(context, images, f"task {task}, split {split}, document {doc_id}")
 
     def _with_progress(self, total: int, run: Callable[[], Any]) -> Any:
         with tqdm(total=total, desc="answering", unit="q", file=sys.stderr, disable=self.rank != 0) as bar:
             self.answerer.progress = bar.update
-            return run()
+            found = run()
+        self.documents.write(self.rank)
+        return found
 
 
 class _Conversation:

@@ -13,18 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from llava_compete.errors import UserError
+from llava_compete.evaluation.lmms.documents import add_documents, read_documents
 from llava_compete.evaluation.unit_scores import score_samples, weighted_mean
 
 log = logging.getLogger(__name__)
 
 
 def read_run(raw: Path, tasks: list[str]) -> dict[str, dict[str, Any]]:
-    """Metrics and samples by task from one lmms-eval output folder; incomplete output is a `UserError`."""
+    """Metrics and samples by task from one lmms-eval output folder; incomplete output is a `UserError`.
+
+    Samples have a `group` (see `documents`) beside what lmms-eval wrote.
+    """
     files = sorted(raw.rglob("*_results.json"))
     if len(files) != 1:
         raise UserError(f"{raw}: found {len(files)} results files of lmms-eval, expected 1: the evaluation failed")
     results = json.loads(files[0].read_text(encoding="utf-8"))
     prefix = files[0].name.removesuffix("_results.json")
+    documents = read_documents(raw)
     found = {}
     for task in tasks:
         members = _leaves(task, results.get("group_subtasks", {}))
@@ -33,8 +38,9 @@ def read_run(raw: Path, tasks: list[str]) -> dict[str, dict[str, Any]]:
         if task not in results["results"] or missing:
             raise UserError(f"{raw}: lmms-eval wrote no result or no samples of {task!r} (missing: {missing})")
         samples: list[dict[str, Any]] = []
+        asked = {}
         for member, file in samples_files.items():
-            lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+            lines = (json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line)
             # Ranks write one after another; documents are put back in order, and none may be missing.
             by_document: dict[int, dict[str, Any]] = {}
             for sample in sorted(lines, key=lambda sample: sample["doc_id"]):
@@ -42,6 +48,7 @@ def read_run(raw: Path, tasks: list[str]) -> dict[str, dict[str, Any]]:
             expected = results["n-samples"][member]["effective"]
             if len(by_document) != expected:
                 raise UserError(f"{file}: answers to {len(by_document)} documents, expected {expected}")
+            asked[member] = add_documents(member, by_document.values(), documents)
             member_name = {"member": member} if len(members) > 1 else {}
             samples += [{**sample, **member_name} for sample in by_document.values()]
         config = results["configs"].get(task, {})
@@ -49,6 +56,7 @@ def read_run(raw: Path, tasks: list[str]) -> dict[str, dict[str, Any]]:
             "metrics": _numbers(results["results"][task]),
             "samples": samples,
             "generation": config.get("generation_kwargs"),
+            "asked": "+".join(asked.values()),
             "lmms_eval_version": results["versions"].get(task),
         }
     return found
@@ -75,6 +83,7 @@ def write_task(directory: Path, task: str, run: dict[str, Any], facts: dict[str,
         "generation": run["generation"],
         "task_version": run["lmms_eval_version"],
         "data": state["task"],
+        "asked": run["asked"],
     }
     target = directory / "tasks" / f"{task}.json"
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -60,12 +60,17 @@ def load_suite(name: str) -> Suite:
     return load_config(Suite, path)
 
 
+def judged_tasks() -> dict[str, LeftOut]:
+    """Tasks of the suites that ask a judge."""
+    suites = [load_config(Suite, path) for path in sorted((EVAL_ROOT / "suites").glob("*.yaml"))]
+    return {task: left_out for suite in suites for task, left_out in suite.left_out.items() if left_out.judge_key}
+
+
 def check_judges(tasks: Iterable[str]) -> None:
     """A task whose judge has no key is a `UserError`: lmms-eval would ask in vain and then count answers as wrong."""
-    for path in sorted((EVAL_ROOT / "suites").glob("*.yaml")):
-        for task, left_out in load_config(Suite, path).left_out.items():
-            if task in tasks and left_out.judge_key and not os.environ.get(left_out.judge_key):
-                raise UserError(f"task {task!r}: {left_out.why}; {left_out.judge_key} is not set")
+    for task, left_out in judged_tasks().items():
+        if task in tasks and not os.environ.get(left_out.judge_key or ""):
+            raise UserError(f"task {task!r}: {left_out.why}; {left_out.judge_key} is not set")
 
 
 def find_local_tasks(include_path: Path) -> dict[str, LocalTask]:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
-from evaluation_kit import NUM_DOCUMENTS, read_samples, save_tiny, write_tasks
+from evaluation_kit import NUM_DOCUMENTS, SAME_IMAGE, read_samples, save_tiny, write_tasks
 
 from llava_compete.cli import main
 from llava_compete.errors import UserError
+from llava_compete.evaluation.compare.evaluation_dirs import read_method
 from llava_compete.evaluation.config import EvalConfig
 from llava_compete.evaluation.lmms import benchmark_run as runner
 from llava_compete.evaluation.lmms.launcher import command
@@ -84,10 +90,9 @@ def test_a_stopped_suite_goes_on_with_the_tasks_that_are_missing(config, finishe
     assert runner.evaluate(again)["tasks"] == finished["tasks"]
 
     (directory / "tasks" / "local_choice.json").unlink()
-    with pytest.raises(UserError, match="asked to run"):
-        runner.evaluate(again)
+    assert runner.evaluate(again)["failures"] == {"local_choice": "asked to run"}
     assert asked == [["local_choice"]]
-    assert not (directory / "summary.json").exists()  # it would speak of other results than those beside it
+    assert list(json.loads((directory / "summary.json").read_text())["tasks"]) == ["local_generate", "local_rounds"]
 
     other_data, other_scorer, other_weights = tmp_path / "tasks", tmp_path / "scorer", tmp_path / "weights"
     for copy in (other_data, other_scorer):
@@ -104,9 +109,63 @@ def test_a_stopped_suite_goes_on_with_the_tasks_that_are_missing(config, finishe
         {"include_path": str(other_scorer)},
         {"checkpoint": str(other_weights)},
     ):
-        with pytest.raises(UserError, match="asked to run"):
-            runner.evaluate(config.model_copy(update=changes))
-        assert asked[-1] == TASKS
+        asked.clear()
+        with pytest.raises(runner.EvaluationError, match="asked to run"):
+            runner.evaluate(again.model_copy(update=changes))
+        assert asked == [TASKS, *([task] for task in TASKS)]  # together, then each alone to see which of them fails
+        assert not (directory / "summary.json").exists()  # it would speak of other results than those beside it
+
+
+def test_samples_say_which_questions_are_about_one_image(config, finished):
+    """In the file that `compare` reads: lmms-eval drops the document, so the model writes the group down."""
+    for task, per_document in (("local_generate", 1), ("local_choice", 1), ("local_rounds", 1)):
+        lines = (config.directory / "samples" / f"{task}.jsonl").read_text().split("\n")[:-1]
+        groups = [unit["group"] for unit in map(json.loads, lines)]
+        assert len(groups) == per_document * NUM_DOCUMENTS
+        assert groups[SAME_IMAGE[0]] == groups[SAME_IMAGE[1]] is not None
+        others = [group for index, group in enumerate(groups) if index != SAME_IMAGE[1] and index % 3]
+        assert len(set(others)) == len(others)
+        assert all(group is None for index, group in enumerate(groups) if index % 3 == 0)  # no image: on its own
+    assert "until" not in finished["tasks"]["local_rounds"]["generation"]
+
+
+def test_a_benchmark_that_fails_does_not_stop_the_others(config, finished, monkeypatch, tmp_path):
+    """The run of the three together fails, then one of them alone; the others are kept and can be compared."""
+    stored = {task: read_run(config.directory / "lmms_eval" / "+".join(TASKS), TASKS)[task] for task in TASKS}
+    monkeypatch.setattr(runner, "read_run", lambda raw, tasks: {task: stored[task] for task in tasks})
+
+    def run(config, tasks, *rest):
+        if "local_choice" in tasks:
+            raise UserError("no such picture")
+
+    monkeypatch.setattr(runner, "run_lmms_eval", run)
+    summary = runner.evaluate(config.model_copy(update={"output_dir": str(tmp_path / "eval")}))
+    assert summary["failures"] == {"local_choice": "no such picture"}
+    assert summary["tasks"] == {task: finished["tasks"][task] for task in ("local_generate", "local_rounds")}
+    assert list(read_method(str(tmp_path / "eval")).runs[0].units) == ["local_generate", "local_rounds"]
+
+    monkeypatch.setattr(runner, "run_lmms_eval", lambda *_: None)  # mended: only what failed is run again
+    assert runner.evaluate(config.model_copy(update={"output_dir": str(tmp_path / "eval")}))["failures"] == {}
+
+
+@pytest.mark.slow
+def test_terminating_the_command_ends_lmms_eval(config, tmp_path):
+    """Also the workers of torchrun, which are in sessions of their own."""
+    settings = tmp_path / "eval.yaml"
+    settings.write_text(
+        f"checkpoint: {config.checkpoint}\ntasks: [local_rounds]\ninclude_path: {config.include_path}\n"
+        f"output_dir: {tmp_path}/eval\ndevice: cpu\nprocesses: 2\n"
+    )
+    words = [sys.executable, "-m", "llava_compete.cli", "eval", "--config", str(settings)]
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while len(children := psutil.Process(process.pid).children(recursive=True)) < 3:  # torchrun and two workers
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert not psutil.wait_procs(children, timeout=5)[1]
+    assert not (tmp_path / "eval" / "summary.json").exists()
 
 
 @pytest.mark.slow
@@ -117,7 +176,7 @@ def test_a_failing_document_fails_the_command(checkpoint, tasks_folder, tmp_path
         f"checkpoint: {checkpoint}\ntasks: [local_broken]\ninclude_path: {tasks_folder}\noutput_dir: {tmp_path}/eval\n"
         "batch_size: 4\ndevice: cpu\n"
     )
-    assert main(["eval", "--config", str(settings)]) == 2
+    assert main(["eval", "--config", str(settings)]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "task local_broken, split test, document 3: OSError: image file is truncated" in error
     assert not (tmp_path / "eval" / "summary.json").exists()
@@ -137,7 +196,7 @@ def test_two_processes_give_what_one_gives(config, finished, tmp_path):
 @pytest.mark.slow
 def test_a_failure_on_one_of_two_ranks_ends_the_run(config, tmp_path):
     broken = {"processes": 2, "output_dir": str(tmp_path / "eval"), "tasks": ["local_broken"]}
-    with pytest.raises(UserError, match="document 3: OSError"):
+    with pytest.raises(runner.EvaluationError, match="document 3: OSError"):
         runner.evaluate(config.model_copy(update=broken))
 
 
@@ -148,10 +207,21 @@ def test_an_answer_that_got_lost_is_noticed(tmp_path):
     results = {"results": {"pope": {"acc,none": 1.0}}, "configs": {}, "versions": {}, "group_subtasks": {}}
     results["n-samples"] = {"pope": {"original": 9, "effective": 3}}
     (raw / "now_results.json").write_text(json.dumps(results))
-    lines = [json.dumps({"doc_id": number, "acc": 1.0}) + "\n" for number in (2, 0, 1, 2)]
+    # A line ends at "\n" alone: U+2028 and its like stand inside answers.
+    answer = "one\u2028two\u0085three"
+    lines = [
+        json.dumps({"doc_id": number, "acc": 1.0, "filtered_resps": answer}, ensure_ascii=False) + "\n"
+        for number in (2, 0, 1, 2)
+    ]
     (raw / "now_samples_pope.jsonl").write_text("".join(lines))
+    questions = [{"task": "pope", "doc_id": number, "images": None, "question": "q"} for number in range(3)]
+    (tmp_path / "documents.0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in questions))
     found = read_run(tmp_path, ["pope"])["pope"]
     assert [sample["doc_id"] for sample in found["samples"]] == [0, 1, 2]  # a second filter's lines do not count
+    assert found["samples"][0]["filtered_resps"] == answer
+    (tmp_path / "documents.0.jsonl").write_text("")
+    with pytest.raises(UserError, match="document 0: an answer, but no record of its question"):
+        read_run(tmp_path, ["pope"])
     (raw / "now_samples_pope.jsonl").write_text("".join(lines[:2]))
     with pytest.raises(UserError, match="answers to 2 documents, expected 3"):
         read_run(tmp_path, ["pope"])

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import io
 import os
+import random
 from pathlib import Path
 
 import datasets
@@ -17,6 +18,7 @@ from llava_compete.cli import main
 from llava_compete.errors import UserError
 from llava_compete.evaluation.config import EVAL_ROOT
 from llava_compete.evaluation.lmms.catalogue import check_names, check_on_disk, data_sets
+from llava_compete.evaluation.lmms.documents import FOLDER_VARIABLE, add_documents, read_documents
 from llava_compete.evaluation.lmms.suites import check_judges, find_local_tasks, load_suite
 from llava_compete.evaluation.unit_scores import score_samples, weighted_mean
 
@@ -113,7 +115,8 @@ def local_copies(tmp_path_factory):
     spec.loader.exec_module(module)
     root = tmp_path_factory.mktemp("hub")
     for name, (config, split, images, rows) in rows_of().items():
-        pictures = [{column: picture(2 * i + j) for j, column in enumerate(images)} for i in range(len(rows))]
+        shown = [int(row.get("image_id", row.get("image_url", i))) for i, row in enumerate(rows)]
+        pictures = [{column: picture(2 * i + j) for j, column in enumerate(images)} for i in shown]
         table = datasets.Dataset.from_list([row | shown for row, shown in zip(rows, pictures, strict=True)])
         for column in images:
             table = table.cast_column(column, datasets.Image())
@@ -131,13 +134,21 @@ def evaluate(local_copies, tmp_path_factory):
     from llava_compete.evaluation.lmms.model import LlavaCompeteLmms
 
     checkpoint = save_tiny(tmp_path_factory.mktemp("stage") / "sft")
-    model = LlavaCompeteLmms(str(checkpoint), batch_size=4, device="cpu")
-    manager = TaskManager(model_name="llava_compete")
     output = str(tmp_path_factory.mktemp("out"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FOLDER_VARIABLE, output)
+        model = LlavaCompeteLmms(str(checkpoint), batch_size=4, device="cpu")
+    manager = TaskManager(model_name="llava_compete")
 
     def run(tasks, answer=None):
         if answer is not None:
-            model.answerer.generate = lambda prompts, settings: [answer(prompt) for prompt in prompts]
+
+            def generate(prompts, settings):
+                for prompt in prompts:
+                    prompt.images()
+                return [answer(prompt) for prompt in prompts]
+
+            model.answerer.generate = generate
         before = Path.cwd()
         os.chdir(local_copies)
         try:
@@ -150,6 +161,8 @@ def evaluate(local_copies, tmp_path_factory):
             )
         finally:
             os.chdir(before)
+        for task, samples in found["samples"].items():
+            add_documents(task, samples, read_documents(Path(output)))
         return found["results"], found["samples"], manager
 
     return run
@@ -179,27 +192,59 @@ def test_benchmarks_run_on_local_copies_and_units_give_their_scores(evaluate):
 
 
 @pytest.mark.parametrize(
-    ("task", "metric", "score", "groups"),
+    ("task", "metric", "score", "images"),
     [
-        ("chartqa", "relaxed_overall,none", 1 / 2, 0),
+        ("chartqa", "relaxed_overall,none", 1 / 2, 4),
         ("textvqa_val", "exact_match,none", 1 / 2, 2),
         ("infovqa_val", "anls,none", 1 / 2, 2),
-        ("mmstar", "average,none", 2 / 3, 0),
-        ("mmmu_val", "mmmu_acc,none", 1 / 2, 0),
-        ("ocrbench", "ocrbench_accuracy,none", 1 / 2, 0),
-        ("seedbench_2_plus", "seedbench_2_plus_all,none", 1 / 2, 0),
-        ("realworldqa", "exact_match,none", 1 / 2, 0),
+        ("mmstar", "average,none", 2 / 3, 4),
+        ("mmmu_val", "mmmu_acc,none", 1 / 2, 4),
+        ("ocrbench", "ocrbench_accuracy,none", 1 / 2, 4),
+        ("seedbench_2_plus", "seedbench_2_plus_all,none", 1 / 2, 4),
+        ("realworldqa", "exact_match,none", 1 / 2, 4),
     ],
 )
-def test_units_of_the_other_benchmarks_give_their_scores(evaluate, task, metric, score, groups):
+def test_units_of_the_other_benchmarks_give_their_scores(evaluate, task, metric, score, images):
     """Always "A": what lmms-eval reports is what the units say, and questions about one image share a group."""
     results, samples, _ = evaluate([task], lambda prompt: "A")
     units = score_samples(task, samples[task])
     assert weighted_mean(units) == pytest.approx(score)
     # OCRBench divides by its 1,000 questions, however many there are.
     assert results[task][metric] == pytest.approx(score * (4 / 1000 if task == "ocrbench" else 1), abs=1e-5)
-    assert len({unit.group for unit in units} - {None}) == groups
+    assert len({unit.group for unit in units} - {None}) == images
     assert len({unit.id for unit in units}) == 4
+
+
+def test_an_unreadable_answer_is_guessed_by_question(evaluate):
+    """MMMU guesses a letter. What was drawn before, and which thread draws first, must not matter."""
+
+    def answer(draws):
+        def unreadable(prompt):
+            random.sample(range(100), draws)  # as a rank that has seen fewer or more documents
+            return "?"
+
+        return unreadable
+
+    found = [evaluate(["mmmu_val"], answer(draws)) for draws in (0, 1, 2, 3, 4)]
+    guesses = [
+        {row["doc_id"]: row["mmmu_acc"]["parsed_pred"] for row in samples["mmmu_val"]} for _, samples, _ in found
+    ]
+    assert all(guess == guesses[0] for guess in guesses)
+    assert len({results["mmmu_val"]["mmmu_acc,none"] for results, _, _ in found}) == 1
+    assert len({tuple(guess) for guess in guesses[0].values()}) > 1  # not one letter for all
+
+
+def test_only_what_a_task_asks_for_stops_an_answer(evaluate):
+    """lmms-eval's default, an empty line, is for prompts with examples."""
+    from lmms_eval.api.task import TaskConfig
+
+    def until(**settings):
+        return TaskConfig(task="x", output_type="generate_until", **settings).generation_kwargs.get("until")
+
+    assert until() is None
+    assert until(generation_kwargs={"max_new_tokens": 9}) is None
+    assert until(generation_kwargs={"until": ["\n\n"]}) == ["\n\n"]
+    assert until(generation_kwargs={"max_new_tokens": 9}, num_fewshot=2) == ["\n\n"]
 
 
 def test_language_benchmarks_rank_choices_without_an_image(evaluate):

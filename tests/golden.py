@@ -18,7 +18,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llava_compete.moe.block import SparseMoeBlock
-from llava_compete.moe.competition import CompetitionResult
 from llava_compete.moe.config import COMPETITION_COEFS, MoeLayerConfig
 from llava_compete.moe.state import RoutingState, TokenGroups
 
@@ -124,7 +123,7 @@ def both_policies(block: SparseMoeBlock, x: Tensor) -> dict[str, Tensor]:
     """What the router and the competition each choose on the same input."""
     x_TD = x.flatten(0, 1)
     routing = block.router(x_TD)
-    contest: CompetitionResult = block.experts(x_TD)
+    contest = block.experts(x_TD).contest
     policies = {
         "router.logits": routing.logits_TR,
         "router.indices_topk": routing.selected_experts_TK,

@@ -1,8 +1,8 @@
 """`SparseMoeBlock` = router + packed experts: takes the place of a dense feed-forward block anywhere in the model.
 
 It never guesses its mode: the shared `RoutingState` says which tokens count and whether this layer competes in this
-step. Its forward has no counter, RNG or print, and no host synchronisation (but for the eager experts' products, which
-read their row counts); its losses leave through the state's records. Suffixes: T tokens, D in, O out, E experts,
+step. Its forward has no counter, RNG or print, and no host synchronisation (but for eager experts, which read how many
+rows each has); its losses leave through the state's records. Suffixes: T tokens, D in, O out, E experts,
 K chosen.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_compete.moe import losses
-from llava_compete.moe.competition import CompetitionResult
+from llava_compete.moe.competition import Contest
 from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.experts import PackedExperts
 from llava_compete.moe.routers import ROUTER_CLASSES, Routing
@@ -71,17 +71,15 @@ class SparseMoeBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        routing: Routing = self.router(x_TD)
-        result: CompetitionResult | None = None
-        if self.config.router == "competition" and self.state.competes(self.name):
-            result = self.experts(x_TD)
-            output_TO = result.output_TO
-        else:
-            output_TO = self.experts(x_TD, routing.selected_experts_TK, routing.routing_weights_TK)
         groups = self._groups(x_TD.shape[0])
+        # Called on a competition step too, on every rank: ZeRO-3 gathers a router's weights by its call.
+        routing: Routing = self.router(x_TD, statistics=groups is not None)
+        competes = self.config.router == "competition" and self.state.competes(self.name)
+        chosen = () if competes else (routing.selected_experts_TK, routing.routing_weights_TK)
+        output_TO, contest = self.experts(x_TD, *chosen)
         if groups is not None:
             # Also done in a recomputation, which must save the same tensors; only a recording keeps the result.
-            record = self._record(routing, result, groups)
+            record = self._record(routing, contest, groups)
             if self.state.is_recording:
                 self.state.records[self.name] = record
         return self.output_dropout(output_TO).view(*hidden_states.shape[:-1], output_TO.shape[-1])
@@ -103,26 +101,31 @@ class SparseMoeBlock(nn.Module):
             )
         return groups
 
-    def _record(self, routing: Routing, result: CompetitionResult | None, groups: TokenGroups) -> RoutingRecord:
+    def _record(self, routing: Routing, contest: Contest | None, groups: TokenGroups) -> RoutingRecord:
         with torch.autocast(routing.logits_TR.device.type, enabled=False):
-            terms = self._router_terms(routing, groups) if result is None else self._terms(routing, result, groups)
-            coefs = self.config.loss_coefs(competing=result is not None)
-            aux_loss = torch.stack([coef * terms[name] for name, coef in coefs.items()]).sum()
-            return RoutingRecord(terms, aux_loss, self._metrics(routing, result, groups))
+            probs_TR = routing.probs_TR
+            if contest is None:
+                terms = self._router_terms(routing, probs_TR, groups)
+            else:
+                terms = self._competition_terms(probs_TR, contest, groups)
+            aux_loss = _weighted_sum(terms, self.config.loss_coefs(competing=contest is not None))
+            metrics = self._metrics(routing, probs_TR, contest, groups)
+            return RoutingRecord(terms, aux_loss, metrics)
 
-    def _router_terms(self, routing: Routing, groups: TokenGroups) -> dict[str, Tensor]:
+    def _router_terms(self, routing: Routing, probs_TR: Tensor, groups: TokenGroups) -> dict[str, Tensor]:
         return {
-            "balance_loss": losses.balance_loss(routing.probs_TR, self._counted(routing.choices_TC), groups),
+            "balance_loss": losses.balance_loss(probs_TR, self._counted(routing.choices_TC), groups),
             "router_z_loss": losses.router_z_loss(routing.logits_TR, groups),
         }
 
-    def _terms(self, routing: Routing, result: CompetitionResult, groups: TokenGroups) -> dict[str, Tensor]:
+    def _competition_terms(self, p_TE: Tensor, contest: Contest, groups: TokenGroups) -> dict[str, Tensor]:
         """Terms of a competition step: p is the router's, q the competition's."""
-        p_TE, q_TE, winners_TK = routing.probs_TR, result.affinity_TE.softmax(-1), result.winners_TK
+        q_TE, winners_TK = contest.affinity_TE.softmax(-1), contest.winners_TK
+        squared_TE = losses.squared_differences(p_TE, q_TE)
         return {
-            "distillation_loss": losses.distillation_loss(p_TE, q_TE, groups),
-            "winner_distillation_loss": losses.winner_distillation_loss(p_TE, q_TE, winners_TK, groups),
-            "diversity_loss": losses.diversity_loss(result.diversity_T, groups),
+            "distillation_loss": losses.distillation_loss(squared_TE, groups),
+            "winner_distillation_loss": losses.winner_distillation_loss(squared_TE, winners_TK, groups),
+            "diversity_loss": losses.diversity_loss(contest.diversity_T, groups),
             "balance_loss": losses.balance_loss(q_TE, self._counted(winners_TK), groups),
         }
 
@@ -130,28 +133,43 @@ class SparseMoeBlock(nn.Module):
         return choices_TC[:, :1] if self.config.balance_over == "first_choice" else choices_TC
 
     @torch.no_grad()
-    def _metrics(self, routing: Routing, result: CompetitionResult | None, groups: TokenGroups) -> RoutingMetrics:
-        counted_T = groups.counted_T
-        probs_TR, choices_TC = routing.probs_TR, routing.choices_TC
-        used_TK = routing.selected_experts_TK if result is None else result.winners_TK
-        weights_TK = routing.routing_weights_TK if result is None else result.weights_TK
-        load_E = counted_T.new_zeros(self.config.num_experts)
-        load_E.index_add_(0, used_TK.reshape(-1), counted_T.repeat_interleave(used_TK.shape[1]))
-        tokens, zero = counted_T.sum(), counted_T.new_zeros(())
+    def _metrics(
+        self, routing: Routing, probs_TR: Tensor, contest: Contest | None, groups: TokenGroups
+    ) -> RoutingMetrics:
+        """All sums over counted tokens in one product of [T] with a column for each sum."""
+        choices_TC = routing.choices_TC
+        used_TK = routing.selected_experts_TK if contest is None else contest.winners_TK
+        weights_TK = routing.routing_weights_TK if contest is None else contest.weights_TK
+        used_TE = probs_TR.new_zeros(len(probs_TR), self.config.num_experts).scatter_(1, used_TK, 1.0)
         left_out_T = probs_TR.scatter(1, choices_TC, 0.0).amax(-1)
-        margin_T = probs_TR.gather(1, choices_TC[:, -1:])[:, 0] - left_out_T
-        recall_T = None
-        if result is not None:
-            recall_T = (used_TK[:, :, None] == choices_TC[:, None, :]).any(-1).float().mean(-1)
+        columns = [
+            used_TE,
+            torch.special.entr(probs_TR).sum(-1, keepdim=True),
+            probs_TR.gather(1, choices_TC[:, -1:]) - left_out_T[:, None],
+            (weights_TK == 0).sum(-1, keepdim=True, dtype=probs_TR.dtype),
+        ]
+        if contest is not None:  # winners that the router's choice also has
+            columns.append(used_TE.gather(1, choices_TC).mean(-1, keepdim=True))
+        sums = groups.counted_T @ torch.cat(columns, 1)
+        load_E, rest = sums[: self.config.num_experts], sums[self.config.num_experts :]
+        zero = torch.zeros_like(groups.num_counted)
         return RoutingMetrics(
-            tokens=tokens,
+            tokens=groups.num_counted,
             load_E=load_E,
-            entropy_sum=(counted_T * torch.special.entr(probs_TR).sum(-1)).sum(),
-            margin_sum=(counted_T * margin_T).sum(),
-            dropped=(counted_T * (weights_TK == 0).sum(-1)).sum(),
-            recall_sum=zero if recall_T is None else (counted_T * recall_T).sum(),
-            competition_tokens=zero if recall_T is None else tokens,
+            entropy_sum=rest[0],
+            margin_sum=rest[1],
+            dropped=rest[2],
+            recall_sum=zero if contest is None else rest[3],
+            competition_tokens=zero if contest is None else groups.num_counted,
         )
+
+
+def _weighted_sum(terms: dict[str, Tensor], coefs: dict[str, float]) -> Tensor:
+    first, *others = coefs
+    total = coefs[first] * terms[first]
+    for name in others:
+        total = torch.add(total, terms[name], alpha=coefs[name])
+    return total
 
 
 def moe_blocks(model: nn.Module) -> dict[str, SparseMoeBlock]:

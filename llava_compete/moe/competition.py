@@ -1,8 +1,8 @@
 """The contest itself: every expert's affinity to a token, the K winners, and the winners' outputs, from one pass.
 
 Affinity s_i = mean over output coordinates of softplus(y_i) (or another activation, or the L2 norm), in float32
-whatever the dtype of y, without a float32 copy of y. CompeteSMoE (arXiv 2505.13380, section 3.1); for `experts.py`.
-Suffixes: T tokens, E experts, K winners, I hidden, O outputs, P winning (token, expert) pairs.
+whatever the dtype of y. CompeteSMoE (arXiv 2505.13380, section 3.1). Every operator works on all experts at once.
+Suffixes: T tokens, E experts, K winners, O outputs.
 """
 
 from __future__ import annotations
@@ -14,115 +14,135 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_compete.moe.grouped import Pairs, expert_slices, linear_into
-from llava_compete.moe.losses import token_diversity
-from llava_compete.moe.routers import spread_non_finite, top_experts
+from llava_compete.moe.routers import top_experts
 
 
-class CompetitionResult(NamedTuple):
-    output_TO: Tensor
-    affinity_TE: Tensor  # float32, before normalisation
+class Contest(NamedTuple):
+    affinity_TE: Tensor  # float32, before normalisation; NaN throughout where one of a token's outputs is not finite
     winners_TK: Tensor
-    weights_TK: Tensor  # float32, sum to 1
-    diversity_T: Tensor  # `losses.token_diversity` of the winners' outputs
+    weights_TK: Tensor  # float32, sum to 1; without gradient, which the output has taken
+    diversity_T: Tensor  # mean over all K x K cells of the cosine of two winners' outputs, the diagonal counted as 0
+
+
+# A shorter output has no direction to speak of: it is divided by this instead of its length.
+NORM_EPS = 1e-12
 
 
 class _Affinity(NamedTuple):
-    """Of float32 outputs y [T, O]: the affinity [T], and its slope d(affinity)/dy times O [T, O] given it as [T, 1]."""
+    """Of outputs y [..., O]: the affinity [...] in float32, and, given it as [..., 1], the slope d(affinity)/dy times O
+    in y's shape, in a dtype that may be y's: the gradient of y is rounded to that in the end."""
 
     value: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor, Tensor], Tensor]
 
 
-def _silu_slope(y_TO: Tensor, _: Tensor) -> Tensor:
-    gate_TO = y_TO.sigmoid()
-    return gate_TO * (1 + y_TO * (1 - gate_TO))
+def _softplus_mean(y: Tensor) -> Tensor:
+    # log(exp(y) + exp(0)): the float32 zero makes one operator widen y and evaluate; y.float() would write a copy.
+    return torch.logaddexp(y, y.new_zeros(1, dtype=torch.float32)).mean(-1)
 
 
-def _sigmoid_slope(y_TO: Tensor, _: Tensor) -> Tensor:
-    gate_TO = y_TO.sigmoid()
-    return gate_TO * (1 - gate_TO)
+def _silu_slope(y: Tensor, _: Tensor) -> Tensor:
+    gate = y.float().sigmoid()
+    return gate * (1 + y * (1 - gate))
+
+
+def _sigmoid_slope(y: Tensor, _: Tensor) -> Tensor:
+    gate = y.float().sigmoid()
+    return gate * (1 - gate)
+
+
+def _norm(y: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(y, dim=-1, dtype=torch.float32)
 
 
 AFFINITIES: dict[str, _Affinity] = {
-    "softplus": _Affinity(lambda y: F.softplus(y).mean(-1), lambda y, _: y.sigmoid()),
-    "relu": _Affinity(lambda y: y.relu().mean(-1), lambda y, _: (y > 0).to(y.dtype)),
-    "silu": _Affinity(lambda y: F.silu(y).mean(-1), _silu_slope),
-    "sigmoid": _Affinity(lambda y: y.sigmoid().mean(-1), _sigmoid_slope),
-    "l2": _Affinity(lambda y: y.norm(dim=-1), lambda y, s: y * (y.shape[-1] / s.masked_fill(s == 0, 1))),
+    "softplus": _Affinity(_softplus_mean, lambda y, _: y.sigmoid()),
+    "relu": _Affinity(lambda y: y.relu().mean(-1, dtype=torch.float32), lambda y, _: (y > 0).to(y.dtype)),
+    "silu": _Affinity(lambda y: F.silu(y.float()).mean(-1), _silu_slope),
+    "sigmoid": _Affinity(lambda y: y.float().sigmoid().mean(-1), _sigmoid_slope),
+    "l2": _Affinity(_norm, lambda y, s: y * (y.shape[-1] / s.masked_fill(s == 0, 1))),
 }
 
 
-def affinity(name: str, y_TO: Tensor) -> Tensor:
-    """Affinity [T] in float32 of one expert's outputs; not finite where an output is not."""
-    y_TO = y_TO.float()
-    # -inf is 0 to softplus: without the second term a broken expert would just lose.
-    return AFFINITIES[name].value(y_TO) + 0 * y_TO.sum(-1)
+def affinity(name: str, y: Tensor) -> Tensor:
+    """Affinity [...] in float32 of outputs y [..., O]."""
+    return AFFINITIES[name].value(y)
 
 
-class _DownAndContest(torch.autograd.Function):
-    """Hidden states [T, E, I] -> affinity [T, E], winners [T, K] and the winners' outputs [T, K, O].
+class _Contest(torch.autograd.Function):
+    """Outputs y [E, T, O] -> the winners' weighted sum [T, O], and the fields of `Contest`.
 
-    One node, so that each expert's affinity is taken while its outputs are in cache, and the backward pass makes the
-    gradient of one expert's outputs at a time: affinity's everywhere, plus the winners' where this expert won.
+    Written by hand for memory (at 64 experts y is by far the largest tensor of a layer, and autograd would keep float32
+    activations of it and add up several gradients of its size) and for a GPU's launches, not for arithmetic. Kept: y in
+    its own dtype, and the winners' K of its E rows.
+
+    With s the affinities of a token's winners, S their sum and w = s / S, directions d_k = y_k / |y_k| and D their sum:
+    output = sum_k w_k y_k, diversity = (|D|² - sum_k |d_k|²) / K².
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, h_TEI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, name: str, num_winners: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        num_tokens, num_experts = h_TEI.shape[:2]
-        y_ETO = h_TEI.new_empty(num_experts, num_tokens, weight_EOI.shape[1])
-        affinity_TE = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=h_TEI.device)
-        for expert, y_TO in enumerate(y_ETO.unbind()):
-            linear_into(h_TEI[:, expert], weight_EOI[expert], None if bias_EO is None else bias_EO[expert], y_TO)
-            affinity_TE[:, expert] = affinity(name, y_TO)
-        winners_TK = top_experts(spread_non_finite(affinity_TE), num_winners)
-        ctx.save_for_backward(h_TEI, weight_EOI, y_ETO, affinity_TE, winners_TK)
+    def forward(ctx: Any, y_ETO: Tensor, name: str, num_winners: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        num_tokens = y_ETO.shape[1]
+        # softplus(-inf) is 0: without the sum a broken expert would just lose.
+        sums_T = y_ETO.sum((0, 2), dtype=torch.float32)
+        affinity_TE = torch.add(affinity(name, y_ETO), sums_T, alpha=0).t().contiguous()
+        winners_TK = top_experts(affinity_TE, num_winners)
+        # A winner's row of y laid out as [E * T, O]. Rows never repeat: a token wins at most once at an expert.
+        tokens_T1 = torch.arange(num_tokens, device=y_ETO.device)[:, None]
+        rows_P = torch.add(tokens_T1, winners_TK, alpha=num_tokens).flatten()
+        won_TKO = y_ETO.flatten(0, 1).index_select(0, rows_P).view(num_tokens, num_winners, -1)
+
+        won_TK = affinity_TE.gather(1, winners_TK)
+        won_TK += won_TK.sum(-1, keepdim=True) == 0  # relu or L2 can leave only zeros: equal weights then
+        total_T1 = won_TK.sum(-1, keepdim=True)
+        weights_TK = won_TK / total_T1
+
+        lengths_TK = _norm(won_TKO)
+        inverse_TK = lengths_TK.clamp(min=NORM_EPS).reciprocal()
+        direction_TO = _weighted_sum(won_TKO, inverse_TK)
+        own_T = (lengths_TK > NORM_EPS).sum(-1)
+        diversity_T = (_norm(direction_TO).square() - own_T) / num_winners**2
+
+        ctx.save_for_backward(
+            y_ETO, affinity_TE, winners_TK, rows_P, won_TKO, weights_TK, total_T1, inverse_TK, direction_TO
+        )
         ctx.name = name
-        ctx.mark_non_differentiable(winners_TK)
-        rows_TK = winners_TK * num_tokens + torch.arange(num_tokens, device=h_TEI.device)[:, None]
-        won_TKO = y_ETO.flatten(0, 1).index_select(0, rows_TK.flatten()).unflatten(0, rows_TK.shape)
-        return affinity_TE, winners_TK, won_TKO
+        ctx.mark_non_differentiable(winners_TK, weights_TK)
+        return _weighted_sum(won_TKO, weights_TK), affinity_TE, winners_TK, weights_TK, diversity_T
 
     @staticmethod
     def backward(
-        ctx: Any, grad_affinity_TE: Tensor, _: Tensor, grad_won_TKO: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
-        h_TEI, weight_EOI, y_ETO, affinity_TE, winners_TK = ctx.saved_tensors
-        slope = AFFINITIES[ctx.name].slope
-        _, weight_wanted, bias_wanted, *_ = ctx.needs_input_grad
-        grad_h_TEI = torch.empty_like(h_TEI)
-        grad_weight_EOI = torch.empty_like(weight_EOI) if weight_wanted else None
-        grad_bias_EO = weight_EOI.new_empty(weight_EOI.shape[:2]) if bias_wanted else None
-        grad_won_PO = grad_won_TKO.flatten(0, 1)
-        scale_TE = grad_affinity_TE / weight_EOI.shape[1]
-        pairs = Pairs.sort(winners_TK, weight_EOI.shape[0])
-        for expert, rows in expert_slices(pairs.ends_E):
-            grad_TO = slope(y_ETO[expert].float(), affinity_TE[:, expert, None]).mul_(scale_TE[:, expert, None])
-            grad_TO.index_add_(0, pairs.token_P[rows], grad_won_PO.index_select(0, pairs.order_P[rows]).float())
-            grad_TO = grad_TO.to(weight_EOI.dtype)
-            torch.mm(grad_TO, weight_EOI[expert], out=grad_h_TEI[:, expert])
-            if grad_weight_EOI is not None:
-                torch.mm(grad_TO.t(), h_TEI[:, expert], out=grad_weight_EOI[expert])
-            if grad_bias_EO is not None:
-                torch.sum(grad_TO, 0, out=grad_bias_EO[expert])
-        return grad_h_TEI, grad_weight_EOI, grad_bias_EO, None, None
+        ctx: Any, grad_TO: Tensor, grad_affinity_TE: Tensor, _: Tensor, __: Tensor, grad_diversity_T: Tensor
+    ) -> tuple[Tensor, None, None]:
+        y_ETO, affinity_TE, winners_TK, rows_P, won_TKO, weights_TK, total_T1, inverse_TK, direction_TO = (
+            ctx.saved_tensors
+        )
+        dtype, num_winners = y_ETO.dtype, winners_TK.shape[1]
+        # Through the weights: dL/ds_i = (dL/dw_i - sum_j w_j dL/dw_j) / S, with dL/dw_i = dL/doutput · y_i.
+        grad_w_TK = (won_TKO * grad_TO[:, None]).sum(-1, dtype=torch.float32)
+        grad_s_TK = (grad_w_TK - (grad_w_TK * weights_TK).sum(-1, keepdim=True)) / total_T1
+        scale_TE = grad_affinity_TE.scatter_add(1, winners_TK, grad_s_TK) / y_ETO.shape[2]
+        grad_ETO = AFFINITIES[ctx.name].slope(y_ETO, affinity_TE.t()[:, :, None])
+        grad_ETO = grad_ETO.mul_(scale_TE.t()[:, :, None]).to(dtype)
+
+        # Of the winners' outputs: w_k dL/doutput, and d|D|²/dy_k = 2 (D - d_k (D · d_k)) / |y_k|.
+        of_sum_TK = inverse_TK * (grad_diversity_T * (2 / num_winners**2))[:, None]
+        along_TK = (won_TKO * direction_TO[:, None]).sum(-1, dtype=torch.float32)  # D · y_k
+        of_own_TK = of_sum_TK * along_TK * inverse_TK.square()
+        grad_won_TKO = grad_TO[:, None] * weights_TK.to(dtype)[:, :, None]
+        grad_won_TKO.addcmul_(direction_TO[:, None], of_sum_TK.to(dtype)[:, :, None])
+        grad_won_TKO.addcmul_(won_TKO, of_own_TK.to(dtype)[:, :, None], value=-1)
+        grad_FO = grad_ETO.flatten(0, 1)
+        grad_FO.index_copy_(0, rows_P, grad_FO.index_select(0, rows_P).add_(grad_won_TKO.flatten(0, 1)))
+        return grad_ETO, None, None
 
 
-def compete(
-    h_TEI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, name: str, num_winners: int
-) -> CompetitionResult:
-    """Let all experts (hidden states h, down projection) compete for each token; winners are weighted by affinity."""
-    affinity_TE, winners_TK, won_TKO = _DownAndContest.apply(h_TEI, weight_EOI, bias_EO, name, num_winners)
-    weights_TK = winning_weights(affinity_TE, winners_TK)
-    # Several times faster on CPU than a batched product of [K, O] with [K] for each token.
-    output_TO = (won_TKO * weights_TK.to(won_TKO.dtype)[:, :, None]).sum(1)
-    return CompetitionResult(output_TO, affinity_TE, winners_TK, weights_TK, token_diversity(won_TKO))
+def _weighted_sum(won_TKO: Tensor, weights_TK: Tensor) -> Tensor:
+    # Several times faster on a CPU than a batched product of [K, O] with [K] for each token.
+    return (won_TKO * weights_TK.to(won_TKO.dtype)[:, :, None]).sum(1)
 
 
-def winning_weights(affinity_TE: Tensor, winners_TK: Tensor) -> Tensor:
-    """s_i / sum of the winners' s; equal weights where relu or L2 leave a sum of exactly 0."""
-    won_TK = affinity_TE.gather(1, winners_TK)
-    won_TK = won_TK + (won_TK.sum(-1, keepdim=True) == 0)
-    return won_TK / won_TK.sum(-1, keepdim=True)
+def compete(y_ETO: Tensor, name: str, num_winners: int) -> tuple[Tensor, Contest]:
+    """Let all experts, with outputs y, compete for each token: the winners' sum [T, O], weighted by affinity."""
+    output_TO, *contest = _Contest.apply(y_ETO, name, num_winners)
+    return output_TO, Contest(*contest)

@@ -17,7 +17,9 @@ RouterName = Literal[
     "softmax", "sigmoid", "xmoe", "perturbed_cosine", "shared_softmax", "shared_sigmoid", "competition"
 ]
 AffinityName = Literal["softplus", "relu", "silu", "sigmoid", "l2"]
-ExpertsImplementation = Literal["auto", "eager", "grouped_mm", "batched_mm"]
+# The first four are ours, the others transformers' (`transformers.integrations.moe`).
+ExpertsImplementation = Literal["auto", "eager", "grouped_mm", "dense", "batched_mm", "sonicmoe", "deepgemm"]
+KeptActivations = Literal["everything", "pre_activations", "input"]
 ROUTERS: tuple[str, ...] = get_args(RouterName)
 COSINE_ROUTERS = ("xmoe", "perturbed_cosine")
 SHARED_ROUTERS = ("shared_softmax", "shared_sigmoid")
@@ -30,6 +32,8 @@ COMPETITION_COEFS = {
     "diversity_coef": 0.01,
     "competition_balance_coef": 0.01,
 }
+
+COMPETITION_MEMORY = ("competition_chunk_tokens", "competition_keeps")
 
 
 class EveryNth(StrictConfig):
@@ -44,9 +48,11 @@ class MoeLayerConfig(StrictConfig):
 
     `winner_distillation_coef` is the paper's theta: it multiplies the distillation at the winners inside the
     distillation loss, so that term enters the total with `distillation_coef * winner_distillation_coef`.
-    `experts_implementation` is for the chosen experts; where the output's width differs from the input's, as in a
-    projector, it is always eager. `competition_chunk_tokens` bounds a competition's memory: so many tokens at a time,
-    run again in the backward pass.
+    `experts_implementation` is for the chosen experts; `auto` takes what is fastest on the device and for the widths.
+    `competition_keeps` is what a competition keeps for its backward pass: everything; the pre-activations alone (one
+    product of six is done again, and the outputs of all experts are not kept); or its input alone (the least memory,
+    a third more arithmetic). The rest is computed again there, `competition_chunk_tokens` tokens at a time. Default:
+    everything, or the input where `competition_chunk_tokens` is given.
     """
 
     num_experts: int = Field(default=4, ge=1)
@@ -63,6 +69,7 @@ class MoeLayerConfig(StrictConfig):
     competition_balance_coef: float | None = None
     experts_implementation: ExpertsImplementation = "auto"
     competition_chunk_tokens: int | None = Field(default=None, ge=1)
+    competition_keeps: KeptActivations | None = None
 
     @model_validator(mode="wrap")
     @classmethod
@@ -113,10 +120,22 @@ class MoeLayerConfig(StrictConfig):
         if self.router != "competition":
             unused = [key for key in COMPETITION_COEFS if getattr(self, key) is not None]
             unused += ["affinity"] if self.affinity != "softplus" else []
-            unused += ["competition_chunk_tokens"] if self.competition_chunk_tokens is not None else []
+            unused += [
+                key for key in ("competition_chunk_tokens", "competition_keeps") if getattr(self, key) is not None
+            ]
             if unused:
                 raise ValueError(f"{unused[0]}: router {self.router!r} has no such term, only 'competition' has")
+        if self.competition_keeps == "everything" and self.competition_chunk_tokens is not None:
+            raise ValueError(
+                "competition_keeps: found 'everything' beside competition_chunk_tokens, expected 'pre_activations' or "
+                "'input', since chunks are for what is computed again"
+            )
         return self
+
+    @property
+    def competition_kept(self) -> KeptActivations:
+        """`competition_keeps`, or its default."""
+        return self.competition_keeps or ("everything" if self.competition_chunk_tokens is None else "input")
 
     def select_layers(self, num_layers: int) -> list[int]:
         """Numbers of the layers to replace, of `num_layers`; `ValueError` if one does not exist or none is chosen."""

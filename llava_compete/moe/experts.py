@@ -1,25 +1,28 @@
 """E feed-forward experts as packed parameters [E, out, in], used whole on every rank in every forward.
 
-Two ways through, both by `__call__` so that ZeRO-3's hooks gather the parameters: the chosen experts (through
-transformers' experts interface) and the competition (all experts once, `competition.py`). Dense MLPs of both kinds:
-gated (gate and up fused, gate first) and plain, biases optional. Called by `SparseMoeBlock`.
+Two ways through, both by `__call__` so that ZeRO-3's hooks gather the parameters: the chosen experts
+(`implementations.py`) and the competition of all (`competition.py`). Dense MLPs of both kinds: gated (gate and up
+fused, gate first) and plain, biases optional.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from llava_compete.errors import UserError
-from llava_compete.moe.competition import CompetitionResult, compete
+from llava_compete.moe.all_experts import AllExpertsDown, AllExpertsUp
+from llava_compete.moe.competition import Contest, compete
 from llava_compete.moe.config import MoeLayerConfig
-from llava_compete.moe.grouped import AllExpertsUp, Combine, Dispatch, Pairs, grouped_linear
+from llava_compete.moe.implementations import ExpertWeights, choose
+
+# Elements of all experts' outputs at a time where a competition runs in chunks of its own choice: 64 MB in float32.
+CHUNK_OUTPUTS = 2**24
 
 
 def activation_function(name: str) -> nn.Module:
@@ -29,17 +32,18 @@ def activation_function(name: str) -> nn.Module:
     return ACT2FN[name]
 
 
+class ExpertsOutput(NamedTuple):
+    """output_TO: the weighted sum [T, O]; contest: what a competition found, None where the router chose."""
+
+    output_TO: Tensor
+    contest: Contest | None
+
+
 class PackedExperts(nn.Module):
     """`up_proj` [E, I, D] or `gate_up_proj` [E, 2I, D], `down_proj` [E, O, I], and `*_bias` if the dense MLP has them.
 
     `hidden_dropout` acts after the activation (and gate).
     """
-
-    # What transformers' experts functions read of the module.
-    is_transposed = False
-    is_concatenated = True
-    has_post_expert_norm = False
-    _is_expert_parallel = False
 
     def __init__(
         self,
@@ -58,7 +62,9 @@ class PackedExperts(nn.Module):
         self.num_winners = config.num_experts_per_tok
         self.affinity = config.affinity
         self.chunk_tokens = config.competition_chunk_tokens
+        self.kept = config.competition_kept
         self.implementation = config.experts_implementation
+        self.activation = activation
         self.has_gate, self.has_bias = gated, bias
         self.act_fn: nn.Module = activation_function(activation)
         if hidden_dropout and not gated:  # transformers' functions apply a plain expert's `act_fn` and nothing else
@@ -88,79 +94,57 @@ class PackedExperts(nn.Module):
 
     def forward(
         self, x_TD: Tensor, selected_experts_TK: Tensor | None = None, routing_weights_TK: Tensor | None = None
-    ) -> Tensor | CompetitionResult:
-        """The weighted sum [T, O] of the selected experts' outputs; with none given, a competition of them all."""
-        weights = _Weights(self, _compute_dtype(x_TD, self.down_proj))
+    ) -> ExpertsOutput:
+        """The weighted sum of the selected experts' outputs; with none given, a competition of them all."""
+        weights = self._weights(_compute_dtype(x_TD, self.down_proj))
         with torch.autocast(x_TD.device.type, enabled=False):
-            x_TD = x_TD.to(weights.down_proj.dtype)
+            x_TD = x_TD.to(weights.down.dtype)
             if selected_experts_TK is None or routing_weights_TK is None:
                 return self._compete(weights, x_TD)
-            name = self._choose_implementation(x_TD, selected_experts_TK.numel())
-            function = ALL_EXPERTS_FUNCTIONS.get_interface(name, _eager)
-            return function(weights, x_TD, selected_experts_TK, routing_weights_TK)
+            function = choose(self.implementation, weights, x_TD.shape[0], x_TD.device)
+            return ExpertsOutput(function(weights, x_TD, selected_experts_TK, routing_weights_TK), None)
 
-    def _choose_implementation(self, x_TD: Tensor, num_pairs: int) -> str:
-        """Automatic: what was fastest on 2 CPU cores, float32 and bfloat16; grouped products on CUDA.
+    def _weights(self, dtype: torch.dtype) -> ExpertWeights:
+        up_bias = getattr(self, f"{self.up_name}_bias", None)
+        down_bias = getattr(self, "down_proj_bias", None)
+        return ExpertWeights(
+            self.up.to(dtype),
+            None if up_bias is None else up_bias.to(dtype),
+            self.down_proj.to(dtype),
+            None if down_bias is None else down_bias.to(dtype),
+            activation=self.activation,
+            act_fn=self.act_fn,
+            gated=self.has_gate,
+            gate_dropout=self.gate_dropout,
+        )
 
-        With fewer (token, choice) pairs than experts, as in decoding, grouped_mm took 0.7 to 0.9 of eager's forward,
-        for it passes over unused experts; with many, 1.2 to 1.3 of its forward and backward. batched_mm copies an
-        expert's weights for each pair: never faster. grouped_mm needs rows of whole 16 bytes.
-        """
-        output_size, intermediate_size = self.down_proj.shape[1:]
-        if output_size != x_TD.shape[1]:
-            return "eager"  # transformers' functions assume O = D
-        if self.implementation != "auto":
-            return self.implementation
-        aligned = all(size * x_TD.element_size() % 16 == 0 for size in (output_size, intermediate_size))
-        grouped = aligned and (x_TD.device.type == "cuda" or num_pairs < self.num_experts)
-        return "grouped_mm" if grouped else "eager"
-
-    def _compete(self, weights: _Weights, x_TD: Tensor) -> CompetitionResult:
-        if self.chunk_tokens is None or x_TD.shape[0] <= self.chunk_tokens:
-            return self._compete_chunk(weights, x_TD)
+    def _compete(self, weights: ExpertWeights, x_TD: Tensor) -> ExpertsOutput:
+        """All at once, or in chunks of tokens that keep little for backward and compute the rest again there."""
+        if self.kept == "everything":
+            return self._whole_competition(weights, x_TD)
+        chunk_tokens = self.chunk_tokens or max(1, CHUNK_OUTPUTS // self.down_proj[:, :, 0].numel())
+        if self.kept == "pre_activations":
+            run, whole_T = self._contest, AllExpertsUp.apply(x_TD, weights.up, weights.up_bias)
+        else:
+            run, whole_T = self._whole_competition, x_TD
+        # Random numbers are drawn by dropout alone; keeping their state costs a chunk more than its kernels' launches.
+        drops = any(isinstance(module, nn.Dropout) for module in self.modules())
         chunks = [
-            checkpoint(self._compete_chunk, weights, chunk_TD, use_reentrant=False)
-            for chunk_TD in x_TD.split(self.chunk_tokens)
+            checkpoint(run, weights, chunk_T, use_reentrant=False, preserve_rng_state=drops)
+            for chunk_T in whole_T.split(chunk_tokens)
         ]
-        return CompetitionResult(*(torch.cat(column) for column in zip(*chunks, strict=True)))
+        if len(chunks) == 1:
+            return chunks[0]
+        contests = zip(*(chunk.contest for chunk in chunks), strict=True)
+        output_TO = torch.cat([chunk.output_TO for chunk in chunks])
+        return ExpertsOutput(output_TO, Contest(*(torch.cat(column) for column in contests)))
 
-    def _compete_chunk(self, weights: _Weights, x_TD: Tensor) -> CompetitionResult:
-        h_TEI = weights.activate(AllExpertsUp.apply(x_TD, weights.up, weights.up_bias))
-        return compete(h_TEI, weights.down_proj, weights.down_proj_bias, self.affinity, self.num_winners)
+    def _whole_competition(self, weights: ExpertWeights, x_TD: Tensor) -> ExpertsOutput:
+        return self._contest(weights, AllExpertsUp.apply(x_TD, weights.up, weights.up_bias))
 
-
-class _Weights:
-    """The experts' parameters in the dtype of computation, under the names that transformers' functions read."""
-
-    def __init__(self, experts: PackedExperts, dtype: torch.dtype) -> None:
-        up, up_bias = experts.up, getattr(experts, f"{experts.up_name}_bias", None)
-        down_bias = getattr(experts, "down_proj_bias", None)
-        self.up = self.up_proj = self.gate_up_proj = up.to(dtype)
-        self.up_bias = self.up_proj_bias = self.gate_up_proj_bias = None if up_bias is None else up_bias.to(dtype)
-        self.down_proj = experts.down_proj.to(dtype)
-        self.down_proj_bias = None if down_bias is None else down_bias.to(dtype)
-        self.num_experts = experts.num_experts
-        self.has_gate, self.has_bias = experts.has_gate, experts.has_bias
-        self.has_post_expert_norm = experts.has_post_expert_norm
-        self.is_transposed, self.is_concatenated = experts.is_transposed, experts.is_concatenated
-        self._is_expert_parallel = experts._is_expert_parallel
-        self.act_fn, self.gate_dropout = experts.act_fn, experts.gate_dropout
-
-    def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.gate_dropout(self.act_fn(gate) * up)
-
-    def activate(self, up: Tensor) -> Tensor:
-        return self._apply_gate(up) if self.has_gate else self.act_fn(up)
-
-
-def _eager(weights: Any, x_TD: Tensor, selected_experts_TK: Tensor, routing_weights_TK: Tensor) -> Tensor:
-    """Chosen experts by one sort and one matrix product an expert; any O, tokens in a fixed order."""
-    pairs = Pairs.sort(selected_experts_TK, weights.num_experts)
-    x_PD = Dispatch.apply(x_TD, pairs)
-    h_PI = weights.activate(grouped_linear(x_PD, weights.up, weights.up_bias, pairs.ends_E))
-    y_PO = grouped_linear(h_PI, weights.down_proj, weights.down_proj_bias, pairs.ends_E)
-    return Combine.apply(y_PO, routing_weights_TK.to(y_PO.dtype), pairs)
+    def _contest(self, weights: ExpertWeights, up_TEM: Tensor) -> ExpertsOutput:
+        y_ETO = AllExpertsDown.apply(weights.activate(up_TEM), weights.down, weights.down_bias)
+        return ExpertsOutput(*compete(y_ETO, self.affinity, self.num_winners))
 
 
 def _compute_dtype(x_TD: Tensor, parameter: Tensor) -> torch.dtype:

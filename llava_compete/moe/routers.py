@@ -27,10 +27,16 @@ class Routing(NamedTuple):
     """What a router says of each token; float32, indices int64."""
 
     logits_TR: Tensor
-    probs_TR: Tensor  # the probabilities that the balance loss, entropy and margin read
+    scores_TR: Tensor  # what `probs_TR` is the softmax of
     choices_TC: Tensor  # routed experts, best first
     selected_experts_TK: Tensor  # the experts to run: the choices, and the shared expert if there is one
     routing_weights_TK: Tensor  # what multiplies their outputs; sums to 1
+
+    @property
+    def probs_TR(self) -> Tensor:
+        """The probabilities that the balance loss, entropy and margin read; computed when asked for, so not at
+        inference."""
+        return self.scores_TR.softmax(-1)
 
 
 def top_experts(scores_TE: Tensor, count: int) -> Tensor:
@@ -40,7 +46,7 @@ def top_experts(scores_TE: Tensor, count: int) -> Tensor:
 
 def spread_non_finite(scores_TE: Tensor) -> Tensor:
     """The same scores, but NaN throughout a row that holds an infinity or a NaN."""
-    return scores_TE + 0 * scores_TE.sum(-1, keepdim=True)
+    return torch.add(scores_TE, scores_TE.detach().sum(-1, keepdim=True), alpha=0)
 
 
 class Router(nn.Module):
@@ -60,9 +66,11 @@ class Router(nn.Module):
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=INIT_STD, generator=generator)
 
-    def forward(self, x_TD: Tensor) -> Routing:
+    def forward(self, x_TD: Tensor, statistics: bool = True) -> Routing:
+        """statistics: whether losses will read this; else nothing is done for them."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            return self.route(spread_non_finite(self.logits(x_TD.float())))
+            logits_TR = self.logits(x_TD.float())
+            return self.route(spread_non_finite(logits_TR) if statistics else logits_TR)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         return F.linear(x_TD, self.weight.float())
@@ -78,7 +86,7 @@ class Router(nn.Module):
         """
         choices_TC = top_experts(log_scores_TR, self.num_choices)
         weights_TC = log_scores_TR.gather(1, choices_TC).softmax(-1)
-        return Routing(logits_TR, logits_TR.softmax(-1), choices_TC, choices_TC, weights_TC)
+        return Routing(logits_TR, logits_TR, choices_TC, choices_TC, weights_TC)
 
 
 class SoftmaxRouter(Router):
@@ -116,10 +124,11 @@ class XMoeRouter(Router):
         return COSINE_NORM / embeddings_ER.norm(dim=-1, keepdim=True)
 
     def route(self, logits_TR: Tensor) -> Routing:
-        probs_TR = (logits_TR / COSINE_TEMPERATURE).softmax(-1)
+        scores_TR = logits_TR / COSINE_TEMPERATURE
+        probs_TR = scores_TR.softmax(-1)
         choices_TC = top_experts(probs_TR, self.num_choices)
         weights_TC = probs_TR.gather(1, choices_TC).softmax(-1)
-        return Routing(logits_TR, probs_TR, choices_TC, choices_TC, weights_TC)
+        return Routing(logits_TR, scores_TR, choices_TC, choices_TC, weights_TC)
 
 
 class PerturbedCosineRouter(XMoeRouter):

@@ -15,27 +15,26 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
 class TokenGroups:
-    """Which sequence (image or sample) each of a part's T tokens belongs to, as weights of a mean.
+    """Which sequence (image or sample) each of a part's T tokens belongs to, as weights of a mean; all float32.
 
-    sequence_weights_ST: float32 [S, T], 1/len(s) where token t of sequence s counts, else 0.
-    num_sequences: 0-dim float32, sequences of the global batch (all ranks and micro-batches of an optimizer step).
-    A mean of x_T over sequences' means is `(token_weights_T * x_T).sum()`; the sum of it over micro-batches and
-    ranks is the global mean.
+    sequence_weights_ST: [S, T], 1/len(s) where token t of sequence s counts, else 0.
+    num_sequences: 0-dim, sequences of the global batch (all ranks and micro-batches of an optimizer step).
+    global_weights_ST: the same weights over `num_sequences`.
+    token_weights_T: [T], their sum over sequences. A mean of x_T over sequences' means is
+        `(token_weights_T * x_T).sum()`; the sum of it over micro-batches and ranks is the global mean.
+    counted_T: [T], 1 for a token that takes part in statistics, else 0; `num_counted`: 0-dim, their number.
+
+    All are made here, once a forward: each of a part's layers reads them several times.
     """
 
-    sequence_weights_ST: Tensor
-    num_sequences: Tensor
-
-    @property
-    def token_weights_T(self) -> Tensor:
-        return self.sequence_weights_ST.sum(0) / self.num_sequences
-
-    @property
-    def counted_T(self) -> Tensor:
-        """float32 [T]: 1 for a token that takes part in statistics, else 0."""
-        return (self.sequence_weights_ST.sum(0) > 0).float()
+    def __init__(self, sequence_weights_ST: Tensor, num_sequences: Tensor) -> None:
+        self.sequence_weights_ST = sequence_weights_ST
+        self.num_sequences = num_sequences
+        self.global_weights_ST = sequence_weights_ST / num_sequences
+        self.token_weights_T = self.global_weights_ST.sum(0)
+        self.counted_T = (self.token_weights_T > 0).float()
+        self.num_counted = self.counted_T.sum()
 
     @classmethod
     def from_mask(cls, mask_BN: Tensor, num_sequences: int | Tensor | None = None) -> TokenGroups:

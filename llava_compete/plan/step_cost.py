@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
-from llava_compete.moe.competition import CompetitionResult
-from llava_compete.moe.experts import PackedExperts
+from llava_compete.moe.competition import Contest
+from llava_compete.moe.experts import ExpertsOutput, PackedExperts
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,11 @@ def _stand_ins() -> Iterator[None]:
 
 def _expert_products(
     experts: PackedExperts, x_TD: Tensor, selected_TK: Tensor | None = None, weights_TK: Tensor | None = None
-) -> Tensor | CompetitionResult:
+) -> ExpertsOutput:
     """The products of a router step (K experts a token) or of a competition (all E), and what they keep."""
-    return _competition(experts, x_TD) if weights_TK is None else _chosen_experts(experts, x_TD, weights_TK)
+    if weights_TK is None:
+        return _competition(experts, x_TD)
+    return ExpertsOutput(_chosen_experts(experts, x_TD, weights_TK), None)
 
 
 def _chosen_experts(experts: PackedExperts, x_TD: Tensor, weights_TK: Tensor) -> Tensor:
@@ -183,7 +185,7 @@ def _chosen_experts(experts: PackedExperts, x_TD: Tensor, weights_TK: Tensor) ->
     return (y_KTO * weights_TK.T.unsqueeze(-1)).sum(0)
 
 
-def _competition(experts: PackedExperts, x_TD: Tensor) -> CompetitionResult:
+def _competition(experts: PackedExperts, x_TD: Tensor) -> ExpertsOutput:
     up_TEM = F.linear(x_TD, experts.up.flatten(0, 1)).unflatten(-1, (experts.num_experts, -1))
     hidden_ETI = _activate(experts, up_TEM).transpose(0, 1)
     y_ETO = torch.bmm(hidden_ETI, experts.down_proj.transpose(1, 2))
@@ -191,7 +193,7 @@ def _competition(experts: PackedExperts, x_TD: Tensor) -> CompetitionResult:
     won_KTO = y_ETO[: experts.num_winners].clone()
     output_TO = (won_KTO * affinity_ET[: experts.num_winners].unsqueeze(-1)).sum(0)
     # Where nothing is recorded, only the output is read.
-    return CompetitionResult._make([output_TO] + [affinity_ET] * (len(CompetitionResult._fields) - 1))
+    return ExpertsOutput(output_TO, Contest._make([affinity_ET] * len(Contest._fields)))
 
 
 def _activate(experts: PackedExperts, up: Tensor) -> Tensor:

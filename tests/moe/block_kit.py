@@ -46,7 +46,7 @@ def run_step(
         output = through(block, x) if through else block(x)
     record = state.records[block.name]
     ((output.float().square().sum(-1) * mask).mean() + 100 * record.aux_loss).backward()
-    grads = {name: parameter.grad.clone() for name, parameter in block.named_parameters()}
+    grads = {name: p.grad.clone() for name, p in block.named_parameters() if p.requires_grad}
     return Step(output.detach(), record, {**grads, "x": x.grad})
 
 

@@ -77,10 +77,10 @@ def test_permuting_experts_changes_nothing_else(competing: bool) -> None:
 
 def test_competition_of_all_experts_is_the_dense_mixture() -> None:
     block = make_block(num_experts_per_tok=4)
-    result = block.experts(X.flatten(0, 1))
+    output, contest = block.experts(X.flatten(0, 1))
     everyone = torch.arange(4).expand(21, 4)
-    weights = result.affinity_TE / result.affinity_TE.sum(-1, keepdim=True)
-    torch.testing.assert_close(result.output_TO, block.experts(X.flatten(0, 1), everyone, weights))
+    weights = contest.affinity_TE / contest.affinity_TE.sum(-1, keepdim=True)
+    torch.testing.assert_close(output, block.experts(X.flatten(0, 1), everyone, weights).output_TO)
 
 
 @pytest.mark.parametrize("competing", [False, True])
@@ -116,45 +116,6 @@ def test_uniform_routing_has_balance_one() -> None:
     assert float(balance_loss(uniform, everyone, groups)) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
-def test_implementations_agree(implementation: str, gated: bool) -> None:
-    sizes = {"gated": gated, "activation": "silu", "hidden_size": 16, "intermediate_size": 32}
-    x = torch.randn(2, 9, 16)
-    eager = run_step(make_block(experts_implementation="eager", sizes=sizes), x)
-    other = run_step(make_block(experts_implementation=implementation, sizes=sizes), x)
-    torch.testing.assert_close(other.output, eager.output)
-    assert largest_error(other.grads, eager.grads) < 1e-5
-
-
-def test_few_tokens_take_the_grouped_kernel_where_it_fits() -> None:
-    """An odd width or O != D does not; the results are the same to rounding."""
-    for sizes, tokens, name in (
-        ({"hidden_size": 16, "intermediate_size": 32}, 1, "grouped_mm"),
-        ({"hidden_size": 16, "intermediate_size": 32}, 2, "eager"),
-        ({"hidden_size": 15, "intermediate_size": 32}, 1, "eager"),
-        ({"hidden_size": 16, "intermediate_size": 32, "output_size": 20}, 1, "eager"),
-    ):
-        x = torch.randn(1, tokens, sizes["hidden_size"])
-        block, eager = make_block(sizes=sizes), make_block(sizes=sizes, experts_implementation="eager")
-        assert block.experts._choose_implementation(x[0], 2 * tokens) == name
-        torch.testing.assert_close(run_step(block, x).output, run_step(eager, x).output)
-
-
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
-def test_expert_without_tokens_has_a_gradient_of_zeros(implementation: str) -> None:
-    block = make_block(experts_implementation=implementation, sizes={"hidden_size": 16, "intermediate_size": 32})
-    x = torch.rand(2, 9, 16)
-    with torch.no_grad():
-        block.router.weight[3] = -9.0
-    step = run_step(block, x)
-    assert step.record.metrics.load_E[3] == 0
-    for name, parameter in block.experts.named_parameters():
-        assert (step.grads[f"experts.{name}"][3] == 0).all(), name
-        assert (step.grads[f"experts.{name}"][:3] != 0).any(), name
-        assert parameter.grad.shape == parameter.shape
-
-
 @pytest.mark.parametrize("competing", [False, True])
 def test_frozen_experts_get_no_gradient_and_change_no_other(competing: bool) -> None:
     block = make_block(router="competition")
@@ -176,10 +137,12 @@ def test_frozen_experts_get_no_gradient_and_change_no_other(competing: bool) -> 
     assert counter.get_total_flops() - forward < 1.2 * forward
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 20])
-def test_chunked_equals_unchunked(chunk: int) -> None:
+@pytest.mark.parametrize("chunk", [1, 4, 20, None])
+@pytest.mark.parametrize("keeps", ["pre_activations", "input"])
+def test_what_a_competition_keeps_changes_no_number(keeps: str, chunk: int | None) -> None:
     whole = run_step(make_block(), X, MASK, competing=True)
-    chunked = run_step(make_block(competition_chunk_tokens=chunk), X, MASK, competing=True)
+    block = make_block(competition_keeps=keeps, competition_chunk_tokens=chunk)
+    chunked = run_step(block, X, MASK, competing=True)
     torch.testing.assert_close(chunked.output, whole.output)
     assert largest_error(chunked.grads, whole.grads) < 1e-5
     torch.testing.assert_close(chunked.record.aux_loss, whole.record.aux_loss)

@@ -1,0 +1,56 @@
+"""All experts on all tokens: one large product for the up projections, one batched product for the down projections.
+
+The number of operators does not depend on E. Each is one autograd node that saves the packed parameter itself, since a
+saved view would keep ZeRO-3's gathered weights alive. Suffixes: T tokens, E experts, D in, M = I or 2 I hidden rows, I
+hidden, O out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class AllExpertsUp(torch.autograd.Function):
+    """[T, D] through every expert's [M, D] -> [T, E, M]. Its gradient sums over experts inside the product, where a
+    batched product would write [E, T, D] first."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_EMD: Tensor, bias_EM: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_EMD)
+        bias_F = None if bias_EM is None else bias_EM.flatten()
+        return F.linear(x_TD, weight_EMD.flatten(0, 1), bias_F).unflatten(1, weight_EMD.shape[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad_TEM: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x_TD, weight_EMD = ctx.saved_tensors
+        x_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad
+        grad_TF = grad_TEM.reshape(grad_TEM.shape[0], -1)
+        grad_x_TD = grad_TF @ weight_EMD.flatten(0, 1) if x_wanted else None
+        grad_weight_EMD = (grad_TF.t() @ x_TD).view_as(weight_EMD) if weight_wanted else None
+        return grad_x_TD, grad_weight_EMD, grad_TEM.sum(0) if bias_wanted else None
+
+
+class AllExpertsDown(torch.autograd.Function):
+    """Hidden states [T, E, I] through their own expert's [O, I] -> outputs [E, T, O]."""
+
+    @staticmethod
+    def forward(ctx: Any, h_TEI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:
+        ctx.save_for_backward(h_TEI, weight_EOI)
+        h_ETI, weight_EIO = h_TEI.transpose(0, 1), weight_EOI.transpose(1, 2)
+        return h_ETI @ weight_EIO if bias_EO is None else torch.baddbmm(bias_EO[:, None], h_ETI, weight_EIO)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ETO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        h_TEI, weight_EOI = ctx.saved_tensors
+        h_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad
+        grad_h_TEI = None
+        if h_wanted:
+            # In the layout that the activation and the up projection read: a gradient [E, T, I] would be copied.
+            grad_h_TEI = torch.empty_like(h_TEI)
+            torch.bmm(grad_ETO, weight_EOI, out=grad_h_TEI.transpose(0, 1))
+        grad_weight_EOI = grad_ETO.transpose(1, 2) @ h_TEI.transpose(0, 1) if weight_wanted else None
+        return grad_h_TEI, grad_weight_EOI, grad_ETO.sum(1) if bias_wanted else None

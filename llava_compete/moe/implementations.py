@@ -1,0 +1,167 @@
+"""Ways to run the chosen experts (`experts_implementation`): ours in `FUNCTIONS`, and transformers' experts interface.
+
+Each is a function of (weights, x [T, D], selected_experts [T, K], routing_weights [T, K]) to the weighted sums [T, O].
+All give the same numbers to rounding, with gradients for every expert, zeros for one without tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from llava_compete.errors import UserError
+from llava_compete.moe.all_experts import AllExpertsDown, AllExpertsUp
+from llava_compete.moe.grouped import DispatchUp, DownCombine, aligned, fits_grouped_mm
+from llava_compete.moe.looped import grouped_linear
+from llava_compete.moe.pairs import Combine, Dispatch, Pairs
+
+# Up to so many bytes of the chosen experts' weights a GPU copies them in about the time of one kernel's launch.
+COPIED_WEIGHT_BYTES = 2**25
+
+
+class ExpertWeights:
+    """The packed parameters in the dtype of computation, also under the names that transformers' functions read."""
+
+    is_transposed = False
+    is_concatenated = True
+    has_post_expert_norm = False
+    _is_expert_parallel = False
+
+    def __init__(
+        self,
+        up: Tensor,
+        up_bias: Tensor | None,
+        down: Tensor,
+        down_bias: Tensor | None,
+        *,
+        activation: str,
+        act_fn: nn.Module,
+        gated: bool,
+        gate_dropout: nn.Module,
+    ) -> None:
+        self.up = self.up_proj = self.gate_up_proj = up
+        self.up_bias = self.up_proj_bias = self.gate_up_proj_bias = up_bias
+        self.down = self.down_proj = down
+        self.down_bias = self.down_proj_bias = down_bias
+        self.num_experts = down.shape[0]
+        self.has_gate, self.has_bias = gated, down_bias is not None
+        self.act_fn, self.gate_dropout = act_fn, gate_dropout
+        self.config = SimpleNamespace(hidden_act=activation)
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.gate_dropout(self.act_fn(gate) * up)
+
+    def activate(self, up: Tensor) -> Tensor:
+        """Pre-activations [..., M] -> hidden states [..., I]."""
+        return self._apply_gate(up) if self.has_gate else self.act_fn(up)
+
+    def fit_grouped_mm(self) -> bool:
+        output_size, intermediate_size = self.down.shape[1:]
+        return fits_grouped_mm(self.up.dtype, self.up.shape[2], self.up.shape[1], intermediate_size, output_size)
+
+
+Function = Callable[[ExpertWeights, Tensor, Tensor, Tensor], Tensor]
+
+
+def choose(requested: str, weights: ExpertWeights, num_tokens: int, device: torch.device) -> Function:
+    """The function for a call. One token at inference has a way of its own; `grouped_mm` falls back where rows do not
+    begin at multiples of 16 bytes: to `dense` on CUDA, which does not wait for the device, and to `eager` elsewhere.
+
+    `auto` is `grouped_mm` in bfloat16 on CUDA and `eager` on a CPU, the fastest there. Float32 and float16 are `dense`
+    on CUDA: torch's grouped_mm has no kernel for them and would read every expert's number of rows on the host.
+    """
+    on_cuda = device.type == "cuda"
+    if num_tokens == 1 and not torch.is_grad_enabled() and requested in ("auto", *FUNCTIONS):
+        return one_token
+    fits = weights.fit_grouped_mm() and not (on_cuda and weights.up.dtype != torch.bfloat16)
+    if requested == "auto":
+        requested = "grouped_mm" if on_cuda else "eager"
+    if requested == "grouped_mm" and not fits:
+        requested = "dense" if on_cuda else "eager"
+    return FUNCTIONS[requested] if requested in FUNCTIONS else _of_transformers(requested)
+
+
+def eager(weights: ExpertWeights, x_TD: Tensor, selected_TK: Tensor, routing_TK: Tensor) -> Tensor:
+    """One product an expert over tokens sorted by expert; reads the experts' numbers of rows on the host."""
+    pairs = Pairs.sort(selected_TK, weights.num_experts)
+    h_PI = weights.activate(grouped_linear(Dispatch.apply(x_TD, pairs), weights.up, weights.up_bias, pairs.ends_E))
+    y_PO = grouped_linear(h_PI, weights.down, weights.down_bias, pairs.ends_E)
+    return Combine.apply(y_PO, routing_TK.to(y_PO.dtype), pairs)
+
+
+def grouped(weights: ExpertWeights, x_TD: Tensor, selected_TK: Tensor, routing_TK: Tensor) -> Tensor:
+    """One grouped product for each layer of the MLP over tokens sorted by expert."""
+    pairs = Pairs.sort(selected_TK, weights.num_experts)
+    h_PI = weights.activate(DispatchUp.apply(x_TD, aligned(weights.up), weights.up_bias, pairs))
+    routing_TK = routing_TK.to(h_PI.dtype)
+    return DownCombine.apply(h_PI, aligned(weights.down), weights.down_bias, routing_TK, selected_TK, pairs)
+
+
+def dense(weights: ExpertWeights, x_TD: Tensor, selected_TK: Tensor, routing_TK: Tensor) -> Tensor:
+    """Every expert on every token, and weights of 0 where it was not chosen: E / K of the arithmetic, any width."""
+    gates_TE = routing_TK.new_zeros(x_TD.shape[0], weights.num_experts).scatter(1, selected_TK, routing_TK)
+    h_TEI = weights.activate(AllExpertsUp.apply(x_TD, weights.up, weights.up_bias))
+    y_ETO = AllExpertsDown.apply(h_TEI, weights.down, weights.down_bias)
+    return (y_ETO * gates_TE.to(y_ETO.dtype).t()[:, :, None]).sum(0)
+
+
+def one_token(weights: ExpertWeights, x_1D: Tensor, selected_1K: Tensor, routing_1K: Tensor) -> Tensor:
+    """A single token without gradients, as in interactive decoding: no sort and no dispatch."""
+    if x_1D.device.type == "cpu":
+        return _one_token_on_cpu(weights, x_1D, selected_1K, routing_1K)
+    chosen_bytes = selected_1K.numel() * (weights.up[0].numel() + weights.down[0].numel()) * weights.up.element_size()
+    if chosen_bytes > COPIED_WEIGHT_BYTES and weights.fit_grouped_mm() and x_1D.dtype == torch.bfloat16:
+        return grouped(weights, x_1D, selected_1K, routing_1K)
+    chosen_K = selected_1K[0]
+    h_K1I = weights.activate(_chosen_linear(x_1D.expand(len(chosen_K), 1, -1), weights.up, weights.up_bias, chosen_K))
+    y_K1O = _chosen_linear(h_K1I, weights.down, weights.down_bias, chosen_K)
+    return routing_1K.to(y_K1O.dtype) @ y_K1O[:, 0]
+
+
+def _chosen_linear(x_K1H: Tensor, weight_EMH: Tensor, bias_EM: Tensor | None, chosen_K: Tensor) -> Tensor:
+    weight_KHM = weight_EMH.index_select(0, chosen_K).transpose(1, 2)
+    if bias_EM is None:
+        return torch.bmm(x_K1H, weight_KHM)
+    return torch.baddbmm(bias_EM.index_select(0, chosen_K)[:, None], x_K1H, weight_KHM)
+
+
+def _one_token_on_cpu(weights: ExpertWeights, x_1D: Tensor, selected_1K: Tensor, routing_1K: Tensor) -> Tensor:
+    """Products with the packed weights where they lie; a CPU waits for nothing when it reads the choices."""
+    outputs = []
+    for expert in selected_1K[0].tolist():
+        up_bias = None if weights.up_bias is None else weights.up_bias[expert]
+        down_bias = None if weights.down_bias is None else weights.down_bias[expert]
+        h_1I = weights.activate(F.linear(x_1D, weights.up[expert], up_bias))
+        outputs.append(F.linear(h_1I, weights.down[expert], down_bias))
+    return routing_1K.to(x_1D.dtype) @ torch.cat(outputs)
+
+
+FUNCTIONS: dict[str, Function] = {"eager": eager, "grouped_mm": grouped, "dense": dense}
+
+
+def _of_transformers(name: str) -> Function:
+    """transformers' function of that name, with an error of one line where its kernel cannot be had."""
+    if name not in ALL_EXPERTS_FUNCTIONS:
+        raise UserError(f"experts_implementation: found {name!r}, which this version of transformers does not have")
+    function = ALL_EXPERTS_FUNCTIONS[name]
+
+    def run(weights: ExpertWeights, x_TD: Tensor, selected_TK: Tensor, routing_TK: Tensor) -> Tensor:
+        if weights.down.shape[1] != x_TD.shape[1]:
+            raise UserError(
+                f"experts_implementation: {name!r} needs experts whose output is as wide as their input, found "
+                f"{x_TD.shape[1]} in and {weights.down.shape[1]} out; use 'auto'"
+            )
+        if name == "deepgemm" and torch.is_grad_enabled() and weights.down.requires_grad:
+            raise UserError("experts_implementation: 'deepgemm' has no gradients; use 'auto' for training")
+        try:
+            return function(weights, x_TD, selected_TK, routing_TK)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"experts_implementation: {name!r} cannot run here: {error}") from error
+
+    return run

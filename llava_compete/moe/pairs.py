@@ -1,0 +1,90 @@
+"""(token, choice) pairs sorted by expert, and the two passages between tokens and sorted rows.
+
+The sort is a permutation, so every sum over a token's rows and every gradient is a gather through it or its inverse. A
+scatter that adds to repeated rows would serialise on a GPU: 8 of 11.7 ms of a block on an H200. Suffixes: T tokens, K
+choices of a token, P = T K pairs, E experts, H width, O outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Pairs(NamedTuple):
+    """Pairs sorted by expert; pairs of one expert keep the order of their tokens. All indices stay on the device."""
+
+    order_P: Tensor  # flat index t * K + k of each sorted pair
+    token_P: Tensor
+    place_TK: Tensor  # where each pair went: the inverse of `order_P`
+    ends_E: Tensor  # int32: expert e's rows are ends[e - 1]:ends[e]
+
+    @classmethod
+    def sort(cls, selected_TK: Tensor, num_experts: int) -> Pairs:
+        """From `selected_TK`, int64 expert numbers."""
+        # A GPU sorts by passes over the key's bytes: one for a byte, eight for an int64.
+        keys_P = selected_TK.reshape(-1).to(torch.uint8 if num_experts <= 256 else torch.int16)
+        experts_P, order_P = torch.sort(keys_P, stable=True)
+        positions_P = torch.arange(order_P.shape[0], device=order_P.device)
+        place_P = torch.empty_like(order_P).scatter_(0, order_P, positions_P)
+        experts_E = torch.arange(num_experts, device=order_P.device, dtype=keys_P.dtype)
+        # Ends by bisection: counting (bincount, unique) would read the number of experts' rows on the host.
+        ends_E = torch.searchsorted(experts_P, experts_E, right=True, out_int32=True)
+        return cls(order_P, order_P // selected_TK.shape[1], place_P.view(selected_TK.shape), ends_E)
+
+
+def sum_rows(rows_PH: Tensor, pairs: Pairs, weights_TK: Tensor | None = None) -> Tensor:
+    """[T, H]: for each token the sum of its rows, weighted or not; one kernel, which adds in float32."""
+    return F.embedding_bag(pairs.place_TK, rows_PH, per_sample_weights=weights_TK, mode="sum")
+
+
+def spread_rows(x_TH: Tensor, pairs: Pairs, weights_TK: Tensor) -> Tensor:
+    """[P, H]: the row of each pair's token times the pair's weight; what `sum_rows` does backwards."""
+    weights_P1 = weights_TK.reshape(-1, 1).index_select(0, pairs.order_P)
+    return x_TH.index_select(0, pairs.token_P).mul_(weights_P1)
+
+
+def row_products(left_TO: Tensor, right_PO: Tensor, rows_TK: Tensor) -> Tensor:
+    """[T, K]: the inner product of row t of `left` with row `rows[t, k]` of `right`, without gathering those rows."""
+    token_P = torch.arange(rows_TK.numel(), device=rows_TK.device) // rows_TK.shape[1]
+    # Its offsets are read for their dtype alone, since the bag (token) of every index is given.
+    products_P = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        left_TO, right_PO, rows_TK.reshape(-1), token_P, token_P, 0
+    )
+    return products_P.view(rows_TK.shape)
+
+
+class Dispatch(torch.autograd.Function):
+    """[T, H] -> the row of each pair's token, [P, H]."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, pairs: Pairs) -> Tensor:
+        ctx.pairs = pairs
+        return x_TH.index_select(0, pairs.token_P)
+
+    @staticmethod
+    def backward(ctx: Any, grad_PH: Tensor) -> tuple[Tensor, None]:
+        return sum_rows(grad_PH, ctx.pairs), None
+
+
+class Combine(torch.autograd.Function):
+    """[P, O] -> the weighted sum of each token's rows, [T, O], without writing [T, K, O] first."""
+
+    @staticmethod
+    def forward(ctx: Any, y_PO: Tensor, weights_TK: Tensor, pairs: Pairs) -> Tensor:
+        ctx.save_for_backward(y_PO, weights_TK)
+        ctx.pairs = pairs
+        return sum_rows(y_PO, pairs, weights_TK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, Tensor, None]:
+        y_PO, weights_TK = ctx.saved_tensors
+        grad_TO = grad_TO.contiguous()
+        return (
+            spread_rows(grad_TO, ctx.pairs, weights_TK),
+            row_products(grad_TO, y_PO, ctx.pairs.place_TK),
+            None,
+        )

@@ -1,0 +1,140 @@
+"""Every way to run the chosen experts gives eager's numbers and gradients, at all widths and shapes of experts."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from block_kit import largest_error, make_block, run_step
+
+from llava_compete.errors import UserError
+from llava_compete.moe.block import SparseMoeBlock
+from llava_compete.moe.implementations import FUNCTIONS, Function, choose, dense, eager, grouped, one_token
+
+OURS = ("grouped_mm", "dense")
+SIZES = {"hidden_size": 16, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("output_size", [16, 24])
+@pytest.mark.parametrize("router", ["softmax", "shared_softmax"])
+@pytest.mark.parametrize("implementation", [*OURS, "batched_mm"])
+def test_implementations_agree(implementation: str, router: str, output_size: int, bias: bool, gated: bool) -> None:
+    if implementation == "batched_mm" and output_size != 16:
+        pytest.skip("transformers' functions need O = D")
+    sizes = {**SIZES, "gated": gated, "bias": bias, "activation": "silu", "output_size": output_size}
+    x = torch.randn(2, 9, 16)
+    config = {"router": router, "num_experts": 5, "num_experts_per_tok": 3, "sizes": sizes}
+    expected = run_step(make_block(experts_implementation="eager", **config), x)
+    other = run_step(make_block(experts_implementation=implementation, **config), x)
+    torch.testing.assert_close(other.output, expected.output)
+    assert largest_error(other.grads, expected.grads) < 1e-5
+
+
+@pytest.mark.parametrize("implementation", ["eager", *OURS])
+@pytest.mark.parametrize("frozen", ["experts.up_proj", "experts.down_proj_bias", "router.weight", "experts"])
+def test_frozen_parameters_get_no_gradient_and_change_no_other(implementation: str, frozen: str) -> None:
+    block = make_block(experts_implementation=implementation, sizes=SIZES)
+    x = torch.randn(2, 9, 16)
+    expected = run_step(block, x).grads
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    step = run_step(block, x)
+    assert not any(name.startswith(frozen) for name in step.grads)
+    assert largest_error(step.grads, {name: expected[name] for name in step.grads}) < 1e-6
+
+
+@pytest.mark.parametrize("implementation", ["eager", *OURS, "batched_mm"])
+def test_expert_without_tokens_has_a_gradient_of_zeros(implementation: str) -> None:
+    block = make_block(experts_implementation=implementation, sizes=SIZES)
+    x = torch.rand(2, 9, 16)
+    with torch.no_grad():
+        block.router.weight[3] = -9.0
+    step = run_step(block, x)
+    assert step.record.metrics.load_E[3] == 0
+    for name, parameter in block.experts.named_parameters():
+        assert (step.grads[f"experts.{name}"][3] == 0).all(), name
+        assert (step.grads[f"experts.{name}"][:3] != 0).any(), name
+        assert parameter.grad.shape == parameter.shape
+
+
+@pytest.mark.parametrize("implementation", ["eager", *OURS])
+def test_bfloat16_is_near_float32(implementation: str) -> None:
+    sizes = {**SIZES, "output_size": 24}
+    block = make_block(experts_implementation=implementation, sizes=sizes).bfloat16()
+    exact = make_block(experts_implementation="eager", sizes=sizes)
+    exact.load_state_dict(block.state_dict())
+    x = torch.randn(2, 9, 16).bfloat16()
+    ours, theirs = run_step(block, x), run_step(exact, x.float())
+    assert ours.output.dtype == torch.bfloat16
+    assert largest_error({"output": ours.output.float()}, {"output": theirs.output}) < 0.01
+    grads = {name: grad.float() for name, grad in ours.grads.items()}
+    assert largest_error(grads, theirs.grads) < 0.02
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("output_size", [16, 24])
+def test_one_token_without_gradients_equals_a_row_of_many(output_size: int, bias: bool, gated: bool) -> None:
+    sizes = {**SIZES, "gated": gated, "bias": bias, "activation": "silu", "output_size": output_size}
+    for router in ("softmax", "shared_sigmoid"):
+        block = make_block(router=router, num_experts=5, num_experts_per_tok=3, sizes=sizes)
+        x = torch.randn(6, 16)
+        with torch.no_grad():
+            expected = block(x)
+            for row in range(6):
+                torch.testing.assert_close(block(x[row : row + 1]), expected[row : row + 1])
+
+
+def chosen(block: SparseMoeBlock, tokens: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Function:
+    """The function that a call of the block's experts takes."""
+    return choose(block.experts.implementation, block.experts._weights(dtype), tokens, torch.device(device))
+
+
+def test_the_choice_of_an_implementation() -> None:
+    odd, even = {"hidden_size": 20, "intermediate_size": 30}, {**SIZES, "output_size": 24}
+    bf16 = torch.bfloat16
+    assert chosen(make_block(sizes=even), 5) is eager
+    assert chosen(make_block(sizes=even), 5, "cuda", bf16) is grouped
+    assert chosen(make_block(sizes=odd), 5, "cuda", bf16) is dense
+    assert chosen(make_block(sizes=even), 5, "cuda") is dense, "torch has no grouped kernel for float32"
+    explicit = {"experts_implementation": "grouped_mm"}
+    assert chosen(make_block(sizes=odd, **explicit), 5) is eager
+    assert chosen(make_block(sizes=even, **explicit), 5) is grouped
+    with torch.no_grad():
+        for device, implementation in itertools.product(("cpu", "cuda"), ("auto", *FUNCTIONS)):
+            block = make_block(sizes=even, experts_implementation=implementation)
+            assert chosen(block, 1, device, bf16) is one_token
+
+
+def test_weights_between_multiples_of_16_bytes_take_the_grouped_products_too() -> None:
+    """As DeepSpeed's flat buffers lay them, behind a parameter of an odd number of elements."""
+    x = torch.randn(2, 9, 16)
+    plain = run_step(make_block(experts_implementation="grouped_mm", sizes=SIZES), x)
+    block = make_block(experts_implementation="grouped_mm", sizes=SIZES)
+    for parameter in block.experts.parameters():
+        flat = torch.empty(parameter.numel() + 1)
+        flat[1:] = parameter.detach().flatten()
+        parameter.data = flat[1:].view_as(parameter)
+        assert parameter.storage_offset() == 1
+    step = run_step(block, x)
+    torch.testing.assert_close(step.output, plain.output)
+    assert largest_error(step.grads, plain.grads) < 1e-6
+
+
+def test_a_kernel_that_is_not_there_is_an_error_of_one_line() -> None:
+    gated = {**SIZES, "gated": True, "bias": False, "activation": "silu"}
+    block = make_block(experts_implementation="sonicmoe", sizes=gated)
+    with pytest.raises(UserError, match="experts_implementation: 'sonicmoe' cannot run here") as raised:
+        block(torch.randn(2, 9, 16))
+    assert "\n" not in str(raised.value)
+    deepgemm = make_block(experts_implementation="deepgemm", sizes=gated)
+    with pytest.raises(UserError, match="'deepgemm' has no gradients"):
+        deepgemm(torch.randn(2, 9, 16))
+    with torch.no_grad(), pytest.raises(UserError, match="experts_implementation: 'deepgemm' cannot run here"):
+        deepgemm(torch.randn(2, 9, 16))
+    wide = make_block(experts_implementation="batched_mm", sizes={**SIZES, "output_size": 24})
+    with pytest.raises(UserError, match="16 in and 24 out"):
+        wide(torch.randn(2, 9, 16))

@@ -27,7 +27,7 @@ from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.moe.schedule import CompetitionSchedule
-from llava_compete.train.mfu import count_flops, device_peak, mfu
+from llava_compete.train.mfu import Utilisation, count_flops, device_peak
 from llava_compete.vision.tower_config import PreprocessConfig, TowerConfig
 
 CASES = ("dense", "softmax", "competition")
@@ -201,7 +201,7 @@ def run_bench(shape: Shape, device: torch.device, repeats: int) -> dict[str, Any
     peak = device_peak(device)
     if peak is not None:
         result["mfu"] = {
-            case: mfu(flops[case], tokens, images, times[key], peak, 1)
+            case: Utilisation(flops[case], peak, 1).mfu(tokens, images, times[key])
             for case, key in (("dense", "dense"), ("softmax", "softmax"), ("competition", "competition/0"))
         }
     return result

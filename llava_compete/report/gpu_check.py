@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -77,7 +77,7 @@ def _steps(path: Path) -> dict[str, Any]:
     """First and last loss of a stage's few steps, and their seconds and memory."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "loss" in line]
-    end = next((line for line in lines if line.get("event") == "end"), {})
+    end: dict[str, Any] = next((line for line in lines if line.get("event") == "end"), {})
     return {"losses": [line["loss"] for line in steps], "memory_gib": steps[-1].get("memory_gib"), "end": end}
 
 
@@ -168,14 +168,14 @@ def _generate_lines(result: dict[str, Any]) -> Iterator[str]:
         )
 
 
-_SUMMARIES = {
+_SUMMARIES: dict[str, Callable[[Any], str]] = {
     **dict.fromkeys(TESTS, _tests_summary),
     "moe": _moe_summary,
     "train": _train_summary,
     "generate": _generate_summary,
     "demo": _demo_summary,
 }
-_DETAILS = {
+_DETAILS: dict[str, Callable[[Any], Iterator[str]]] = {
     **dict.fromkeys(TESTS, _test_lines),
     "moe": _moe_lines,
     "train": _train_lines,

@@ -21,13 +21,17 @@ from llava_compete.train.distributed import Rank
 
 
 class Feed(NamedTuple):
-    """Training and held-out rows, this rank's micro-batches of row numbers, and how rows become a batch."""
+    """Training and held-out rows, this rank's micro-batches of row numbers, and how rows become a batch.
+
+    mean_length: tokens of an average row, estimated before it is read.
+    """
 
     train: Any
     validation: Dataset | None
     batch_sampler: Any
     collator: Callable[[Any], dict[str, Any]]
     digest: str
+    mean_length: int
     stats: dict[str, Any]
 
 
@@ -42,7 +46,8 @@ def build_feed(config: TrainConfig, rank: Rank, arguments: Any, processor: Any) 
         data.train.lengths, data.train.modalities, global_batch, micro, rank.world_size, rank.number, config.seed
     )
     collator = Collator(processor, config.data.max_length if config.data.packing else None)
-    return Feed(data.train, data.validation, sampler, collator, data.digest, data.stats)
+    mean_length = max(1, int(data.train.lengths.clip(max=config.data.max_length).mean()))
+    return Feed(data.train, data.validation, sampler, collator, data.digest, mean_length, data.stats)
 
 
 def _text(
@@ -62,4 +67,5 @@ def _text(
     held_out = section.validation is not None or section.validation_fraction > 0
     validation = HeldOutRows(section, tokenizer) if held_out else None
     stats = {"context": section.context, "held_out_rows": len(validation) if validation else 0}
-    return Feed(train, validation, sampler, TextCollator(section.separate_documents), train.key, stats)
+    collator = TextCollator(section.separate_documents)
+    return Feed(train, validation, sampler, collator, train.key, section.context, stats)

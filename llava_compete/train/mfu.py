@@ -1,7 +1,8 @@
 """Model FLOPs utilisation (MFU): what the model's arithmetic needs over what the devices could do.
 
-Needed operations are counted once, on the meta device, by torch's FLOP counter on the model's own forward and
-backward (recomputation under checkpointing and the experts that a competition adds are left out, as is the habit).
+Needed operations are counted once, before training, by torch's FLOP counter on the forward and backward of a copy of
+the model whose tensors have shapes but no memory. Recomputation under checkpointing and the experts that a competition
+adds are left out, as is the habit; attention counts whole, without its causal half, likewise.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
-from llava_compete.plan.step_cost import simulate
 from llava_compete.train.adapters import with_adapters
 from llava_compete.train.config import Part, PartTraining
 
@@ -35,6 +39,19 @@ class Flops(NamedTuple):
     per_image: float
 
 
+class Utilisation(NamedTuple):
+    """What MFU is a share of: `devices` devices of `peak` FLOP/s."""
+
+    flops: Flops
+    peak: float
+    devices: int
+
+    def mfu(self, tokens: int, images: int, seconds: float) -> float:
+        """Share of the devices' peak that went into the model in a window of `seconds`."""
+        done = self.flops.per_token * tokens + self.flops.per_image * images
+        return done / (seconds * self.peak * self.devices)
+
+
 def device_peak(device: torch.device) -> float | None:
     """FLOP/s of one device in bf16, or None where it is not known (CPUs, other GPUs)."""
     if device.type != "cuda":
@@ -44,23 +61,39 @@ def device_peak(device: torch.device) -> float | None:
 
 
 def count_flops(model: Any, length: int, trainable: Mapping[Part, PartTraining] | None = None) -> Flops:
-    """Operations of `model`, with its present `requires_grad` flags, for samples of about `length` tokens.
+    """Operations of `model`, with its present `requires_grad` flags, in samples of about `length` tokens.
 
-    trainable: the stage's map, when it has put adapters into the model.
+    trainable: the stage's map, when it has put adapters into the model. Not for use under zero.Init.
     """
     with torch.device("meta"):
         twin = LlavaCompeteForConditionalGeneration(model.config).train()
         with_adapters(twin, trainable or {})
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for name, parameter in twin.named_parameters():
-        parameter.requires_grad_(flags[name])
-    images = 0 if model.config.tower is None else 1
-    short = simulate(twin, 1, length, images, frozenset()).flops
-    long = simulate(twin, 1, 2 * length, images, frozenset()).flops
-    per_token = (long - short) / length
-    return Flops(per_token, max(short - length * per_token, 0.0))
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    in_front = any(not name.startswith("language_model.") for name in trains)
+    width = model.config.text_config.hidden_size
+    # The math kernel: every torch version counts its products; in 2.11 a CPU's flash attention counts for nothing.
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        _fill_with_fakes(twin, trains)
+        tokens = torch.empty(1, length, width, requires_grad=in_front)
+        _backward(twin.language_model(inputs_embeds=tokens, use_cache=False).logits)
+        of_text = counter.get_total_flops()
+        if twin.vision_tower is not None:
+            side = model.config.tower.image_size
+            _backward(twin.get_image_features(torch.empty(1, 3, side, side)))
+        of_image = counter.get_total_flops() - of_text
+    return Flops(of_text / length, of_image)
 
 
-def mfu(flops: Flops, tokens: int, images: int, seconds: float, peak: float, devices: int) -> float:
-    """Share of the devices' peak that went into the model in a window of `seconds`."""
-    return (flops.per_token * tokens + flops.per_image * images) / (seconds * peak * devices)
+def _fill_with_fakes(model: nn.Module, trains: set[str]) -> None:
+    """Replace meta tensors, which autocast does not know, by fake ones of a CPU; those named in `trains` train."""
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            fake = torch.empty(parameter.shape, dtype=torch.float32)
+            setattr(module, name, nn.Parameter(fake, requires_grad=f"{prefix}.{name}".lstrip(".") in trains))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+def _backward(output: torch.Tensor) -> None:
+    if output.requires_grad:
+        output.sum().backward()

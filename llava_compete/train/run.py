@@ -38,6 +38,7 @@ from llava_compete.train.callbacks.tensorboard import ResumedTensorBoardCallback
 from llava_compete.train.config import DEEPSPEED_DIR, TrainConfig
 from llava_compete.train.distributed import Rank, all_or_none, main_first, of_main, process_group, this_rank
 from llava_compete.train.inputs import Feed, build_feed
+from llava_compete.train.mfu import Utilisation, count_flops, device_peak
 from llava_compete.train.preflight import check_alike, check_links, check_space
 from llava_compete.train.starting_point import start_model
 from llava_compete.train.trainer import StageTrainer
@@ -109,7 +110,9 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> None:
             raise UserError(f"{key}: needs held-out rows; set data.validation_fraction")
     trainer = _build_trainer(config, rank, arguments, model, processor, data)
     competition = CompetitionCallback(trainer, moe)
-    steps = StepCallback(trainer, competition)
+    with _whole(sharding):
+        utilisation = _utilisation(trainer, data)
+    steps = StepCallback(trainer, competition, utilisation)
     watch = WatchCallback(trainer, config.output_dir / "run" / "metrics.jsonl")
     answers = AnswersCallback(trainer, config.output_dir / "run" / "answers.jsonl")
     for callback in (competition, steps, watch, answers):
@@ -205,6 +208,15 @@ def _build_trainer(
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     return trainer
+
+
+def _utilisation(trainer: StageTrainer, data: Feed) -> Utilisation | None:
+    """What the log's MFU is a share of, where the device's peak is known."""
+    peak = device_peak(trainer.args.device)
+    if peak is None:
+        return None
+    flops = count_flops(trainer.core_model, data.mean_length, trainer.config.trainable)
+    return Utilisation(flops, peak, trainer.args.world_size)
 
 
 def _checkpoint_to_resume(

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import TOWER, tiny_model
 
 from llava_compete.bench import train as bench
 from llava_compete.cli import main
 from llava_compete.moe.block import moe_blocks
 from llava_compete.train.adapters import with_adapters
 from llava_compete.train.config import PartTraining
-from llava_compete.train.mfu import count_flops, mfu
+from llava_compete.train.mfu import Utilisation, count_flops
 
 SHAPE = bench.Shape(16, 32, 2, 2, 64, 2, 16, "float32")
 SEEING = SHAPE._replace(tower=bench.Tower(8, 4, 12, 24, 6, 3))
@@ -27,11 +27,36 @@ def test_operations_are_six_a_parameter_and_token_and_four_where_frozen() -> Non
     used = sum(parameter.numel() for name, parameter in model.named_parameters() if "embed_tokens" not in name)
     trained = count_flops(model, 32)
     assert trained.per_token == pytest.approx(6 * used, rel=0.15)
-    assert trained.per_image == pytest.approx(0, abs=trained.per_token)
+    assert trained.per_image == 0
     lora = {"language": PartTraining(mode="lora", lora_rank=2)}
     frozen = count_flops(with_adapters(model, lora).get_base_model(), 32, lora)  # type: ignore[arg-type]
     assert frozen.per_token == pytest.approx(4 * used, rel=0.15)
-    assert mfu(trained, 1000, 0, seconds=2.0, peak=trained.per_token * 1000, devices=2) == pytest.approx(0.25)
+    utilisation = Utilisation(trained, peak=trained.per_token * 1000, devices=2)
+    assert utilisation.mfu(1000, 0, seconds=2.0) == pytest.approx(0.25)
+
+
+def test_operations_of_images_and_of_chosen_experts_alone_count() -> None:
+    moe = {part: {"num_experts": 4, "num_experts_per_tok": 2} for part in ("vision", "projector", "language")}
+    wide = {"embed_dim": 96, "vision_cfg": {**TOWER["vision_cfg"], "width": 96, "mlp_ratio": 4.0}}
+    model, _ = tiny_model(moe, tower=wide, language={"hidden_size": 96, "intermediate_size": 256, "vocab_size": 64})
+    active = {"language": 0, "image": 0}
+    for name, parameter in model.named_parameters():
+        if "embed" not in name:
+            part = "language" if name.startswith("language_model.") else "image"
+            active[part] += parameter.numel() // (2 if ".experts." in name else 1)
+    found = count_flops(model, 16)
+    assert found.per_token == pytest.approx(6 * active["language"], rel=0.15)
+    assert found.per_image == pytest.approx(6 * active["image"] * model.config.num_image_tokens, rel=0.15)
+    for parameter in model.vision_tower.parameters():
+        parameter.requires_grad_(False)
+    frozen = count_flops(model, 16)
+    assert frozen.per_token == found.per_token
+    assert frozen.per_image < 0.6 * found.per_image
+
+
+def test_counting_needs_no_room_beyond_the_context() -> None:
+    model, _ = tiny_model(tower=None)
+    assert count_flops(model, model.config.text_config.max_position_embeddings).per_token > 0
 
 
 @pytest.mark.parametrize("shape", [SHAPE, SEEING])

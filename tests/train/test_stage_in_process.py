@@ -23,7 +23,7 @@ from llava_compete.config import parse_config
 from llava_compete.errors import UserError
 from llava_compete.model.build import load_checkpoint
 from llava_compete.model.upcycle import upcycle
-from llava_compete.train import checkpoints, trainer
+from llava_compete.train import checkpoints, run, trainer
 from llava_compete.train.callbacks import between_steps as callbacks
 from llava_compete.train.callbacks import progress as watch
 from llava_compete.train.config import TrainConfig
@@ -347,7 +347,7 @@ def test_everything_watched_reaches_tensorboard(data: Path, tmp_path: Path, monk
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    monkeypatch.setattr(callbacks, "device_peak", lambda _: 1e12)
+    monkeypatch.setattr(run, "device_peak", lambda _: 1e12)
     training = {"max_steps": 4, "report_to": "tensorboard"}  # in which every part competes
     out = _run(stage_config("sft", data, tmp_path / "out", training=training, **FRESH))
     board = EventAccumulator(str(tmp_path / "board"))

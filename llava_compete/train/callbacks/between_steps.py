@@ -21,7 +21,7 @@ from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.moe.schedule import CompetitionSchedule
 from llava_compete.train.distributed import SharedError
-from llava_compete.train.mfu import Flops, count_flops, device_peak, mfu
+from llava_compete.train.mfu import Utilisation
 from llava_compete.train.trainer import StageTrainer
 
 logger = logging.getLogger(__name__)
@@ -77,13 +77,14 @@ class StepCallback(TrainerCallback):
     _window_supervised: int
     _checksum: int
 
-    def __init__(self, trainer: StageTrainer, competition: CompetitionCallback) -> None:
+    def __init__(
+        self, trainer: StageTrainer, competition: CompetitionCallback, utilisation: Utilisation | None
+    ) -> None:
         self.trainer = trainer
         self.competition = competition
+        self.utilisation = utilisation
         trainer.take_window = self.take_window
         self.bad_in_a_row = 0
-        self._peak = device_peak(trainer.args.device)
-        self._flops: Flops | None = None
         self.tokens = self.samples = 0
         self._seconds: dict[str, list[float]] = {}
         self._reset_window()
@@ -145,8 +146,8 @@ class StepCallback(TrainerCallback):
             "sample_checksum": self._checksum,
             "competition_layers": sorted(self._layers),
         }
-        if self._peak is not None:
-            window["mfu"] = self._utilisation(seconds, self._peak)
+        if self.utilisation is not None:
+            window["mfu"] = self.utilisation.mfu(self._window_tokens, self._window_images, seconds)
         for kind, times in self._times.items():
             window[f"time/{kind}"] = sum(times) / len(times)
         steps = {kind: len(times) for kind, times in self._times.items()}
@@ -164,13 +165,6 @@ class StepCallback(TrainerCallback):
             return None
         share = len(competition) / (len(router) + len(competition))
         return share * (statistics.median(competition) / statistics.median(router) - 1)
-
-    def _utilisation(self, seconds: float, peak: float) -> float:
-        if self._flops is None:
-            length = max(self.tokens // max(self.samples, 1), 1)
-            self._flops = count_flops(self.trainer.core_model, length, self.trainer.config.trainable)
-        devices = self.trainer.args.world_size
-        return mfu(self._flops, self._window_tokens, self._window_images, seconds, peak, devices)
 
     def _reset_window(self) -> None:
         self._times: dict[str, list[float]] = {}

@@ -1,12 +1,12 @@
 """What routing and competition cost in whole training steps: dense, softmax and competition, side by side.
 
 The three models have the same shape and data; the dense one has the active parameters of the others (its MLPs are K
-experts wide). Steps of the three alternate, so that a slow moment of the machine meets all of them, and medians are
-compared. A competition step is timed for each number of competing layers of a part; the overhead over a run follows
-from how often the schedule (CompeteSMoE, section 3.3) has that number.
-Peak memory is what tensors hold: the caching allocator's on CUDA, counted on CPU.
+experts wide). A competition step is timed for each number of competing layers of a part; the overhead over a run
+follows from how often the schedule (CompeteSMoE, section 3.3) has that number. On a CPU steps of the three alternate,
+so that a slow moment of the machine meets all of them; on a GPU, which runs nothing else, one model at a time has the
+memory. Medians are compared. Peak memory is what tensors hold: the caching allocator's on CUDA, counted on a CPU.
 
-Caller: `llava-compete bench train`.
+A step is what a training step is: micro-batches, then AdamW on float32 copies of bfloat16 weights.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ import torch
 from transformers import AutoConfig
 
 from llava_compete.bench.memory import LiveBytes
+from llava_compete.errors import UserError
 from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.moe.schedule import CompetitionSchedule
+from llava_compete.plan.step_cost import simulate
 from llava_compete.train.mfu import Utilisation, count_flops, device_peak
 from llava_compete.vision.tower_config import PreprocessConfig, TowerConfig
 
@@ -52,7 +54,7 @@ class Tower(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """A model: `intermediate` is one expert's width; rows × length tokens a step, those of the images included."""
+    """A model: `intermediate` is one expert's width; rows × length tokens a micro-batch, image tokens among them."""
 
     hidden: int
     intermediate: int
@@ -63,28 +65,49 @@ class Shape(NamedTuple):
     length: int
     dtype: str
     tower: Tower | None = None
+    name: str = "small model"
+    key_value_heads: int | None = None
+    expert_parts: tuple[str, ...] = ("language",)
+    micro_batches: int = 1
 
 
 # Sized so that the MLPs dominate, as in real models (there about two thirds of the arithmetic).
 CPU_SHAPE = Shape(256, 1024, 4, 4, 512, 8, 256, "float32")
-# SigLIP so400m (384 pixels) and Phi-3.5-mini, whole; `fit` cuts both down to what fits.
+
+# SigLIP so400m at 384 pixels.
 SIGLIP = Tower(378, 14, 1152, 4304, 72, 27)
-GPU_SHAPE = Shape(3072, 8192, 32, 32, 32064, 4, 2048, "bfloat16", SIGLIP)
+BOTH = ("vision", "language")
+# Real models, the largest in training first. `fit` sets rows and micro-batches, 8 rows a step.
+GPU_SHAPES = (
+    Shape(3072, 8192, 32, 32, 32064, 1, 2048, "bfloat16", SIGLIP, "Phi-3.5-mini + SigLIP so400m", 32, ("vision",)),
+    Shape(2048, 5632, 22, 32, 32000, 1, 2048, "bfloat16", SIGLIP, "TinyLlama-1.1B + SigLIP so400m", 4, ("language",)),
+    Shape(1024, 3072, 28, 16, 151936, 1, 2048, "bfloat16", SIGLIP, "Qwen3-0.6B + SigLIP so400m", 8, BOTH),
+)
+ROWS_A_STEP = 8
+# What an 80 GB card leaves beside CUDA's context and the allocator's slack.
+GPU_LIMIT = 70 * 2**30
+# bfloat16 weight and gradient, float32 copy, gradient moments of AdamW.
+BYTES_A_PARAMETER = 2 + 2 + 4 + 4 + 4
 
 
-def fit(shape: Shape, free_bytes: int) -> Shape:
-    """The shape with as many layers, and the same share of tower blocks, as leave a third of the memory of one MoE
-    model for activations (a parameter, its gradient and Adam's two moments in the shape's dtype)."""
-    language = EXPERTS * 3 * shape.hidden * shape.intermediate + 4 * shape.hidden**2
-    share, block = 0.0, 0
-    if shape.tower is not None:
-        share = shape.tower.layers / shape.layers
-        block = EXPERTS * 2 * shape.tower.width * shape.tower.intermediate + 4 * shape.tower.width**2
-    parameter_bytes = 4 * getattr(torch, shape.dtype).itemsize
-    room = free_bytes * 2 / 3 / parameter_bytes - 2 * shape.vocabulary * shape.hidden
-    layers = min(shape.layers, max(1, int(room / (language + share * block))))
-    tower = shape.tower and shape.tower._replace(layers=max(1, round(share * layers)))
-    return shape._replace(layers=layers, tower=tower)
+def fit(limit: int) -> Shape:
+    """The largest of `GPU_SHAPES` whose training takes at most `limit` bytes, with the largest micro-batch that does.
+
+    Raises:
+        UserError: none fits.
+    """
+    for shape in GPU_SHAPES:
+        with torch.device("meta"):
+            model = build("competition", shape, torch.device("meta"))
+        held = BYTES_A_PARAMETER * sum(parameter.numel() for parameter in model.parameters())
+        if held >= limit:
+            continue
+        competing = frozenset(list(moe_blocks(model))[-CAP:])
+        row = simulate(model, 1, shape.length, 1, competing).activations(checkpointing=False)
+        rows = next((rows for rows in (8, 4, 2, 1) if held + rows * row <= limit), None)
+        if rows is not None:
+            return shape._replace(rows=rows, micro_batches=ROWS_A_STEP // rows)
+    raise UserError(f"bench train: {limit / 2**30:.0f} GiB of GPU memory hold none of the shapes to measure")
 
 
 def build(case: str, shape: Shape, device: torch.device) -> LlavaCompeteForConditionalGeneration:
@@ -92,22 +115,22 @@ def build(case: str, shape: Shape, device: torch.device) -> LlavaCompeteForCondi
     moe, widening = None, CHOSEN if case == "dense" else 1
     if case != "dense":
         layer = {"num_experts": EXPERTS, "num_experts_per_tok": CHOSEN, "router": case}
-        parts = ["language"] if shape.tower is None else ["vision", "language"]
-        moe = MoeConfig.model_validate(dict.fromkeys(parts, layer)).model_dump(mode="json")
+        moe = MoeConfig.model_validate(dict.fromkeys(shape.expert_parts, layer)).model_dump(mode="json")
     text_config = AutoConfig.for_model(
         "llama",
         hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate * widening,
+        intermediate_size=shape.intermediate * (widening if "language" in shape.expert_parts else 1),
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads or shape.heads,
+        head_dim=shape.hidden // shape.heads,
         vocab_size=shape.vocabulary,
-        max_position_embeddings=2 * shape.length,  # operations are counted at both lengths
+        max_position_embeddings=shape.length,
     )
     vision: dict[str, Any] = {}
     if shape.tower is not None:
         vision = {
-            "vision_config": _vision_config(shape.tower, widening),
+            "vision_config": _vision_config(shape.tower, widening if "vision" in shape.expert_parts else 1),
             "projector_config": {"type": "mlp2x_gelu"},
             "image_token_id": 0,
         }
@@ -141,8 +164,8 @@ def _vision_config(tower: Tower, widening: int) -> dict[str, Any]:
 def make_step(
     model: LlavaCompeteForConditionalGeneration, shape: Shape, device: torch.device
 ) -> Callable[[frozenset[str]], float]:
-    """One optimizer step (AdamW, fused) as a function of the competing layers; returns seconds."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    """One optimizer step as a function of the competing layers; returns seconds."""
+    optimizer = _Optimizer(list(model.parameters()))
     ids = torch.randint(1, shape.vocabulary, (shape.rows, shape.length), device=device)
     batch, labels = {"input_ids": ids}, ids
     if shape.tower is not None:
@@ -156,13 +179,32 @@ def make_step(
         model.routing.competing = competing
         _synchronise(device)
         started = time.perf_counter()
-        model(**batch, labels=labels).loss.backward()
+        for _ in range(shape.micro_batches):
+            model(**batch, labels=labels).loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
         _synchronise(device)
         return time.perf_counter() - started
 
     return step
+
+
+class _Optimizer:
+    """Fused AdamW; weights below float32 get a float32 copy that it updates, a parameter at a time, as a sharded
+    optimizer does: their float32 gradients never stand side by side."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.copies = [parameter.detach().float() for parameter in parameters]  # itself, if float32 already
+        self.adamw = [torch.optim.AdamW([copy], lr=1e-4, fused=True) for copy in self.copies]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter, copy, adamw in zip(self.parameters, self.copies, self.adamw, strict=True):
+            if parameter.grad is not None:
+                copy.grad = parameter.grad.float()
+                adamw.step()
+                parameter.copy_(copy)
+            copy.grad = parameter.grad = None
 
 
 def run_bench(shape: Shape, device: torch.device, repeats: int) -> dict[str, Any]:
@@ -170,28 +212,29 @@ def run_bench(shape: Shape, device: torch.device, repeats: int) -> dict[str, Any
 
     "competition/vision.3" in `seconds` is a competition step in which three tower layers compete.
     """
-    memory = {case: _peak_mb(case, shape, device) for case in CASES}
-    times, layers, flops = _alternate(shape, device, repeats)
-    tokens, images = shape.rows * shape.length, 0 if shape.tower is None else shape.rows
+    on_gpu = device.type == "cuda"
+    taken = [_alternate((case,), shape, device, repeats) for case in CASES] if on_gpu else []
+    if not on_gpu:
+        memory = {case: _counted_peak_mb(case, shape, device) for case in CASES}
+        taken = [_alternate(CASES, shape, device, repeats)._replace(peak_mb=memory)]
+    times = {key: seconds for measured in taken for key, seconds in measured.seconds.items()}
     router_step = times["competition/0"]
+    layers = taken[-1].layers
     competing = competing_layers(layers)
     average = router_step + sum(
         share * (times[f"competition/{part}.{count}"] - router_step)
         for part, shares in competing.items()
         for count, share in shares.items()
     )
+    seconds_of = {"dense": times["dense"], "softmax": times["softmax"], "competition": average}
+    rows = shape.micro_batches * shape.rows
     result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
         "shape": {**shape._asdict(), "tower": shape.tower and shape.tower._asdict()},
+        "parameters": {case: count for measured in taken for case, count in measured.parameters.items()},
         "seconds": times,
-        "tokens_per_second": {
-            "dense": tokens / times["dense"],
-            "softmax": tokens / times["softmax"],
-            "competition": tokens / average,
-        },
-        "peak_mb": memory,
+        "tokens_per_second": {case: rows * shape.length / seconds for case, seconds in seconds_of.items()},
+        "peak_mb": {case: peak for measured in taken for case, peak in measured.peak_mb.items()},
         "competing_layers": competing,
         "competition_over_softmax": average / times["softmax"] - 1,
         "competition_over_own_router_step": average / router_step - 1,
@@ -200,11 +243,20 @@ def run_bench(shape: Shape, device: torch.device, repeats: int) -> dict[str, Any
     }
     peak = device_peak(device)
     if peak is not None:
-        result["mfu"] = {
-            case: Utilisation(flops[case], peak, 1).mfu(tokens, images, times[key])
-            for case, key in (("dense", "dense"), ("softmax", "softmax"), ("competition", "competition/0"))
-        }
+        result["mfu"] = _utilisation(shape, peak, seconds_of)
     return result
+
+
+def _utilisation(shape: Shape, peak: float, seconds_of: dict[str, float]) -> dict[str, float]:
+    """MFU by case; what a competition adds does not count as needed."""
+    meta, rows = torch.device("meta"), shape.micro_batches * shape.rows
+    flops = {case: count_flops(build(case, shape, meta), shape.length) for case in ("dense", "softmax")}
+    flops["competition"] = flops["softmax"]
+    images = 0 if shape.tower is None else rows
+    return {
+        case: Utilisation(flops[case], peak, 1).mfu(rows * shape.length, images, seconds)
+        for case, seconds in seconds_of.items()
+    }
 
 
 def competing_layers(names: Sequence[str]) -> dict[str, dict[int, float]]:
@@ -217,13 +269,24 @@ def competing_layers(names: Sequence[str]) -> dict[str, dict[int, float]]:
     return {part: {n: of[n] / SCHEDULE_STEPS for n in sorted(of)} for part, of in counts.items()}
 
 
-def _alternate(shape: Shape, device: torch.device, repeats: int) -> tuple[dict[str, float], list[str], dict[str, Any]]:
-    models = {case: build(case, shape, device) for case in CASES}
-    flops = {case: count_flops(model, shape.length) for case, model in models.items()} if device.type == "cuda" else {}
+class _Measured(NamedTuple):
+    """Median seconds by kind of step, and by case the parameters and the peak of memory; `layers` may compete."""
+
+    seconds: dict[str, float]
+    layers: list[str]
+    parameters: dict[str, int]
+    peak_mb: dict[str, float]
+
+
+def _alternate(cases: Sequence[str], shape: Shape, device: torch.device, repeats: int) -> _Measured:
+    """All kinds of steps of these cases take turns; the peak is that of all cases together, on a GPU alone."""
+    _reset_peak(device)
+    models = {case: build(case, shape, device) for case in cases}
     steps = {case: make_step(model, shape, device) for case, model in models.items()}
-    names = list(moe_blocks(models["competition"]))
-    plan: dict[str, tuple[str, frozenset[str]]] = {case: (case, frozenset()) for case in CASES[:2]}
-    plan["competition/0"] = ("competition", frozenset())
+    plan: dict[str, tuple[str, frozenset[str]]] = {case: (case, frozenset()) for case in cases if case != "competition"}
+    names = list(moe_blocks(models["competition"])) if "competition" in models else []
+    if names:
+        plan["competition/0"] = ("competition", frozenset())
     for part in dict.fromkeys(map(_part, names)):
         competing = [name for name in names if _part(name) == part][:CAP]
         for count in range(1, len(competing) + 1):
@@ -234,32 +297,31 @@ def _alternate(shape: Shape, device: torch.device, repeats: int) -> tuple[dict[s
             taken = steps[case](competing_names)
             if repeat:  # the first round warms up
                 seconds[key].append(taken)
-    return {key: statistics.median(values) for key, values in seconds.items()}, names, flops
+    parameters = {case: sum(p.numel() for p in model.parameters()) for case, model in models.items()}
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
+    medians = {key: statistics.median(values) for key, values in seconds.items()}
+    return _Measured(medians, names, parameters, dict.fromkeys(cases, peak))
 
 
 def _part(name: str) -> str:
     return name.split(".")[0]
 
 
-def _peak_mb(case: str, shape: Shape, device: torch.device) -> float:
-    """Peak of two steps (with competition in as many layers as one step may have)."""
+def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        _two_steps(case, shape, device)
-        peak = torch.cuda.max_memory_allocated(device) / 2**20
         gc.collect()
         torch.cuda.empty_cache()
-        return peak
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _counted_peak_mb(case: str, shape: Shape, device: torch.device) -> float:
+    """Peak of two steps (with competition in as many layers as one step may have)."""
     with LiveBytes() as live:
-        _two_steps(case, shape, device)
+        model = build(case, shape, device)
+        step = make_step(model, shape, device)
+        for _ in range(2):
+            step(frozenset(list(moe_blocks(model))[-CAP:]))  # of the language model, the last part
     return live.peak / 2**20
-
-
-def _two_steps(case: str, shape: Shape, device: torch.device) -> None:
-    model = build(case, shape, device)
-    step = make_step(model, shape, device)
-    for _ in range(2):
-        step(frozenset(list(moe_blocks(model))[-CAP:]))  # of the language model, the last part
 
 
 def _synchronise(device: torch.device) -> None:

@@ -12,13 +12,14 @@ from tiny import TOWER, tiny_model
 
 from llava_compete.bench import train as bench
 from llava_compete.cli import main
+from llava_compete.errors import UserError
 from llava_compete.moe.block import moe_blocks
 from llava_compete.train.adapters import with_adapters
 from llava_compete.train.config import PartTraining
 from llava_compete.train.mfu import Utilisation, count_flops
 
 SHAPE = bench.Shape(16, 32, 2, 2, 64, 2, 16, "float32")
-SEEING = SHAPE._replace(tower=bench.Tower(8, 4, 12, 24, 6, 3))
+SEEING = SHAPE._replace(tower=bench.Tower(8, 4, 12, 24, 6, 3), expert_parts=bench.BOTH)
 CPU = torch.device("cpu")
 
 
@@ -85,18 +86,49 @@ def test_competing_layers_come_from_the_schedule(layers: int) -> None:
         assert set(competing[part]) <= {1, 2, 3}
 
 
-def test_the_slice_fits_and_keeps_the_share_of_tower_blocks() -> None:
-    whole = bench.GPU_SHAPE
-    assert bench.fit(whole, 10**15) == whole
-    for gigabytes in (10, 26, 80):
-        shape = bench.fit(whole, gigabytes * 10**9)
-        with torch.device("meta"):
-            model = bench.build("softmax", shape, torch.device("meta"))
-        assert shape.tower is not None
-        assert shape.tower.layers / shape.layers == pytest.approx(27 / 32, abs=0.3)
-        held = 8 * sum(parameter.numel() for parameter in model.parameters())
-        assert held < gigabytes * 10**9 * 0.72
-        assert shape.layers == 1 or held > gigabytes * 10**9 * 0.4
+def test_the_largest_real_shape_that_fits_is_stepped_on_the_meta_device() -> None:
+    shape = bench.fit(bench.GPU_LIMIT)
+    assert shape.name == "TinyLlama-1.1B + SigLIP so400m"
+    assert shape.rows * shape.micro_batches == bench.ROWS_A_STEP
+    model = bench.build("competition", shape, torch.device("meta"))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    published = 1.10e9 + 0.43e9  # of its two dense models
+    experts = 3 * 22 * 3 * 2048 * 5632  # three more of each MLP
+    assert parameters == pytest.approx(published + experts, rel=0.02)
+    assert 16 * parameters < bench.GPU_LIMIT
+    # What is larger, the paper's model, does not fit.
+    paper = bench.build("competition", bench.GPU_SHAPES[0], torch.device("meta"))
+    assert sum(parameter.numel() for parameter in paper.parameters()) == pytest.approx(5.1e9, rel=0.03)
+    with pytest.raises(UserError, match="1 GiB of GPU memory hold none"):
+        bench.fit(2**30)
+
+
+def test_operations_of_a_real_shape_are_counted_in_every_case() -> None:
+    shape = bench.GPU_SHAPES[1]._replace(layers=2, tower=bench.SIGLIP._replace(layers=2))
+    same = bench._utilisation(shape, 1e12, dict.fromkeys(bench.CASES, 1.0))
+    assert same["softmax"] == same["competition"] == pytest.approx(same["dense"], rel=0.01)
+
+
+def test_models_are_also_measured_one_at_a_time_in_half_precision() -> None:
+    shape = SEEING._replace(dtype="bfloat16", micro_batches=2)
+    dense = bench._alternate(("dense",), shape, CPU, 1)
+    assert set(dense.seconds) == {"dense"}
+    competition = bench._alternate(("competition",), shape, CPU, 1)
+    assert {"competition/0", "competition/vision.3", "competition/language.2"} <= set(competition.seconds)
+    assert competition.parameters["competition"] > dense.parameters["dense"]
+
+
+def test_half_precision_weights_follow_float32_copies() -> None:
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    exact = torch.nn.Parameter(torch.ones(4))
+    ours, plain = bench._Optimizer([weight]), torch.optim.AdamW([exact], lr=1e-4)
+    for _ in range(40):  # each step is far below bfloat16's spacing of 1/128 at 1
+        weight.grad, exact.grad = torch.ones(4, dtype=torch.bfloat16), torch.ones(4)
+        ours.step()
+        plain.step()
+    torch.testing.assert_close(ours.copies[0], exact.detach())
+    torch.testing.assert_close(weight.detach(), exact.detach().bfloat16())
+    assert float(weight.detach()[0]) < 1
 
 
 @pytest.mark.parametrize("shape", [SHAPE, SEEING])
@@ -120,4 +152,4 @@ def test_the_command_prints_and_writes_what_it_measured(
     assert found["softmax_over_dense"] == pytest.approx(seconds["softmax"] / seconds["dense"] - 1)
     assert set(found["tokens_per_second"]) == set(found["peak_mb"]) == set(bench.CASES)
     printed = capsys.readouterr().out
-    assert f"competition over softmax  {found['competition_over_softmax']:+.1%}  (aim: at most 8%)" in printed
+    assert f"competition over softmax  {found['competition_over_softmax']:+.1%}  (aim: at most 5%)" in printed

@@ -1,18 +1,48 @@
 """Tensors of a GPU that is not there: shapes and devices without memory. What reads a value on the host raises, for
-there is none to read: `.item()`, `.tolist()`, `nonzero`, selection by a mask. A backward pass through autograd's engine
-would look for the device, so `backward` walks its graph in Python and calls the same nodes."""
+there is none to read: `.item()`, `.tolist()`, `nonzero`, selection by a mask; `fake_gpu` adds the operators that hide
+such a read. A backward pass through autograd's engine would look for the device, so `backward` walks its graph in
+Python and calls the same nodes."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+HIDDEN_READS = {"masked_scatter_backward", "grouped_linear", "grouped_linear_backward", "bincount", "unique"}
+
+
+class HostReadError(Exception):
+    """An operator reads a value of the device."""
+
+
+class _RefuseHiddenReads(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        # torch has a grouped kernel for bfloat16 alone, and a loop over offsets on the host for other dtypes.
+        if name in HIDDEN_READS or (name == "_grouped_mm" and args[0].dtype != torch.bfloat16):
+            raise HostReadError(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def fake_gpu() -> Iterator[None]:
+    """Inside, tensors made on "cuda" are fake, and an operator that would wait for them raises."""
+    with FakeTensorMode(), _RefuseHiddenReads():
+        try:
+            yield
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise HostReadError(str(error)) from error
 
 
 def move_to_fake_gpu(model: nn.Module) -> None:
-    """Replace all parameters and buffers; inside a FakeTensorMode."""
+    """Replace all parameters and buffers; inside `fake_gpu`."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -24,7 +54,7 @@ def move_to_fake_gpu(model: nn.Module) -> None:
 
 
 def backward(root: Tensor) -> None:
-    """Gradients of the scalar `root` in every leaf's `grad`; inside the FakeTensorMode that made it."""
+    """Gradients of the scalar `root` in every leaf's `grad`; inside the `fake_gpu` that made it."""
     order = _nodes_in_order(root.grad_fn)
     grads: dict[Any, dict[int, Tensor]] = defaultdict(dict)
     grads[root.grad_fn][0] = torch.ones_like(root)
@@ -49,9 +79,7 @@ def backward(root: Tensor) -> None:
 def _call(node: Any, arrived: dict[int, Tensor]) -> tuple[Tensor | None, ...]:
     metadata = node._input_metadata
     if isinstance(node, torch.autograd.function.BackwardCFunction):  # the engine would fill in zeros
-        inputs = [
-            arrived.get(i, torch.zeros(m.shape, dtype=m.dtype, device=m.device)) for i, m in enumerate(metadata)
-        ]
+        inputs = [arrived.get(i, torch.zeros(m.shape, dtype=m.dtype, device=m.device)) for i, m in enumerate(metadata)]
         made = node.apply(*inputs)
     else:
         made = node(*(arrived.get(i) for i in range(len(metadata))))

@@ -31,6 +31,16 @@ def check_counts(places: Tensor, num_images: int, features_per_image: int, may_w
         torch._assert_async(count == expected, f"image placeholders in the text differ from {expected} image features")
 
 
+def place_features(embeds_BNH: Tensor, places_BN: Tensor, features_FH: Tensor) -> Tensor:
+    """The embeddings with feature f in the f-th true place, in reading order over the batch.
+
+    `masked_scatter` would do in the forward, but its backward selects by the mask, whose size a GPU's host waits for.
+    A stable sort brings the places to the front in their order; there are as many as features (`check_counts`).
+    """
+    rows_F = torch.argsort(places_BN.flatten().to(torch.uint8), descending=True, stable=True)[: len(features_FH)]
+    return embeds_BNH.flatten(0, 1).index_copy(0, rows_F, features_FH).view_as(embeds_BNH)
+
+
 def sample_positions(attention_mask: Tensor | None, sequence_ids: Tensor | None) -> Tensor | None:
     """Positions counted from each sample's first token, so that neither left padding nor packing shifts them."""
     if sequence_ids is not None:

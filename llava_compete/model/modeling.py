@@ -24,7 +24,7 @@ from transformers.modeling_outputs import ModelOutput
 from llava_compete.errors import UserError
 from llava_compete.language.loading_report import refuse_wrong_keys
 from llava_compete.model.config import LlavaCompeteConfig
-from llava_compete.model.functional import check_counts, language_loss, routing_losses, sample_positions
+from llava_compete.model.functional import check_counts, language_loss, place_features, routing_losses, sample_positions
 from llava_compete.model.generation import ImageGenerationMixin
 from llava_compete.model.place_experts import install_language_experts, install_vision_experts, make_projector
 from llava_compete.model.strict_loading import refuse_offloaded_tower, spare_from_quantization
@@ -217,7 +217,7 @@ class LlavaCompeteForConditionalGeneration(PreTrainedModel, ImageGenerationMixin
         if pixel_values is not None:
             features = self.get_image_features(pixel_values, num_sequences)
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
-            return inputs_embeds.masked_scatter(places.unsqueeze(-1), features)
+            return place_features(inputs_embeds, places, features.flatten(0, 1))
         if self.training:
             return inputs_embeds + self._dummy_image_features(input_ids.device).sum().to(inputs_embeds.dtype)
         return inputs_embeds

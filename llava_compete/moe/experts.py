@@ -123,10 +123,9 @@ class PackedExperts(nn.Module):
         if self.kept == "everything":
             return self._whole_competition(weights, x_TD)
         chunk_tokens = self.chunk_tokens or max(1, CHUNK_OUTPUTS // self.down_proj[:, :, 0].numel())
+        run, whole_T = self._whole_competition, x_TD
         if self.kept == "pre_activations":
             run, whole_T = self._contest, AllExpertsUp.apply(x_TD, weights.up, weights.up_bias)
-        else:
-            run, whole_T = self._whole_competition, x_TD
         # Random numbers are drawn by dropout alone; keeping their state costs a chunk more than its kernels' launches.
         drops = any(isinstance(module, nn.Dropout) for module in self.modules())
         chunks = [
@@ -139,10 +138,10 @@ class PackedExperts(nn.Module):
         output_TO = torch.cat([chunk.output_TO for chunk in chunks])
         return ExpertsOutput(output_TO, Contest(*(torch.cat(column) for column in contests)))
 
-    def _whole_competition(self, weights: ExpertWeights, x_TD: Tensor) -> ExpertsOutput:
+    def _whole_competition(self, weights: ExpertWeights, x_TD: Tensor, /) -> ExpertsOutput:
         return self._contest(weights, AllExpertsUp.apply(x_TD, weights.up, weights.up_bias))
 
-    def _contest(self, weights: ExpertWeights, up_TEM: Tensor) -> ExpertsOutput:
+    def _contest(self, weights: ExpertWeights, up_TEM: Tensor, /) -> ExpertsOutput:
         y_ETO = AllExpertsDown.apply(weights.activate(up_TEM), weights.down, weights.down_bias)
         return ExpertsOutput(*compete(y_ETO, self.affinity, self.num_winners))
 

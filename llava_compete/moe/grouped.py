@@ -69,6 +69,14 @@ class DispatchUp(torch.autograd.Function):
         return grad_x_TD, grad_weight_EMD, grad_bias_EM, None
 
 
+def dispatch_up(x_TD: Tensor, weight_EMD: Tensor, bias_EM: Tensor | None, pairs: Pairs) -> Tensor:
+    """`DispatchUp`, or at inference the same without its copy of the weights: few tokens are decoded at a time."""
+    if torch.is_grad_enabled():
+        return DispatchUp.apply(x_TD, weight_EMD, bias_EM, pairs)
+    up_PM = F.grouped_mm(x_TD.index_select(0, pairs.token_P), weight_EMD.transpose(1, 2), offs=pairs.ends_E)
+    return up_PM if bias_EM is None else up_PM.add_(bias_EM.index_select(0, pairs.expert_P.int()))
+
+
 class DownCombine(torch.autograd.Function):
     """Hidden states of each pair, [P, I] -> weighted sums over each token's choices, [T, O].
 

@@ -16,7 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from llava_compete.errors import UserError
 from llava_compete.moe.all_experts import AllExpertsDown, AllExpertsUp
-from llava_compete.moe.grouped import DispatchUp, DownCombine, aligned, fits_grouped_mm
+from llava_compete.moe.grouped import DownCombine, aligned, dispatch_up, fits_grouped_mm
 from llava_compete.moe.looped import grouped_linear
 from llava_compete.moe.pairs import Combine, Dispatch, Pairs
 
@@ -98,7 +98,7 @@ def eager(weights: ExpertWeights, x_TD: Tensor, selected_TK: Tensor, routing_TK:
 def grouped(weights: ExpertWeights, x_TD: Tensor, selected_TK: Tensor, routing_TK: Tensor) -> Tensor:
     """One grouped product for each layer of the MLP over tokens sorted by expert."""
     pairs = Pairs.sort(selected_TK, weights.num_experts)
-    h_PI = weights.activate(DispatchUp.apply(x_TD, aligned(weights.up), weights.up_bias, pairs))
+    h_PI = weights.activate(dispatch_up(x_TD, aligned(weights.up), weights.up_bias, pairs))
     routing_TK = routing_TK.to(h_PI.dtype)
     return DownCombine.apply(h_PI, aligned(weights.down), weights.down_bias, routing_TK, selected_TK, pairs)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 class Pairs(NamedTuple):
     """Pairs sorted by expert; pairs of one expert keep the order of their tokens. All indices stay on the device."""
 
+    expert_P: Tensor  # uint8, or int16 for more than 256 experts
     order_P: Tensor  # flat index t * K + k of each sorted pair
     token_P: Tensor
     place_TK: Tensor  # where each pair went: the inverse of `order_P`
@@ -27,13 +28,14 @@ class Pairs(NamedTuple):
         """From `selected_TK`, int64 expert numbers."""
         # A GPU sorts by passes over the key's bytes: one for a byte, eight for an int64.
         keys_P = selected_TK.reshape(-1).to(torch.uint8 if num_experts <= 256 else torch.int16)
-        experts_P, order_P = torch.sort(keys_P, stable=True)
+        expert_P, order_P = torch.sort(keys_P, stable=True)
         positions_P = torch.arange(order_P.shape[0], device=order_P.device)
         place_P = torch.empty_like(order_P).scatter_(0, order_P, positions_P)
         experts_E = torch.arange(num_experts, device=order_P.device, dtype=keys_P.dtype)
         # Ends by bisection: counting (bincount, unique) would read the number of experts' rows on the host.
-        ends_E = torch.searchsorted(experts_P, experts_E, right=True, out_int32=True)
-        return cls(order_P, order_P // selected_TK.shape[1], place_P.view(selected_TK.shape), ends_E)
+        ends_E = torch.searchsorted(expert_P, experts_E, right=True, out_int32=True)
+        token_P = order_P // selected_TK.shape[1]
+        return cls(expert_P, order_P, token_P, place_P.view(selected_TK.shape), ends_E)
 
 
 def sum_rows(rows_PH: Tensor, pairs: Pairs, weights_TK: Tensor | None = None) -> Tensor:

@@ -1,0 +1,102 @@
+"""A training step as a GPU would run it, on fake CUDA tensors: what reads a value on the host, or mixes devices, raises
+(fake_gpu.py). Forward and backward, with images and without, for every router and both kinds of step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fake_gpu import HostReadError, backward, fake_gpu, move_to_fake_gpu
+from tiny import tiny_model
+from torch import Tensor, nn
+
+from llava_compete.model import modeling
+from llava_compete.moe.block import SparseMoeBlock
+from llava_compete.moe.config import ROUTERS
+
+ROWS, LENGTH = 2, 64
+PARTS = ("vision", "projector", "language")
+
+
+@pytest.fixture(autouse=True)
+def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+
+
+def _step(router: str, competing: bool = False, packed: bool = False, images: bool = True, **config: Any) -> nn.Module:
+    """The model after forward and backward of a micro-batch."""
+    moe = {key: {"num_experts": 4, "num_experts_per_tok": 2, "router": router, **config} for key in PARTS}
+    model, _ = tiny_model(moe)
+    model = model.to(torch.bfloat16)
+    with fake_gpu():
+        move_to_fake_gpu(model)
+        ids = torch.zeros(ROWS, LENGTH, dtype=torch.long, device="cuda")
+        one = torch.ones((), device="cuda")
+        inputs: dict[str, Any] = {"input_ids": ids, "labels": ids, "num_items_in_batch": one}
+        inputs["num_sequences_in_batch"] = dict.fromkeys(PARTS, one)
+        if packed:
+            inputs |= {"sequence_ids": torch.zeros_like(ids), "num_local_sequences": 3}
+        else:
+            inputs["attention_mask"] = torch.ones_like(ids)
+        if images:
+            inputs["pixel_values"] = torch.zeros(ROWS, 3, 28, 28, device="cuda")
+        if competing:
+            model.routing.competing = frozenset(f"{part}.0" for part in PARTS)
+        backward(model(**inputs).loss)
+    return model
+
+
+CASES = [*((router, False) for router in ROUTERS), ("competition", True)]
+
+
+@pytest.mark.parametrize("images", [True, False], ids=["images", "text"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(("router", "competing"), CASES)
+def test_a_training_step_never_waits_for_the_gpu(router: str, competing: bool, packed: bool, images: bool) -> None:
+    check_gradients(_step(router, competing, packed, images))
+
+
+def check_gradients(model: nn.Module) -> None:
+    experts = [parameter for name, parameter in model.named_parameters() if ".experts." in name]
+    assert experts
+    for parameter in experts:
+        assert parameter.grad is not None
+        assert parameter.grad.shape == parameter.shape
+        assert parameter.grad.device.type == "cuda"
+
+
+@pytest.mark.parametrize("keeps", ["pre_activations", "input"])
+def test_nor_does_a_competition_that_is_computed_again(keeps: str) -> None:
+    check_gradients(_step("competition", competing=True, competition_keeps=keeps, competition_chunk_tokens=40))
+
+
+def test_nor_do_dense_products() -> None:
+    check_gradients(_step("softmax", experts_implementation="dense"))
+
+
+def test_a_read_on_the_host_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = SparseMoeBlock.forward
+
+    def forward(self: SparseMoeBlock, x: Tensor) -> Tensor:
+        output = plain(self, x)
+        output.sum().item()
+        return output
+
+    monkeypatch.setattr(SparseMoeBlock, "forward", forward)
+    with pytest.raises(HostReadError):
+        _step("softmax")
+
+
+def test_a_selection_by_mask_in_the_backward_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scatter(embeds: Tensor, places: Tensor, features: Tensor) -> Tensor:
+        return embeds.masked_scatter(places.unsqueeze(-1), features)
+
+    monkeypatch.setattr(modeling, "place_features", scatter)
+    with pytest.raises(HostReadError):
+        _step("softmax")
+
+
+def test_eager_experts_would_be_seen() -> None:
+    with pytest.raises(HostReadError, match="grouped_linear"):
+        _step("softmax", experts_implementation="eager")

@@ -1,0 +1,94 @@
+"""What a block's step asks of a GPU, counted without one: the number of operators does not depend on E, and nothing
+sums over repeated rows (operator_kit.py). Eager experts are left out: they are one product an expert by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from block_kit import make_block
+from operator_kit import Operators, RepeatedRowsError
+from torch import Tensor
+
+from llava_compete.moe.config import ROUTERS
+from llava_compete.moe.state import TokenGroups
+
+SIZES = {"hidden_size": 16, "intermediate_size": 32}
+# Of a step in float32 with biases; a launch costs a GPU's host 5 to 15 microseconds.
+MOST_OPERATORS = {"router": 130, "competition": 140}
+STEPS = [
+    *((router, False, implementation) for router in ROUTERS for implementation in ("grouped_mm", "dense")),
+    ("competition", True, "grouped_mm"),
+]
+
+
+def count(router: str, competing: bool, implementation: str, experts: int, **config: Any) -> tuple[int, int]:
+    """Operators of a forward and of a backward of output and auxiliary loss."""
+    block = make_block(
+        router=router,
+        num_experts=experts,
+        num_experts_per_tok=3,
+        experts_implementation=implementation,
+        sizes={**SIZES, **config.pop("sizes", {})},
+        **config,
+    )
+    block.state.competition_enabled, block.state.competing = True, frozenset({block.name} if competing else ())
+    x = torch.randn(2, 32, 16, requires_grad=True)
+    block.state.begin("language", TokenGroups.from_mask(torch.ones(2, 32)))
+    with Operators() as forward, block.state.recording():
+        output = block(x)
+    cotangent = torch.randn_like(output)
+    with Operators() as backward:
+        torch.autograd.backward([output, block.state.records[block.name].aux_loss], [cotangent, None])
+    return forward.total, backward.total
+
+
+@pytest.mark.parametrize(("router", "competing", "implementation"), STEPS)
+def test_the_number_of_operators_does_not_depend_on_the_number_of_experts(
+    router: str, competing: bool, implementation: str
+) -> None:
+    few, many = (count(router, competing, implementation, experts) for experts in (4, 64))
+    assert few == many
+    assert sum(few) <= MOST_OPERATORS["competition" if competing else "router"]
+
+
+@pytest.mark.parametrize("sizes", [{"gated": True, "bias": False, "activation": "silu"}, {"output_size": 24}])
+@pytest.mark.parametrize("config", [{}, {"affinity": "l2"}, {"competition_keeps": "pre_activations"}])
+def test_nor_does_it_for_other_experts_and_competitions(sizes: dict[str, Any], config: dict[str, Any]) -> None:
+    config = {**config, "sizes": sizes, "competition_chunk_tokens": 20 if "competition_keeps" in config else None}
+    few, many = (count("competition", True, "grouped_mm", experts, **config) for experts in (4, 64))
+    assert few == many
+
+
+def test_inference_computes_nothing_for_statistics() -> None:
+    for tokens, most in ((1, 14), (2, 26)):
+        block, x = make_block(experts_implementation="grouped_mm", sizes=SIZES), torch.randn(1, tokens, 16)
+        with torch.no_grad(), Operators() as operators:
+            block(x)
+        assert operators.total <= most, operators.counts
+        assert operators.counts["sort"] == (1 if tokens == 1 else 2), "the router's, and the tokens' by expert"
+
+
+@pytest.mark.parametrize(
+    "repeats",
+    [
+        lambda x: x[torch.tensor([0, 1, 1])],  # its gradient accumulates
+        lambda x: x.index_select(0, torch.tensor([0, 1, 1])),
+        lambda x: x.gather(0, torch.tensor([[0, 0], [1, 0], [1, 1]])),
+        lambda x: torch.nn.functional.embedding(torch.tensor([0, 1, 1]), x),
+    ],
+)
+def test_repeated_rows_would_be_seen(repeats: Any) -> None:
+    x = torch.randn(4, 2, requires_grad=True)
+    with pytest.raises(RepeatedRowsError), Operators():
+        repeats(x).sum().backward()
+
+
+def test_distinct_rows_pass() -> None:
+    def distinct(x: Tensor) -> Tensor:
+        return x[torch.tensor([3, 1])].sum() + x.gather(0, torch.tensor([[0, 2], [1, 0]])).sum()
+
+    x = torch.randn(4, 2, requires_grad=True)
+    with Operators():
+        distinct(x).backward()

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
+import sys
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
 
 from llava_compete.errors import UserError, did_you_mean, nearest
 from llava_compete.language.config import LanguageModelSection, TokenizerSection
+from llava_compete.language.interface import refuse_unusable
 from llava_compete.language.loading_report import refuse_wrong_keys
 from llava_compete.language.remote_code import register_remote_code
 from llava_compete.language.templates import ensure_generation_markers, set_chat_template
@@ -22,17 +33,21 @@ def text_config_of(
 ) -> PreTrainedConfig:
     """The language model's config.
 
-    A named model has its own; inline values beside the name must agree with it, and stand for it when `offline`.
+    A named model has its own; inline values beside the name must agree with it, and stand for it when `offline`. Of a
+    multimodal model it is that of the text part.
     """
     if language.config is not None and (language.name is None or offline):
         return _inline_config(dict(language.config))
     try:
         stored, _ = PreTrainedConfig.get_config_dict(language.name)
         register_remote_code(str(language.name), stored, trust_remote_code)
-        config = AutoConfig.from_pretrained(language.name)
+        whole = AutoConfig.from_pretrained(language.name)
     except (OSError, ValueError) as error:
         raise UserError(f"language_model.name: {language.name}: {str(error).splitlines()[0]}") from error
-    _refuse_multimodal(config, f"language_model.name: {language.name}")
+    config = whole.get_text_config(decoder=True)
+    refuse_unusable(config, f"language_model.name: {language.name}")
+    if config is not whole:  # the head is the whole model's, and so is the word on its weights
+        config.tie_word_embeddings = whole.tie_word_embeddings
     for key, value in (language.config or {}).items():
         if getattr(config, key, None) != value:
             found = getattr(config, key, None)
@@ -46,8 +61,7 @@ def _inline_config(values: dict[str, Any]) -> PreTrainedConfig:
     if model_type not in CONFIG_MAPPING:
         near = nearest(model_type, CONFIG_MAPPING, cutoff=0.6) or ["llama", "qwen3"]
         raise UserError(f"language_model.config.model_type: unknown {model_type!r}; such as {', '.join(near)}")
-    known = {field.name for field in dataclasses.fields(CONFIG_MAPPING[model_type])}
-    known |= {*CONFIG_MAPPING[model_type].attribute_map, "rope_theta", "rope_scaling"}
+    known = _known_keys(model_type)
     for key in values:
         if key not in known:
             hint = did_you_mean(key, known, cutoff=0.6)
@@ -56,27 +70,54 @@ def _inline_config(values: dict[str, Any]) -> PreTrainedConfig:
         config = AutoConfig.for_model(model_type, **values)
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise UserError(f"language_model.config: {' '.join(str(error).split())}") from error
-    _refuse_multimodal(config, "language_model.config")
+    refuse_unusable(config, "language_model.config")
     return config
 
 
-def _refuse_multimodal(config: PreTrainedConfig, source: str) -> None:
-    if not hasattr(config, "hidden_size"):
-        raise UserError(f"{source}: a {config.model_type!r} model, expected a causal LM")
+def _known_keys(model_type: str) -> set[str]:
+    """Keys of an inline config: the config's own fields, and what its model reads without there being a field, such as
+    `head_dim` of Mistral's and Granite's."""
+    config_class = CONFIG_MAPPING[model_type]
+    known = {field.name for field in dataclasses.fields(config_class)}
+    known |= {*config_class.attribute_map, "rope_theta", "rope_scaling"}
+    if config_class in MODEL_FOR_CAUSAL_LM_MAPPING:
+        module = sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[config_class].__module__]
+        known |= set(re.findall(r"getattr\((?:self\.)?config, \"(\w+)\"", inspect.getsource(module)))
+    return known
 
 
-def load_language_model(name: str, attention: str | None = None) -> Any:
-    """The named causal LM, every weight of it read from its files."""
+# Where multimodal checkpoints keep the text part, as names of a causal LM alone. transformers' own conversions, which a
+# text part's class may have besides, come after these.
+_TEXT_PART_NAMES = {
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+
+
+def load_language_model(
+    language: LanguageModelSection, *, attention: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The named causal LM, or the text part of the named multimodal model, every weight of it read from its files."""
+    name, config = str(language.name), text_config_of(language, trust_remote_code=trust_remote_code)
+    multimodal = PreTrainedConfig.get_config_dict(name)[0].get("model_type") != config.model_type
     try:
         language_model, info = AutoModelForCausalLM.from_pretrained(
             name,
+            config=config,
             attn_implementation=attention,
+            key_mapping=_TEXT_PART_NAMES if multimodal else None,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with the other wrong keys
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"language_model.name: {name}: {str(error).splitlines()[0]}") from error
+    if multimodal:  # the other parts' weights are not wanted
+        info = {**info, "unexpected_keys": set()}
     refuse_wrong_keys(name, info)
+    # Where the files hold a head that differs, transformers keeps it, whatever the config says.
+    head, embeddings = language_model.get_output_embeddings(), language_model.get_input_embeddings()
+    language_model.config.tie_word_embeddings = head.weight is embeddings.weight
     return language_model
 
 

@@ -162,9 +162,14 @@ def _join(section: ModelSection, config: LlavaCompeteConfig, tokenizer: Any) -> 
             raise UserError(
                 "moe: experts of a pretrained model come from `llava-compete upcycle`, not from random weights"
             )
+        language_model = load_language_model(
+            language, attention=section.attention, trust_remote_code=section.trust_remote_code
+        )
+        tied = language_model.config.tie_word_embeddings
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
         with torch.device("meta"):
             model = LlavaCompeteForConditionalGeneration(config)
-        model.language_model = load_language_model(language.name, section.attention)
+        model.language_model = language_model
         if config.tower is not None:
             model.vision_tower = VisionTower(config.tower)
             model.projector = Projector(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_forward import picture
 from tiny import LANGUAGE, TOWER, tiny_model, tiny_tokenizer
 from tower_kit import open_clip_tower
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma3Config, LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, CLIPConfig, LlamaConfig, LlamaForCausalLM
 
 from llava_compete.errors import UserError
 from llava_compete.model.build import build_model
@@ -91,9 +91,9 @@ def test_bad_language_models_are_named(language: Path, tmp_path: Path) -> None:
             tiny_model(language=changes)
     with pytest.raises(UserError, match=r"language_model\.name: .*nowhere"):
         build_model(section(tmp_path / "nowhere"), None, seed=0)
-    Gemma3Config().save_pretrained(tmp_path / "gemma3")
-    with pytest.raises(UserError, match=r"gemma3: a 'gemma3' model, expected a causal LM"):
-        build_model(section(tmp_path / "gemma3"), None, seed=0)
+    CLIPConfig().save_pretrained(tmp_path / "clip")
+    with pytest.raises(UserError, match=r"clip: a 'clip.*' model, expected a causal LM"):
+        build_model(section(tmp_path / "clip"), None, seed=0)
     with pytest.raises(UserError, match="experts of a pretrained model come from `llava-compete upcycle`"):
         build_model(section(language), MoeConfig.model_validate({"language": {}}), seed=0)
     changed = {"name": str(language), "config": {"model_type": "llama", "hidden_size": 64}}

@@ -1,8 +1,9 @@
 """Generation speed: our model, dense and with experts, against transformers' own Llava of the same size, in one run.
 
 All have random weights, the same tower, projector and language model sizes, and answer the same batch: an image, a
-prompt, then exactly `new_tokens` greedy tokens. Rounds take turns, so that a busy machine is busy for all of them.
-Caller: `llava-compete bench generate`.
+prompt, then exactly `new_tokens` greedy tokens. A mixture of experts of the size does K experts' arithmetic a token
+and reads up to E experts' weights, so it stands beside dense models of both: MLPs K times and E times as wide.
+Rounds take turns, so that a busy machine is busy for all of them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,10 @@ from llava_compete.model.section import ModelSection
 from llava_compete.moe.config import MoeConfig
 
 IMAGE_SIZE, PATCH_SIZE = 112, 14
+EXPERTS, CHOSEN = 4, 2
+LLAVA, DENSE, SAME_ACTIVE, SAME_BYTES, MOE = (
+    "transformers Llava", "dense", "dense, same active width", "dense, same bytes", "moe",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Speed:
 def bench_generate(
     size: Size, batch_size: int, prompt_tokens: int, new_tokens: int, rounds: int, device: str, dtype: str
 ) -> dict[str, Any]:
-    """Speeds by model, and ours relative to transformers' Llava."""
+    """Speeds by model, each relative to transformers' Llava of the dense size, and of the mixture to each dense one."""
     num_image_tokens = (IMAGE_SIZE // PATCH_SIZE) ** 2
     if prompt_tokens <= num_image_tokens:
         raise UserError(
@@ -62,9 +67,15 @@ def bench_generate(
         raise UserError("--batch-size, --new-tokens, --rounds: expected at least 1")
     torch.manual_seed(0)
     torch_dtype = getattr(torch, dtype)
-    models = {"transformers Llava": _llava(size), "dense": _ours(size, None), "moe": _ours(size, _moe())}
+    models = {
+        LLAVA: _llava(size),
+        DENSE: _ours(size, None),
+        SAME_ACTIVE: _ours(_widened(size, CHOSEN), None),
+        SAME_BYTES: _ours(_widened(size, EXPERTS), None),
+        MOE: _ours(size, _moe()),
+    }
     models = {name: model.to(device, torch_dtype).eval() for name, model in models.items()}
-    image_token = models["dense"].config.image_token_id
+    image_token = models[DENSE].config.image_token_id
     ids = torch.randint(300, size.vocabulary, (batch_size, prompt_tokens), device=device)
     ids[:, 1 : 1 + num_image_tokens] = image_token
     inputs = {
@@ -88,10 +99,11 @@ def bench_generate(
         )
         for name, seconds in times.items()
     }
-    reference = speeds["transformers Llava"].tokens_per_second
+    reference, mixture = speeds[LLAVA].tokens_per_second, speeds[MOE].tokens_per_second
     return {
         "speeds": speeds,
         "relative": {name: round(speed.tokens_per_second / reference, 3) for name, speed in speeds.items()},
+        "moe_over": {name: round(mixture / speeds[name].tokens_per_second, 3) for name in models if name != MOE},
         "batch_size": batch_size,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
@@ -111,7 +123,11 @@ def _timed(run: Callable[[], Any], device: str) -> float:
 
 
 def _moe() -> MoeConfig:
-    return MoeConfig.model_validate({"language": {"num_experts": 4, "num_experts_per_tok": 2}})
+    return MoeConfig.model_validate({"language": {"num_experts": EXPERTS, "num_experts_per_tok": CHOSEN}})
+
+
+def _widened(size: Size, times: int) -> Size:
+    return replace(size, intermediate=size.intermediate * times)
 
 
 def _language(size: Size) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def _train_summary(result: dict[str, Any]) -> str:
 
 
 def _generate_summary(result: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value:.2f}" for name, value in result["relative"].items())
+    return "MoE over " + "; ".join(f"{name} {ratio:.2f}" for name, ratio in result["moe_over"].items())
 
 
 def _demo_summary(result: dict[str, Any]) -> str:

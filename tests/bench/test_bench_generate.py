@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import pytest
 
-from llava_compete.bench.generate import Size, bench_generate
+from llava_compete.bench.generate import DENSE, LLAVA, MOE, SAME_ACTIVE, SAME_BYTES, Size, bench_generate
 from llava_compete.errors import UserError
 
 
-def test_dense_has_llavas_size_and_all_are_measured():
+def test_the_mixture_is_measured_beside_dense_models_of_its_size_its_active_width_and_its_bytes():
     size = Size(hidden=64, intermediate=96, layers=2, heads=4, vision_hidden=64, vision_layers=2, vocabulary=512)
     result = bench_generate(size, batch_size=2, prompt_tokens=80, new_tokens=3, rounds=1, device="cpu", dtype="float32")
-    assert set(result["speeds"]) == {"transformers Llava", "dense", "moe"}
+    assert list(result["speeds"]) == [LLAVA, DENSE, SAME_ACTIVE, SAME_BYTES, MOE]
     assert all(speed.tokens_per_second > 0 for speed in result["speeds"].values())
-    reference, dense = result["speeds"]["transformers Llava"], result["speeds"]["dense"]
+    parameters = {name: speed.parameters for name, speed in result["speeds"].items()}
     # Theirs keeps the tower's last block, whose output nobody reads.
-    assert dense.parameters == pytest.approx(reference.parameters, rel=0.25)
-    assert result["speeds"]["moe"].parameters > dense.parameters
+    assert parameters[DENSE] == pytest.approx(parameters[LLAVA], rel=0.25)
+    experts, routers = 2 * 3 * 64 * 96, 2 * 4 * 64  # one more expert in each layer; all routers
+    assert parameters[SAME_ACTIVE] == parameters[DENSE] + experts
+    assert parameters[SAME_BYTES] == parameters[DENSE] + 3 * experts
+    assert parameters[MOE] == parameters[SAME_BYTES] + routers
+    speeds = {name: speed.tokens_per_second for name, speed in result["speeds"].items()}
+    assert result["moe_over"] == {
+        name: pytest.approx(speeds[MOE] / speed, abs=1e-3) for name, speed in speeds.items() if name != MOE
+    }
 
 
 def test_a_prompt_must_have_room_for_its_image():

@@ -1,5 +1,7 @@
 """Generation speed of our model, dense and with experts, against transformers' own Llava of the same size.
 
+The mixture of experts stands beside dense models of its own size, of its active width, and of its bytes.
+
 llava-compete bench generate
 llava-compete bench generate --device cuda --dtype bfloat16 --batch-size 32 --json speed.json
 """
@@ -40,10 +42,10 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.device,
         arguments.dtype,
     )
-    table = Table("model", "parameters", "tokens/s", "slowest round", "relative", title="Generation")
+    table = Table("model", "parameters", "tokens/s", "slowest round", "relative", "MoE over it", title="Generation")
     for name, speed in result["speeds"].items():
         speed_row = (f"{speed.parameters:,}", f"{speed.tokens_per_second:,.0f}", f"{speed.slowest:,.0f}")
-        table.add_row(name, *speed_row, f"{result['relative'][name]:.2f}")
+        table.add_row(name, *speed_row, f"{result['relative'][name]:.2f}", f"{result['moe_over'].get(name, 1):.2f}")
     Console().print(table)
     if arguments.json:
         speeds = {name: asdict(speed) for name, speed in result["speeds"].items()}

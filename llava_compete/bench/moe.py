@@ -1,6 +1,7 @@
 """Time and peak memory of an MoE block's forward and backward beside floors measured in the same run.
 
-The floors are K and E dense MLPs on the same tokens: what the arithmetic alone costs. All cases of a shape take turns
+The floors are K and E dense MLPs on the same tokens: what the arithmetic alone costs. On gated shapes transformers' own
+block takes part, with the same width, experts and tokens. All cases of a shape take turns
 within each round, so that a busy machine slows them alike. Peak memory is what tensors hold (parameters, gradients and
 activations of the block): the caching allocator's on CUDA, a count over every operator's outputs on CPU.
 """
@@ -25,9 +26,12 @@ from llava_compete.moe.config import ROUTERS, MoeLayerConfig
 from llava_compete.moe.state import RoutingState, TokenGroups
 
 NAME = "language.0"
-COMPETITION, RECOMPUTED = "competition_step", "competition_step_recompute"
-CASES = ("dense_k", "dense_e", *ROUTERS, COMPETITION, RECOMPUTED)
+COMPETITION = "competition_step"
+RECOMPUTED, PRE_ACTIVATIONS = f"{COMPETITION}_recompute", f"{COMPETITION}_pre_activations"
+CASES = ("dense_k", "dense_e", *ROUTERS, COMPETITION, RECOMPUTED, PRE_ACTIVATIONS)
 RECOMPUTED_CHUNKS = 8
+# transformers' own block, on gated shapes: Mixtral's, with each kernel for it that this machine has.
+TRANSFORMERS = "mixtral_"
 
 
 class Shape(NamedTuple):
@@ -50,7 +54,7 @@ GPU_SHAPES = (*CPU_SHAPES, Shape(1152, 4304, 4, 2), Shape(3072, 8192, 4, 2, gate
 
 @dataclass(frozen=True)
 class Row:
-    """One case of one shape; `ratio` is to dense_e for a competition step and to dense_k otherwise."""
+    """One case of one shape; `ratio` is to `floor(case)`."""
 
     shape: Shape
     tokens: int
@@ -63,6 +67,11 @@ class Row:
         sizes = {name: getattr(self.shape, name) for name in ("D", "I", "E", "K")}
         numbers = {"ms": self.ms, "peak_mb": self.peak_mb, "ratio": self.ratio}
         return {"shape": {**sizes, "tokens": self.tokens}, "case": self.case, **numbers}
+
+
+def floor(case: str) -> str:
+    """What a case is measured against: E dense MLPs for a competition step, else K."""
+    return "dense_e" if case == "dense_e" or case.startswith(COMPETITION) else "dense_k"
 
 
 class _DenseMlps(nn.Module):
@@ -93,23 +102,23 @@ def measure(
     rounds: int,
     device: torch.device,
     dtype: torch.dtype,
-    cases: Sequence[str] = CASES,
+    cases: Sequence[str] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
-    """Measure every case of every shape; `tokens` per step, times are medians over `rounds`."""
+    """Measure cases (default: all) of every shape; `tokens` per step, times are medians over `rounds`."""
     rows: list[Row] = []
     for shape in shapes:
-        steps = {case: _Step(shape, case, tokens, device, dtype) for case in cases}
+        names = cases or (*CASES, *(_kernels_of_transformers(device) if shape.gated else ()))
+        steps = {case: _Step(shape, case, tokens, device, dtype) for case in names}
         peaks = {case: step.peak_bytes() for case, step in steps.items()}  # also the warm-up
-        times: dict[str, list[float]] = {case: [] for case in cases}
+        times: dict[str, list[float]] = {case: [] for case in names}
         for number in range(rounds):
             progress(f"{shape}: round {number + 1} of {rounds}")
             for case, step in steps.items():
                 times[case].append(step.seconds())
         medians = {case: statistics.median(values) for case, values in times.items()}
-        for case in cases:
-            floor = "dense_e" if case in (COMPETITION, RECOMPUTED, "dense_e") else "dense_k"
-            ratio = medians[case] / medians[floor]
+        for case in names:
+            ratio = medians[case] / medians[floor(case)]
             rows.append(Row(shape, tokens, case, medians[case] * 1e3, peaks[case] / 1e6, ratio))
     return rows
 
@@ -167,11 +176,15 @@ class _Step:
 def _build(shape: Shape, case: str, tokens: int) -> nn.Module:
     if case.startswith("dense"):
         return _DenseMlps(shape, shape.K if case == "dense_k" else shape.E)
-    competes = case in (COMPETITION, RECOMPUTED)
+    if case.startswith(TRANSFORMERS):
+        return _block_of_transformers(shape, case.removeprefix(TRANSFORMERS))
+    competes = case.startswith(COMPETITION)
     state = RoutingState()
     state.competition_enabled, state.competing = competes, frozenset({NAME} if competes else ())
-    config = {"num_experts": shape.E, "num_experts_per_tok": shape.K, "router": "competition" if competes else case}
-    if case == RECOMPUTED:
+    config: dict[str, Any] = {"num_experts": shape.E, "num_experts_per_tok": shape.K}
+    config["router"] = "competition" if competes else case
+    if case in (RECOMPUTED, PRE_ACTIVATIONS):
+        config["competition_keeps"] = "input" if case == RECOMPUTED else "pre_activations"
         config["competition_chunk_tokens"] = -(-tokens // RECOMPUTED_CHUNKS)
     return SparseMoeBlock(
         MoeLayerConfig.model_validate(config),
@@ -185,12 +198,41 @@ def _build(shape: Shape, case: str, tokens: int) -> nn.Module:
     )
 
 
+def _block_of_transformers(shape: Shape, kernel: str) -> nn.Module:
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    config = MixtralConfig(
+        hidden_size=shape.D,
+        intermediate_size=shape.I,
+        num_local_experts=shape.E,
+        num_experts_per_tok=shape.K,
+        experts_implementation=kernel,
+    )
+    block = MixtralSparseMoeBlock(config)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return block
+
+
+def _kernels_of_transformers(device: torch.device) -> list[str]:
+    """Cases of its block that can train here. Its batched_mm copies an expert's weights for each pair: too large."""
+    kernels = ["grouped_mm"]
+    try:
+        from transformers.integrations.sonicmoe import is_sonicmoe_loadable
+    except ImportError:  # a version without this kernel
+        return [TRANSFORMERS + kernel for kernel in kernels]
+    if device.type == "cuda" and is_sonicmoe_loadable():
+        kernels.append("sonicmoe")
+    return [TRANSFORMERS + kernel for kernel in kernels]
+
+
 def table(rows: Sequence[Row]) -> Iterator[str]:
     """Lines of a table for the console."""
-    yield f"{'shape':<30}{'case':<28}{'ms':>10}{'ratio':>8}{'floor':>10}{'peak MB':>10}"
+    yield f"{'shape':<30}{'case':<36}{'ms':>10}{'ratio':>8}{'floor':>10}{'peak MB':>10}"
     for row in rows:
-        floor = "dense_e" if row.case in (COMPETITION, RECOMPUTED, "dense_e") else "dense_k"
-        yield f"{row.shape!s:<30}{row.case:<28}{row.ms:>10.2f}{row.ratio:>8.2f}{floor:>10}{row.peak_mb:>10.1f}"
+        against = floor(row.case)
+        yield f"{row.shape!s:<30}{row.case:<36}{row.ms:>10.2f}{row.ratio:>8.2f}{against:>10}{row.peak_mb:>10.1f}"
 
 
 def write_json(rows: Sequence[Row], path: Path) -> None:

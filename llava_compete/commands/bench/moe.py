@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens in a step (default 2048)")
+    parser.add_argument("--tokens", type=int, default=None, help="tokens in a step (default 2048; 8192 on a GPU)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds in which every case runs once (default 7)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
     parser.add_argument("--shape", type=int, nargs=4, metavar=("D", "I", "E", "K"), action="append", help="only these")
@@ -51,12 +51,13 @@ def run(arguments: argparse.Namespace) -> None:
     if not on_gpu:
         keep_freed_memory()
     device = torch.device("cuda" if on_gpu else "cpu")
+    tokens = arguments.tokens or (8192 if on_gpu else 2048)
     machine = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
-    logger.info("%s, %s, %d tokens", machine, "bfloat16" if on_gpu else "float32", arguments.tokens)
+    logger.info("%s, %s, %d tokens", machine, "bfloat16" if on_gpu else "float32", tokens)
     shapes = [moe.Shape(*sizes) for sizes in arguments.shape or []]
     rows = moe.measure(
         shapes or (moe.GPU_SHAPES if on_gpu else moe.CPU_SHAPES),
-        tokens=arguments.tokens,
+        tokens=tokens,
         rounds=arguments.rounds,
         device=device,
         dtype=torch.bfloat16 if on_gpu else torch.float32,

@@ -76,3 +76,11 @@ def read_json_lines(path: str | Path) -> Iterator[Any]:
         raise UserError(f"{path}: no such file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8: {error}") from error
+
+
+def mode_by_umask(folder: str | Path, pattern: str = "*.safetensors") -> None:
+    """Give files that a library made for its user alone (safetensors: 0600) the mode of any other new file."""
+    umask = os.umask(0)  # there is no way to read it but to set it
+    os.umask(umask)
+    for path in Path(folder).glob(pattern):
+        path.chmod(0o666 & ~umask)

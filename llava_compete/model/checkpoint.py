@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llava_compete.errors import UserError
+from llava_compete.files import mode_by_umask
 from llava_compete.language.remote_code import copy_remote_code, register_remote_code
 from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
@@ -110,4 +111,5 @@ def save_checkpoint(
     if state_dict is not None:  # gathered tensors no longer share memory, by which transformers would see the ties
         state_dict = {key: tensor for key, tensor in state_dict.items() if key not in model.all_tied_weights_keys}
     model.save_pretrained(directory, state_dict=state_dict, max_shard_size=max_shard_size)
+    mode_by_umask(directory)
     processor.save_pretrained(directory)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from llava_compete.config import StrictConfig
 from llava_compete.errors import UserError, and_more
+from llava_compete.files import mode_by_umask
 from llava_compete.model.checkpoint import INDEX, WEIGHTS, TensorFacts, read_config, read_weight_headers
 from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
@@ -204,6 +205,7 @@ def _write_shards(
                 bar.update(sizes[key])
             save_file(tensors, directory / name, metadata={"format": "pt"})
             weight_map.update(dict.fromkeys(keys, name))
+    mode_by_umask(directory)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from llava_compete.errors import UserError
+from llava_compete.files import mode_by_umask
 from llava_compete.model.build import save_checkpoint
 from llava_compete.train import checkpoints, trainable
 from llava_compete.train import resharding as universal
@@ -349,6 +350,7 @@ class StageTrainer(Trainer):
         self.model.save_pretrained(directory, state_dict=state_dict)
         state_dict = self.model.state_dict() if state_dict is None else state_dict
         save_file({name: state_dict[name].contiguous() for name in self._trained()}, directory / ADAPTED_WEIGHTS)
+        mode_by_umask(directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The weights of a checkpoint without DeepSpeed: peft's loading would leave out parts that train in full."""

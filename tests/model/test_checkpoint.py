@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,18 @@ def test_sharded_and_missing_shard(tmp_path: Path) -> None:
     (tmp_path / files[0]).unlink()
     with pytest.raises(UserError, match=f"{files[0]}: missing"):
         load_checkpoint(tmp_path)
+
+
+def test_the_umask_says_who_may_read_the_weights(tmp_path: Path) -> None:
+    """safetensors makes its files for their owner alone, and a checkpoint beside them would be of no use to a group."""
+    before = os.umask(0o027)
+    try:
+        save_checkpoint(*tiny_model(), tmp_path, max_shard_size="100KB")
+    finally:
+        os.umask(before)
+    files = list(tmp_path.iterdir())
+    assert sum(file.suffix == ".safetensors" for file in files) > 1
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in files} == {file.name: "0o640" for file in files}
 
 
 def test_tied_tensors_are_stored_once_also_when_gathered(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -94,6 +95,15 @@ def test_shards_are_small_and_hold_everything_once(dense: Path, tmp_path: Path) 
         biggest = max(t.numel() * 4 for t in load_file(tmp_path / "many" / file).values())
         assert (tmp_path / "many" / file).stat().st_size <= max(64 * 1024, biggest) + 4096
     assert torch.equal(logits(tmp_path / "one"), logits(tmp_path / "many"))
+
+
+def test_the_umask_says_who_may_read_the_weights(dense: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        upcycle(dense, tmp_path / "moe", MoeConfig.model_validate({"language": {}}), seed=0)
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in (tmp_path / "moe").glob("*.safetensors")} == {"0o640"}
 
 
 def test_memory_stays_near_a_shard(tmp_path: Path) -> None:

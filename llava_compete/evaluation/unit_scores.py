@@ -7,11 +7,14 @@ hold a number, or a dictionary with a `score`, needs nothing here.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_compete.errors import UserError
+from llava_compete.files import read_json_lines, write_json_lines
 
 Sample = dict[str, Any]
 # Entries of a per-sample line that lmms-eval itself writes.
@@ -47,6 +50,26 @@ def weighted_mean(units: Iterable[Unit]) -> float:
     """The benchmark's score, between 0 and 1."""
     units = list(units)
     return sum(unit.score * unit.weight for unit in units) / sum(unit.weight for unit in units)
+
+
+def write_units(directory: Path, task: str, units: Iterable[Unit]) -> None:
+    """Write samples/TASK.jsonl of an evaluation directory, a line a unit."""
+    write_json_lines(directory / "samples" / f"{task}.jsonl", (unit._asdict() for unit in units))
+
+
+def read_units(directory: Path, task: str) -> list[Unit]:
+    """Read samples/TASK.jsonl; lines that are not units, and scores that are no numbers, are a `UserError`."""
+    path = directory / "samples" / f"{task}.jsonl"
+    try:
+        units = [Unit(**line) for line in read_json_lines(path)]
+    except (TypeError, UserError) as error:
+        raise UserError(f"{path}: not per-sample scores ({error}); evaluate again") from error
+    for unit in units:
+        if not (math.isfinite(unit.score) and math.isfinite(unit.weight) and unit.weight > 0):
+            raise UserError(
+                f"{path}: {unit.id}: score {unit.score}, weight {unit.weight}; expected numbers, weight > 0"
+            )
+    return units
 
 
 def score_samples(task: str, samples: list[Sample]) -> list[Unit]:

@@ -6,7 +6,6 @@ and tokens/s from */run/metrics.jsonl, scores from eval/summary.json, routing on
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llava_compete.errors import UserError
-from llava_compete.files import write_json
+from llava_compete.files import read_json, read_json_lines, write_json
 from llava_compete.report.figures import plot_expert_use, plot_loss_terms
 
 TRAINING_STAGES = ("pretrain_align", "sft")
@@ -36,7 +35,7 @@ def read_log(stage_directory: Path) -> TrainingLog:
     path = stage_directory / "run" / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{path}: missing; the stage has not run to its end")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = list(read_json_lines(path))
     steps = [line for line in lines if "event" not in line and "loss" in line]
     ends = [line for line in lines if line.get("event") == "end"]
     if not steps or not ends:
@@ -124,4 +123,4 @@ def _row(cells: list[str]) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: missing; the evaluation has not finished")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)

@@ -7,6 +7,7 @@ beginning, up to 20 million symbols: text from the hub has no end. Caller: `llav
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,12 +42,14 @@ class Perplexity:
 
 
 class RowScore(NamedTuple):
-    """One held-out row: bits the model needs, bytes of its predicted tokens, and how many it predicts right."""
+    """One held-out row: bits the model needs, bytes of its predicted tokens, how many it predicts right, and a digest
+    of those tokens, by which two evaluations are known to have seen the same text."""
 
     bits: float
     text_bytes: int
     correct: int
     tokens: int
+    content: str
 
 
 def measure(model: Any, tokenizer: Any, section: TextSection, batch_size: int = 8) -> tuple[Perplexity, list[RowScore]]:
@@ -68,7 +71,8 @@ def measure(model: Any, tokenizer: Any, section: TextSection, batch_size: int = 
         for bits_N, right_N, labels_N in zip(bits_BN, right_BN, labels_BN, strict=True):
             kept = labels_N != -100
             size = int(lengths[labels_N[kept]].sum())
-            scores.append(RowScore(float(bits_N.sum()), size, int(right_N[kept].sum()), int(kept.sum())))
+            content = hashlib.sha256(labels_N[kept].numpy().tobytes()).hexdigest()[:16]
+            scores.append(RowScore(float(bits_N.sum()), size, int(right_N[kept].sum()), int(kept.sum()), content))
     tokens, text_bytes = sum(row.tokens for row in scores), sum(row.text_bytes for row in scores)
     bits = sum(row.bits for row in scores)
     loss = bits * math.log(2) / tokens
@@ -91,9 +95,12 @@ def comparison_units(scores: list[RowScore]) -> dict[str, list[Unit]]:
     0.08 bits per byte.
     """
     compression = [
-        Unit(str(n), 1 - row.bits / (8 * row.text_bytes), row.text_bytes, None, "", "") for n, row in enumerate(scores)
+        Unit(str(n), 1 - row.bits / (8 * row.text_bytes), row.text_bytes, None, "", row.content)
+        for n, row in enumerate(scores)
     ]
-    accuracy = [Unit(str(n), row.correct / row.tokens, row.tokens, None, "", "") for n, row in enumerate(scores)]
+    accuracy = [
+        Unit(str(n), row.correct / row.tokens, row.tokens, None, "", row.content) for n, row in enumerate(scores)
+    ]
     return {"text_compression": compression, "text_next_token": accuracy}
 
 

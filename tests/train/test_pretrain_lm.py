@@ -1,6 +1,7 @@
 """Stage pretrain_lm by its commands: train, resume bit-equal, perplexity beside bigrams, lm-eval on a local task."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava_compete import cli
+from llava_compete.config import dump_yaml, read_yaml
 from llava_compete.data.text.rows import HeldOutRows, token_byte_lengths
 from llava_compete.model.checkpoint import load_checkpoint
 
@@ -113,12 +115,24 @@ def test_perplexity_is_printed_beside_the_bigrams(workplace, capsys):
     assert summary["tasks"]["text_compression"]["accuracy"] == pytest.approx(1 - found["bits_per_byte"] / 8, rel=1e-6)
 
 
-def test_compare_reads_the_runs(workplace, tmp_path):
+def test_compare_reads_the_runs(workplace, tmp_path, capsys):
     assert cli.main(["perplexity", str(workplace / "run"), "--out", str(tmp_path / "a")]) == 0
-    assert cli.main(["perplexity", str(workplace / "run"), "--out", str(tmp_path / "b")]) == 0
+    other = shutil.copytree(workplace / "run", tmp_path / "other")  # the same weights, but not the same files
+    (other / "generation_config.json").write_text("{}")
+    assert cli.main(["perplexity", str(other), "--out", str(tmp_path / "b")]) == 0
     runs = [f"{name}={tmp_path / name}" for name in ("a", "b")]
     assert cli.main(["compare", *runs, "--resamples", "1000", "--out", str(tmp_path / "out")]) == 0
     assert list((tmp_path / "out").iterdir())
+
+    # Another text of as many documents: a difference would say nothing of the models.
+    (tmp_path / "text.jsonl").write_text("".join((workplace / "train.jsonl").open().readlines()[:20]))
+    content = read_yaml(workplace / "run" / "run" / "config.yaml")
+    content["data"]["validation"]["path"] = str(tmp_path / "text.jsonl")
+    dump_yaml(content, tmp_path / "text.yaml")
+    words = ["perplexity", str(other), "--out", str(tmp_path / "c"), "--config", str(tmp_path / "text.yaml")]
+    assert cli.main(words) == 0
+    assert cli.main(["compare", runs[0], f"c={tmp_path / 'c'}"]) == 2
+    assert "evaluate both alike" in (error := capsys.readouterr().err) or "the data differ" in error
 
 
 def test_lm_eval_runs_a_local_task_offline(workplace, tmp_path, monkeypatch, capsys):

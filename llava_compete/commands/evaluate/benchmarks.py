@@ -39,8 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from llava_compete.console import setup_console
+    from llava_compete.evaluation.checkpoint_facts import checkpoint_config
     from llava_compete.evaluation.config import EvalConfig
-    from llava_compete.evaluation.lmms.benchmark_run import EvaluationError, checkpoint_config, evaluate
+    from llava_compete.evaluation.lmms.benchmark_run import EvaluationError, evaluate
     from llava_compete.files import write_json
 
     if arguments.checkpoint == "prepare":

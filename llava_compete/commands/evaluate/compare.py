@@ -1,11 +1,14 @@
-"""Compare evaluations: scores, paired differences with 95% intervals, permutation tests, a forest plot.
+"""Compare evaluations: scores, paired differences with 95% intervals, tests, power, a forest plot.
 
   llava-compete compare outputs/a/eval outputs/b/eval
   llava-compete compare dense=d0/eval,d1/eval,d2/eval competition=c0/eval,c1/eval,c2/eval --out eval/results/mine
 
-Each RUN is an evaluation directory, or NAME=DIR,DIR,... with one directory a training seed (in the same order for all:
-runs of one seed are paired). The first is the baseline. Runs that answered other questions, or were prompted or scored
-in another way, are refused.
+  llava-compete compare softmax=s0/eval,s1/eval,s2/eval competition=c0/eval,c1/eval,c2/eval --primary mean --margin 0.5
+
+Each RUN is an evaluation directory, or NAME=DIR,DIR,... with one directory a training seed; runs are paired by the
+seed that they recorded. The first is the baseline. With several seeds each method is tested over them (paired t). The
+verdict is of one row (--primary), corrected over its methods; --margin also tests whether a difference is too small to
+matter. Runs that answered other questions, or were prompted or scored in another way, are refused.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="DIR or NAME=DIR,DIR,... (one directory a seed)")
     parser.add_argument("--published", metavar="FILE", help="JSON of published scores, shown beside ours")
     parser.add_argument("--out", default="outputs/comparison", metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--resamples", type=int, default=10_000, help="bootstrap and permutation draws (%(default)s)")
+    parser.add_argument("--primary", metavar="ROW", help="benchmark to judge (default: the mean, or the only one)")
+    parser.add_argument("--margin", type=float, metavar="POINTS", help="a difference below it does not matter")
+    parser.add_argument("--resamples", type=int, default=10_000, help="draws over questions (%(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -30,7 +35,13 @@ def run(arguments: argparse.Namespace) -> None:
     from llava_compete.report.comparison import to_markdown, write_comparison
 
     published = read_published(Path(arguments.published)) if arguments.published else {}
-    comparison = compare_methods([read_method(text) for text in arguments.runs], published, arguments.resamples)
+    comparison = compare_methods(
+        [read_method(text) for text in arguments.runs],
+        published,
+        primary=arguments.primary,
+        margin=arguments.margin,
+        resamples=arguments.resamples,
+    )
     if published and not comparison.published:
         raise UserError(f"{arguments.published}: no score of a task that the runs have ({', '.join(comparison.rows)})")
     command = shlex.join(["llava-compete", *sys.argv[1:]])

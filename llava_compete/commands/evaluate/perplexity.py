@@ -7,7 +7,6 @@ samples/ into --out, as `llava-compete compare` reads them.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -27,24 +26,26 @@ def run(arguments: argparse.Namespace) -> None:
 
     from llava_compete.config import parse_config, read_yaml
     from llava_compete.data.text.config import TextSection
-    from llava_compete.evaluation.unit_scores import weighted_mean
+    from llava_compete.evaluation.checkpoint_facts import checkpoint_facts
+    from llava_compete.evaluation.unit_scores import weighted_mean, write_units
+    from llava_compete.files import write_json
+    from llava_compete.manifest import package_versions
     from llava_compete.model.checkpoint import load_checkpoint
     from llava_compete.study.perplexity import comparison_units, measure
 
     path = arguments.config or arguments.checkpoint / "run" / "config.yaml"
     section = parse_config(TextSection, read_yaml(path).get("data", {}), source=f"{path}: data")
+    facts = checkpoint_facts(arguments.checkpoint)
     model, processor = load_checkpoint(arguments.checkpoint)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     found, scores = measure(model, processor.tokenizer, section, arguments.batch_size)
     out = arguments.out or arguments.checkpoint / "eval_perplexity"
-    (out / "samples").mkdir(parents=True, exist_ok=True)
     tasks = {}
     for task, units in comparison_units(scores).items():
-        lines = [json.dumps(unit._asdict()) + "\n" for unit in units]
-        (out / "samples" / f"{task}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_units(out, task, units)
         tasks[task] = {"accuracy": weighted_mean(units), "n": len(units)}
-    summary = {"tasks": tasks, "perplexity": asdict(found)}
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    summary = {"tasks": tasks, "perplexity": asdict(found), "checkpoint": facts, "versions": package_versions()}
+    write_json(out / "summary.json", summary)
     sys.stdout.write(
         f"held-out text, {found.tokens:,} tokens, {found.text_bytes:,} bytes\n"
         f"  model                perplexity {found.perplexity:8.2f}   bits per byte {found.bits_per_byte:.3f}\n"

@@ -1,18 +1,22 @@
 """Evaluation directories as `llava-compete compare` is given them: runs, and methods of one run a training seed.
 
-Whatever is missing, unfinished, cut off or counted twice is a `UserError` here, before anything is computed.
-Caller: `evaluation.compare`.
+Whatever is missing, unfinished, cut off, damaged or counted twice is a `UserError` here, before anything is computed.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llava_compete.errors import UserError
-from llava_compete.evaluation.unit_scores import Unit
+from llava_compete.evaluation.unit_scores import Unit, read_units, weighted_mean
+from llava_compete.files import read_json
+
+# Settings that may move a score of the same checkpoint and questions.
+SETTINGS = ("dtype", "adapter", "competition_at_inference")
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,19 @@ class Run:
         """SHA-256 of what was evaluated, adapter included, if the summary says so."""
         facts = self.summary.get("checkpoint") or {}
         return facts.get("sha256") and f"{facts['sha256']}{facts.get('adapter_sha256') or ''}"
+
+    @property
+    def training_seed(self) -> int | None:
+        """The seed that the checkpoint was trained with, if its manifest was found when it was evaluated."""
+        return (self.summary.get("checkpoint") or {}).get("training_seed")
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """Two runs that have this in common are one evaluation: the checkpoint, and all settings that move a score."""
+        if self.checkpoint is None:
+            return (str(self.directory.resolve()),)
+        settings = self.summary.get("settings") or {}
+        return (self.checkpoint, *(str(settings.get(key)) for key in SETTINGS))
 
 
 @dataclass(frozen=True)
@@ -58,39 +75,80 @@ def read_method(argument: str) -> Method:
     return method
 
 
+def check_distinct(methods: Sequence[Method]) -> None:
+    """One evaluation under two names would be compared with itself: a `UserError`."""
+    seen: dict[tuple[str, ...], str] = {}
+    for method in methods:
+        for run in method.runs:
+            where = f"{run.directory} ({method.name})"
+            first = seen.setdefault(run.identity, where)
+            if first is not where:
+                raise UserError(f"{where} and {first} are the same evaluation: one checkpoint with the same settings")
+
+
+def pair_by_seed(methods: Sequence[Method]) -> tuple[list[Method], str]:
+    """Methods with their runs in the order of the recorded training seeds, and how runs were paired, in words.
+
+    Where seeds are not recorded, or not told apart by them, the order on the command line pairs.
+    """
+    seeds = {method.name: [run.training_seed for run in method.runs] for method in methods}
+    if any(None in found or len(set(found)) < len(found) for found in seeds.values()):
+        unknown = [name for name, found in seeds.items() if None in found]
+        why = f"{', '.join(unknown)} recorded no training seed" if unknown else "several runs of a method share a seed"
+        return list(methods), f"Runs are paired by their order on the command line: {why}."
+    first = methods[0].name
+    for name, found in seeds.items():
+        if set(found) != set(seeds[first]):
+            raise UserError(
+                f"training seeds are {_listed(found)} in {name!r} and {_listed(seeds[first])} in {first!r}; "
+                "expected the same, since runs are paired by seed"
+            )
+    ordered = [replace(method, runs=sorted(method.runs, key=lambda run: run.training_seed or 0)) for method in methods]
+    return ordered, f"Runs are paired by training seed: {_listed(seeds[first])}."
+
+
 def read_published(path: Path) -> dict[str, dict[str, float]]:
     """Published scores: a JSON file with `routers: {name: {task: percent}}`."""
     try:
-        routers = json.loads(path.read_text(encoding="utf-8"))["routers"]
+        routers = read_json(path)["routers"]
         return {name: {task: float(score) for task, score in scores.items()} for name, scores in routers.items()}
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path}: expected a JSON file with 'routers': {{name: {{task: percent}}}} ({error})"
         ) from error
 
 
 def _read_run(directory: Path) -> Run:
-    """Read an evaluation directory; one that is missing, unfinished or cut off is a `UserError`."""
+    """Read an evaluation directory; one that is missing, unfinished, cut off or altered is a `UserError`."""
     summary_file = directory / "summary.json"
     if not summary_file.is_file():
         raise UserError(f"{directory}: no finished evaluation here (no summary.json)")
     try:
-        summary = json.loads(summary_file.read_text(encoding="utf-8"))
-        entries = dict(summary["tasks"])
-    except (KeyError, TypeError, ValueError) as error:
+        summary = read_json(summary_file)
+        entries = {task: dict(entry) for task, entry in summary["tasks"].items()}
+    except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{summary_file}: not the summary of an evaluation ({error})") from error
     units = {}
     for task, entry in entries.items():
         file = directory / "samples" / f"{task}.jsonl"
         if not file.is_file():
             raise UserError(f"{file}: missing, although summary.json names the task; evaluate again")
-        try:
-            units[task] = [Unit(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{file}: not per-sample scores ({error}); evaluate again") from error
-        if units[task] and entry.get("n", len(units[task])) != len(units[task]):
-            raise UserError(f"{file}: {len(units[task])} samples, but summary.json says {entry['n']}; evaluate again")
+        units[task] = read_units(directory, task)
+        if units[task]:
+            _check_against_summary(file, units[task], entry)
     return Run(directory, summary, units)
+
+
+def _check_against_summary(file: Path, units: list[Unit], entry: dict[str, Any]) -> None:
+    if entry.get("n", len(units)) != len(units):
+        raise UserError(f"{file}: {len(units)} samples, but summary.json says {entry['n']}; evaluate again")
+    recomputed, stated = weighted_mean(units), entry.get("accuracy")
+    if not isinstance(stated, int | float) or not math.isclose(recomputed, stated, abs_tol=1e-6):
+        raise UserError(f"{file}: these samples score {recomputed:.6f}, but summary.json says {stated}; evaluate again")
+
+
+def _listed(seeds: Sequence[int | None]) -> str:
+    return ", ".join(map(str, sorted(seed for seed in seeds if seed is not None)))
 
 
 def _default_name(directory: Path) -> str:

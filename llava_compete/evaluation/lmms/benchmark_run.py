@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_compete.errors import UserError
+from llava_compete.evaluation.checkpoint_facts import checkpoint_facts
 from llava_compete.evaluation.config import EvalConfig
 from llava_compete.evaluation.lmms.catalogue import check_names, check_on_disk, names_in
 from llava_compete.evaluation.lmms.launcher import run_lmms_eval
@@ -105,7 +106,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         "tasks": {task: found for task, found in summaries.items() if found is not None},
         "failures": failures,
         "seconds": round(time.perf_counter() - started, 1),
-        "checkpoint": {"path": config.checkpoint, **checkpoint},
+        "checkpoint": checkpoint,
         "settings": config.model_dump(mode="json"),
         "versions": package_versions(),
     }
@@ -125,40 +126,6 @@ def _run_group(config: EvalConfig, group: list[str], cache: str | None) -> dict[
         if datasets_cache is not None:
             shutil.rmtree(datasets_cache, ignore_errors=True)
     return read_run(raw, group)
-
-
-def checkpoint_config(directory: Path) -> dict[str, Any]:
-    """config.json of a checkpoint of this package; an error where there is none."""
-    config_file = directory / "config.json"
-    if not config_file.is_file():
-        raise UserError(f"{directory}: no checkpoint here (no config.json)")
-    config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
-    if config.get("model_type") != "llava_compete":
-        raise UserError(f"{config_file}: model_type is {config.get('model_type')!r}, expected 'llava_compete'")
-    return config
-
-
-def checkpoint_facts(directory: Path, adapter: Path | None = None) -> dict[str, Any]:
-    """SHA-256 over a checkpoint's files (and an adapter's), its stage, and whether it has experts."""
-    config = checkpoint_config(directory)
-    if adapter is not None and not (adapter / "adapter_config.json").is_file():
-        raise UserError(f"{adapter}: no adapter here (no adapter_config.json)")
-    return {
-        "sha256": _files_digest(directory),
-        "adapter_sha256": _files_digest(adapter) if adapter else None,
-        "stage": config.get("stage"),
-        "moe": config.get("moe") is not None,
-    }
-
-
-def _files_digest(directory: Path) -> str:
-    """Over weights, configs and tokenizer."""
-    digest = hashlib.sha256()
-    for file in sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".json", ".jinja")):
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _settings(config: EvalConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from llava_compete.errors import UserError
+from llava_compete.files import read_json_lines
 
 # The launcher names the folder in the environment: model_args cannot hold every path (',' and '=').
 FOLDER_VARIABLE = "LLAVA_COMPETE_DOCUMENTS"
@@ -71,10 +72,8 @@ def read_documents(folder: Path) -> dict[tuple[str, int], DocumentFacts]:
     """By task and document id, what all ranks wrote."""
     found = {}
     for path in sorted(folder.glob("documents.*.jsonl")):
-        for text in path.read_text(encoding="utf-8").split("\n"):
-            if text:
-                line = json.loads(text)
-                found[line["task"], line["doc_id"]] = DocumentFacts(line["images"], line["question"])
+        for line in read_json_lines(path):
+            found[line["task"], line["doc_id"]] = DocumentFacts(line["images"], line["question"])
     return found
 
 

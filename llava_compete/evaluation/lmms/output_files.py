@@ -6,7 +6,6 @@ knows those files. Per-sample lines written here are what `evaluation.compare` j
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import defaultdict
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 
 from llava_compete.errors import UserError
 from llava_compete.evaluation.lmms.documents import add_documents, read_documents
-from llava_compete.evaluation.unit_scores import score_samples, weighted_mean
+from llava_compete.evaluation.unit_scores import score_samples, weighted_mean, write_units
+from llava_compete.files import read_json, read_json_lines, write_json
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def read_run(raw: Path, tasks: list[str]) -> dict[str, dict[str, Any]]:
     files = sorted(raw.rglob("*_results.json"))
     if len(files) != 1:
         raise UserError(f"{raw}: found {len(files)} results files of lmms-eval, expected 1: the evaluation failed")
-    results = json.loads(files[0].read_text(encoding="utf-8"))
+    results = read_json(files[0])
     prefix = files[0].name.removesuffix("_results.json")
     documents = read_documents(raw)
     found = {}
@@ -40,7 +40,7 @@ def read_run(raw: Path, tasks: list[str]) -> dict[str, dict[str, Any]]:
         samples: list[dict[str, Any]] = []
         asked = {}
         for member, file in samples_files.items():
-            lines = (json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line)
+            lines = read_json_lines(file)
             # Ranks write one after another; documents are put back in order, and none may be missing.
             by_document: dict[int, dict[str, Any]] = {}
             for sample in sorted(lines, key=lambda sample: sample["doc_id"]):
@@ -69,11 +69,7 @@ def write_task(directory: Path, task: str, run: dict[str, Any], facts: dict[str,
     except UserError as error:  # its metrics are kept, but it cannot be compared sample by sample
         log.warning("%s; only the metrics of lmms-eval are kept", error)
         units = []
-    samples_file = directory / "samples" / f"{task}.jsonl"
-    samples_file.parent.mkdir(parents=True, exist_ok=True)
-    with samples_file.open("w", encoding="utf-8") as file:
-        for unit in units:
-            file.write(json.dumps(unit._asdict(), ensure_ascii=False) + "\n")
+    write_units(directory, task, units)
     summary = {
         "accuracy": weighted_mean(units) if units else None,
         **({"chance": facts["chance"], "blind": facts["blind"]} if "chance" in facts else {}),
@@ -85,11 +81,7 @@ def write_task(directory: Path, task: str, run: dict[str, Any], facts: dict[str,
         "data": state["task"],
         "asked": run["asked"],
     }
-    target = directory / "tasks" / f"{task}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"state": state, "summary": summary}, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(target)
+    write_json(directory / "tasks" / f"{task}.json", {"state": state, "summary": summary})
 
 
 def finished(directory: Path, task: str, state: dict[str, Any]) -> dict[str, Any] | None:
@@ -97,7 +89,7 @@ def finished(directory: Path, task: str, state: dict[str, Any]) -> dict[str, Any
     path = directory / "tasks" / f"{task}.json"
     if not path.is_file() or not (directory / "samples" / f"{task}.jsonl").is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     return content["summary"] if content["state"] == state else None
 
 

@@ -97,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        return 130  # 128 + SIGINT: the user knows why
 
 
 if __name__ == "__main__":

@@ -6,11 +6,15 @@ a progress bar stays whole; other libraries print at ERROR only. With a log file
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -34,6 +38,43 @@ class _ConsoleFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
         return text if record.levelno == logging.INFO else f"{record.levelname.lower()}: {text}"
+
+
+class _Outlasting(io.TextIOBase):
+    """A stream whose reader may leave: what is written after that goes nowhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError:
+            # The descriptor itself, so that what libraries write to it goes nowhere too.
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+
+def outlive_the_reader() -> None:
+    """A closed terminal, or a `| tee` that Ctrl-C has ended, do not end this process: it may have to save yet."""
+    sys.stdout, sys.stderr = _Outlasting(sys.stdout), _Outlasting(sys.stderr)
 
 
 def setup_console(log_file: Path | None = None, rank: int = 0) -> None:

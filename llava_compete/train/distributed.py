@@ -1,6 +1,6 @@
 """The process group of a run: started before anything else, destroyed at the end, its failures in one line.
 
-Works under the `deepspeed` launcher, under torchrun, and alone (one process, a free port). Called by run.py only.
+Works under the `deepspeed` launcher, under torchrun, and alone (one process, a free port).
 """
 
 from __future__ import annotations
@@ -17,17 +17,15 @@ import torch
 import torch.distributed as dist
 
 from llava_compete.errors import UserError
+from llava_compete.train import waiting
+from llava_compete.train.waiting import SharedError, meet, wait_for_all
 
 T = TypeVar("T")
 
-# Long enough for rank 0 to convert a data set while the others wait.
+# Of a collective, which all ranks come to at about the same time; where one may be late for long, they `wait_for_all`.
 TIMEOUT = timedelta(minutes=30)
 # Importing from a slow shared disk keeps some ranks back; one that has not come by then has not been started.
 JOIN_LIMIT = timedelta(minutes=5)
-
-
-class SharedError(UserError):
-    """An error that all ranks know of; only rank 0 says it."""
 
 
 class Rank(NamedTuple):
@@ -45,12 +43,23 @@ class Rank(NamedTuple):
 
 
 def this_rank() -> Rank:
-    """Read the launcher's environment; a process started without one is a world of its own."""
-    read = {name: int(os.environ.get(name, default)) for name, default in _ALONE.items()}
+    """Read the launcher's environment; a process started without one is a world of its own.
+
+    Raises:
+        UserError: a number there is none.
+    """
+    read = {name: _whole_number(name, default) for name, default in _ALONE.items()}
     return Rank(read["RANK"], read["LOCAL_RANK"], read["WORLD_SIZE"], torch.cuda.is_available())
 
 
 _ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+
+
+def _whole_number(name: str, default: str) -> int:
+    value = os.environ.get(name, default)
+    if not value.strip().isdecimal():
+        raise UserError(f"{name}={value}: expected a whole number")
+    return int(value)
 
 
 @contextmanager
@@ -66,15 +75,16 @@ def process_group(rank: Rank) -> Iterator[dist.Store]:
     own_port = rank.world_size == 1 and "MASTER_PORT" not in os.environ
     if own_port:
         os.environ["MASTER_PORT"] = str(_free_port())
-    if rank.on_gpu:
-        torch.cuda.set_device(rank.local_index)
-    else:
+    elif _whole_number("MASTER_PORT", "") > 65535:
+        raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']}: expected at most 65535")
+    if not rank.on_gpu:
         # Gloo does; DeepSpeed would compile a kernel for this with the user's C++ compiler, for a minute or more.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
     try:
         store = _open_store(rank)
-        meet(store, rank, "start", JOIN_LIMIT)
+        meet(store, rank.number, rank.world_size, "start", JOIN_LIMIT)
+        _check_devices(store, rank)
         backend = "cpu:gloo,cuda:nccl" if rank.on_gpu else "gloo"
         dist.init_process_group(
             backend,
@@ -88,7 +98,8 @@ def process_group(rank: Rank) -> Iterator[dist.Store]:
             raise UserError(f"port in use: {address}; set MASTER_PORT to a free port") from error
         raise UserError(f"rank {rank.number}: no process group at {address}: {_first_line(error)}") from error
     try:
-        yield store
+        with waiting.company(store, rank.number, rank.world_size):
+            yield store
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -110,22 +121,38 @@ def _open_store(rank: Rank) -> dist.Store:
     )
 
 
-def meet(store: dist.Store, rank: Rank, place: str, limit: timedelta) -> None:
-    """Wait for all ranks to call this with the same `place`; needs no group, so it can tell who stays away.
+def _check_devices(store: dist.Store, rank: Rank) -> None:
+    """Take this rank's GPU. Where GPUs were asked for, by NUM_GPUS, no rank trains on the CPU instead.
 
     Raises:
-        SharedError: naming the ranks that have not come within `limit`.
+        SharedError: a rank has no usable GPU.
     """
-    keys = [f"{place}/{number}" for number in range(rank.world_size)]
-    store.set(keys[rank.number], "here")
-    try:
-        store.wait(keys, limit)
-    except dist.DistStoreError:  # its way of saying that the time is over
-        absent = [str(number) for number, key in enumerate(keys) if not store.check([key])]
-        raise SharedError(
-            f"rank {', '.join(absent)} of {rank.world_size} did not come to the {place} within {limit.seconds} s; "
-            "is it running, and can its machine reach MASTER_ADDR?"
-        ) from None
+    store.set(f"device/{rank.number}", _device_problem(rank))
+    problems = [store.get(f"device/{number}").decode() for number in range(rank.world_size)]
+    store.set(f"device/{rank.number}/read", "")
+    if rank.is_main:  # its process may hold the store: it does not leave before all have read
+        store.wait([f"device/{number}/read" for number in range(rank.world_size)], JOIN_LIMIT)
+    for problem in filter(None, problems):
+        raise SharedError(problem)
+    if rank.on_gpu:
+        torch.cuda.set_device(rank.local_index)
+
+
+def _device_problem(rank: Rank) -> str:
+    wanted = _whole_number("NUM_GPUS", "1" if rank.on_gpu else "0")
+    usable = torch.cuda.device_count() if rank.on_gpu else 0
+    if wanted == 0 or rank.local_index < usable:
+        return ""
+    reason = ""
+    if not usable:
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:
+            reason = f" ({_first_line(error)})"
+    return (
+        f"rank {rank.number} on {socket.gethostname()}: NUM_GPUS is {wanted}, found {usable or 'no'} usable GPU"
+        f"{'s' if usable > 1 else ''}{reason}; NUM_GPUS=0 trains on the CPU"
+    )
 
 
 def main_first(rank: Rank) -> _MainFirst:
@@ -152,7 +179,8 @@ class _MainFirst:
 
 
 def of_main(value: T) -> T:
-    """Rank 0's value, on all ranks; what it read from disk may not be everywhere yet."""
+    """Rank 0's value, on all ranks, however long it works on it; what it read from disk may not be everywhere yet."""
+    wait_for_all()
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -169,6 +197,7 @@ def all_or_none(rank: Rank, what: str) -> Iterator[None]:
         yield
     except UserError as error:
         message = str(error)
+    wait_for_all()
     messages: list[str | None] = [None] * rank.world_size
     dist.all_gather_object(messages, message)
     for index, found in enumerate(messages):

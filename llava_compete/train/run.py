@@ -13,7 +13,6 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from deepspeed.utils import set_z3_leaf_modules, z3_leaf_module
 from transformers import set_seed
 from transformers.integrations import TensorBoardCallback
@@ -32,22 +31,34 @@ from llava_compete.train import checkpoints, trainable
 from llava_compete.train import resharding as universal
 from llava_compete.train.adapters import with_adapters
 from llava_compete.train.arguments import build_arguments
-from llava_compete.train.callbacks.between_steps import CompetitionCallback, StepCallback, StopOnSignal
+from llava_compete.train.callbacks.between_steps import CompetitionCallback, StepCallback
 from llava_compete.train.callbacks.progress import AnswersCallback, WatchCallback
 from llava_compete.train.callbacks.tensorboard import ResumedTensorBoardCallback
 from llava_compete.train.config import DEEPSPEED_DIR, TrainConfig
 from llava_compete.train.distributed import Rank, all_or_none, main_first, of_main, process_group, this_rank
 from llava_compete.train.inputs import Feed, build_feed
 from llava_compete.train.mfu import Utilisation, count_flops, device_peak
-from llava_compete.train.preflight import check_alike, check_links, check_space
+from llava_compete.train.preflight import (
+    check_alike,
+    check_links,
+    check_same,
+    check_space,
+    comparable_settings,
+    log_devices,
+)
 from llava_compete.train.starting_point import start_model
+from llava_compete.train.stopping import StopOnSignal
 from llava_compete.train.trainer import StageTrainer
+from llava_compete.train.waiting import wait_for_all
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, *, allow_changed: bool = False) -> None:
+def train(config: TrainConfig, *, allow_changed: bool = False) -> bool:
     """Run the stage, or go on with it; a stage that has finished is left as it is.
+
+    Returns:
+        whether the stage has finished; false where it was told to stop before its end.
 
     Raises:
         UserError: anything a user can mend, on all ranks alike.
@@ -61,6 +72,8 @@ def train(config: TrainConfig, *, allow_changed: bool = False) -> None:
         setup_console(config.output_dir / "run" / "console.log", rank.number)
         disable_progress_bar()
         check_links(rank, store)
+        check_same(rank, comparable_settings(config))
+        log_devices(rank)
         finished = False
         with all_or_none(rank, "output directory"):
             if rank.is_main:
@@ -68,9 +81,9 @@ def train(config: TrainConfig, *, allow_changed: bool = False) -> None:
                 finished = _already_finished(config)
         if of_main(finished):
             logger.info("%s: stage %s has finished already", config.output_dir, config.stage)
-            return
+            return True
         check_alike(rank, config.output_dir)
-        _run(config, rank, allow_changed)
+        return _run(config, rank, allow_changed)
 
 
 def _already_finished(config: TrainConfig) -> bool:
@@ -85,7 +98,7 @@ def _already_finished(config: TrainConfig) -> bool:
     return checkpoints.read_finished(config.output_dir) is not None
 
 
-def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> None:
+def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
     with all_or_none(rank, "training arguments"):
         arguments = build_arguments(
             config.training,
@@ -108,6 +121,7 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> None:
         if data.validation is None and (config.sample_steps or arguments.eval_strategy != "no"):
             key = "sample_steps" if config.sample_steps else "training.eval_strategy"
             raise UserError(f"{key}: needs held-out rows; set data.validation_fraction")
+    check_same(rank, {"data (digest)": data.digest})
     trainer = _build_trainer(config, rank, arguments, model, processor, data)
     competition = CompetitionCallback(trainer, moe)
     with _whole(sharding):
@@ -133,7 +147,7 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < trainer.state.max_steps:
         logger.info("stopped at step %d; the same command goes on from here", trainer.state.global_step)
-        return
+        return False
     _save_final(config, trainer, rank)
     if rank.is_main:
         summary = {
@@ -150,6 +164,7 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> None:
         if (overhead := summary["competition_overhead"]) is not None:
             logger.info("competitions added %.1f%% to the step time", 100 * overhead)
         logger.info("%s: wrote the %s model to %s", config.stage, config.stage, config.output_dir)
+    return True
 
 
 @contextmanager
@@ -270,7 +285,7 @@ def _save_final(config: TrainConfig, trainer: StageTrainer, rank: Rank) -> None:
             return start_model(whole, rank)[0]
 
     trainer.save_merged(staged, base=base)
-    dist.barrier()
+    wait_for_all()
     if rank.is_main:
         checkpoints.install_model(staged, config.output_dir)
-    dist.barrier()
+    wait_for_all()

@@ -18,25 +18,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from llava_compete.errors import UserError
+from llava_compete.files import mode_by_umask
 from llava_compete.model.build import save_checkpoint
-from llava_compete.model.lora import TRAINED_WEIGHTS, save_trained
 from llava_compete.train import checkpoints, trainable
 from llava_compete.train import resharding as universal
 from llava_compete.train import step_counts as counts
 from llava_compete.train.adapters import save_merged
 from llava_compete.train.bad_layers import first_bad_gradient, first_bad_layer
 from llava_compete.train.config import TrainConfig
+from llava_compete.train.distributed import wait_for_all
 from llava_compete.train.held_out import validation_loss
 from llava_compete.train.metrics import StepMetrics, scalars
+from llava_compete.train.stopping import deaf_children
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +46,17 @@ LAUNCHERS_PATIENCE = 30
 # With less than this left, a failed write is taken for a full disk.
 FULL_DISK_BYTES = 64 * 2**20
 # What a checkpoint of a LoRA stage holds beside peft's adapter: parts that train in full.
+ADAPTED_WEIGHTS = "trained.safetensors"
 # torch's kinds of running out of memory that are plain RuntimeErrors.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class StageLoader(DataLoader):
     """A plain DataLoader over ready micro-batches of row numbers; `set_epoch` reaches its sampler."""
+
+    def __iter__(self) -> Any:
+        with deaf_children():
+            return super().__iter__()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of epoch `epoch`."""
@@ -306,12 +312,12 @@ class StageTrainer(Trainer):
             ) from error
         finally:
             self._saving = False
-        _barrier()
+        wait_for_all()
         if self.args.should_save:
             output_dir = Path(self.args.output_dir)
             checkpoints.publish(output_dir, f"checkpoint-{self.state.global_step}", self.identity)
             checkpoints.rotate(output_dir, self.args.save_total_limit)
-        _barrier()
+        wait_for_all()
         self._tell_save_time(time.perf_counter() - began)
 
     def _tell_save_time(self, seconds: float) -> None:
@@ -339,28 +345,31 @@ class StageTrainer(Trainer):
             save_merged(base(), self.config.trainable, state_dict, self.processing_class, directory)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The self-contained model directory that the next stage and evaluation read."""
-        directory = Path(output_dir or self.args.output_dir)
-        if not self.args.should_save:
-            return
+        """The self-contained model directory that the next stage reads; rank 0 writes it, the others wait."""
+        if self.args.should_save:
+            self._write(Path(output_dir or self.args.output_dir), state_dict)
+        wait_for_all()
+
+    def _write(self, directory: Path, state_dict: dict[str, Tensor] | None) -> None:
         if not _has_adapters(self.model):
             save_checkpoint(self.model, self.processing_class, directory, state_dict)
             return
         self.model.save_pretrained(directory, state_dict=state_dict)
         state_dict = self.model.state_dict() if state_dict is None else state_dict
-        save_trained(directory, {name: state_dict[name] for name in self._trained()})
+        save_file({name: state_dict[name].contiguous() for name in self._trained()}, directory / ADAPTED_WEIGHTS)
+        mode_by_umask(directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The weights of a checkpoint without DeepSpeed: peft's loading would leave out parts that train in full."""
         if not _has_adapters(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        weights = load_file(Path(resume_from_checkpoint) / TRAINED_WEIGHTS)
+        weights = load_file(Path(resume_from_checkpoint) / ADAPTED_WEIGHTS)
         result = self.model.load_state_dict(weights, strict=False)
         lost = self._trained() - weights.keys()
         if lost or result.unexpected_keys:
             raise UserError(
-                f"{resume_from_checkpoint}/{TRAINED_WEIGHTS}: does not fit the `trainable` map: "
+                f"{resume_from_checkpoint}/{ADAPTED_WEIGHTS}: does not fit the `trainable` map: "
                 f"{sorted(lost)[:2] + result.unexpected_keys[:2]}"
             )
 
@@ -370,11 +379,6 @@ class StageTrainer(Trainer):
 
 def _has_adapters(model: Any) -> bool:
     return isinstance(model, PeftModel)
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -2,73 +2,32 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
+import re
 import socket
 import time
-from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ranks_kit import errors_of_ranks
 
 from llava_compete.errors import UserError
 from llava_compete.train import distributed, preflight
-from llava_compete.train.callbacks.between_steps import StopOnSignal
 from llava_compete.train.distributed import Rank
 
 HOST = socket.gethostname()
 
 
-def _rank(number: int, port: int, action: Callable[[Rank, Any], None], sender: Any) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    rank = Rank(number, number, 2, on_gpu=False)
-    try:
-        with distributed.process_group(rank) as store:
-            action(rank, store)
-        sender.send("")
-    except UserError as error:
-        sender.send(str(error))
-    os._exit(0)
-
-
-def _errors(action: Callable[[Rank, Any], None], ranks: Sequence[int] = (0, 1)) -> list[str]:
-    """The message of each rank; "" where all went well."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    pipes = [context.Pipe(duplex=False) for _ in ranks]
-    processes = [
-        context.Process(target=_rank, args=(number, port, action, sender))
-        for number, (_, sender) in zip(ranks, pipes, strict=True)
-    ]
-    for process, (_, sender) in zip(processes, pipes, strict=True):
-        process.start()
-        sender.close()
-    try:
-        return [_answer(receiver) for receiver, _ in pipes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
-def _answer(receiver: Any) -> str:
-    try:
-        return receiver.recv() if receiver.poll(60) else "no answer"
-    except EOFError:  # ended by another error: the others have gone
-        return "died"
-
-
 def test_ranks_that_fit_pass(tmp_path: Path) -> None:
     def check(rank: Rank, store: Any) -> None:
         preflight.check_links(rank, store)
+        preflight.check_same(rank, {"seed": 1})
+        preflight.log_devices(rank)
         preflight.check_alike(rank, tmp_path)
 
-    assert _errors(check) == ["", ""]
+    assert errors_of_ranks(check) == ["", ""]
     assert not list((tmp_path / "run").iterdir())
 
 
@@ -89,18 +48,18 @@ def test_other_versions_are_named(
             monkeypatch.setattr(preflight, "package_versions", lambda: {k: v for k, v in versions.items() if v})
         preflight.check_alike(rank, tmp_path)
 
-    for error in _errors(check):
+    for error in errors_of_ranks(check):
         assert error.startswith(message)
 
 
 def test_an_output_directory_that_is_not_shared_is_named(tmp_path: Path) -> None:
-    errors = _errors(lambda rank, _: preflight.check_alike(rank, tmp_path / f"node{rank.number}"))
+    errors = errors_of_ranks(lambda rank, _: preflight.check_alike(rank, tmp_path / f"node{rank.number}"))
     assert errors[0] == f"rank 1 on {HOST} does not see {tmp_path}/node0, where rank 0 writes; share it"
 
 
 def test_a_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "JOIN_LIMIT", timedelta(seconds=2))
-    (error,) = _errors(lambda rank, store: None, ranks=[0])
+    (error,) = errors_of_ranks(lambda rank, store: None, ranks=[0])
     assert error.startswith("rank 1 of 2 did not come to the start within 2 s")
 
 
@@ -112,7 +71,7 @@ def test_a_rank_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             time.sleep(4)
         preflight.check_links(rank, store)
 
-    assert _errors(check)[0].startswith("rank 1 of 2 did not come to the preflight within 2 s")
+    assert errors_of_ranks(check)[0].startswith("rank 1 of 2 did not come to the preflight within 2 s")
 
 
 def test_a_disk_too_small_for_a_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,18 +81,61 @@ def test_a_disk_too_small_for_a_checkpoint_is_refused(tmp_path: Path, monkeypatc
         preflight.check_space(tmp_path, 10**9, 10**9)
 
 
-def test_a_request_to_stop_may_come_twice_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    killed: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: killed.append(number))
-    trainer: Any = SimpleNamespace(stop_requested=False)
-    try:
-        with StopOnSignal(trainer):
-            for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
-                os.kill(os.getpid(), number)
-            assert trainer.stop_requested
-            assert not killed
-            monkeypatch.setattr(StopOnSignal, "ECHO_SECONDS", -1.0)
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert killed == [signal.SIGTERM]
-    finally:
-        signal.signal(signal.SIGTERM, before)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 2}, "seed=2, rank 0 with seed=1"),
+        ({"training": {"save_steps": 5}}, "training.save_steps=5, rank 0 with training.save_steps=4"),
+        ({"training": {"save_steps": 4, "lr": 0.5}}, "training.lr=0.5, rank 0 with no training.lr"),
+        ({"training": {}}, "no training.save_steps, rank 0 with training.save_steps=4"),
+        ({"sources": [{"name": "a", "weight": 2.0}]}, "sources.0.weight=2.0, rank 0 with sources.0.weight=1.0"),
+    ],
+)
+def test_other_settings_are_named(change: dict[str, Any], message: str) -> None:
+    settings = {"seed": 1, "training": {"save_steps": 4}, "sources": [{"name": "a", "weight": 1.0}]}
+
+    def check(rank: Rank, store: Any) -> None:
+        mine = settings if rank.number == 0 else {**settings, **change}
+        preflight.check_same(rank, dict(preflight._flat(mine, "")))
+
+    expected = f"rank 1 on {HOST} was started with {message}; give all the same command"
+    assert errors_of_ranks(check) == [expected, expected]
+
+
+def test_what_a_machine_may_have_for_itself_is_not_compared() -> None:
+    values = {
+        "output_dir": Path("/here"),
+        "training": {"logging_dir": "/logs", "dataloader_num_workers": 4, "report_to": "none", "logging_steps": 5},
+        "data": {"sources": [{"name": "a", "path": Path("/data")}], "max_length": 128},
+    }
+    # How often is logged stays: the ranks add up their metrics then.
+    assert dict(preflight._flat(values, "")) == {
+        "training.logging_steps": 5,
+        "data.sources.0.name": "a",
+        "data.max_length": 128,
+    }
+
+
+def test_ranks_without_the_gpu_that_was_asked_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUM_GPUS", "2")
+    errors = errors_of_ranks(lambda rank, store: None)
+    assert errors[0] == errors[1]
+    assert re.fullmatch(
+        rf"rank 0 on {HOST}: NUM_GPUS is 2, found no usable GPU \(.+\); NUM_GPUS=0 trains on the CPU", errors[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("RANK", "x", "RANK=x: expected a whole number"),
+        ("MASTER_PORT", "abc", "MASTER_PORT=abc: expected a whole number"),
+        ("MASTER_PORT", "70000", "MASTER_PORT=70000: expected at most 65535"),
+    ],
+)
+def test_a_wrong_number_of_a_launcher_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message), distributed.process_group(distributed.this_rank()):
+        pass

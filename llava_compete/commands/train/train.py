@@ -38,17 +38,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the stage on this rank."""
-    from llava_compete.console import setup_console
+    """Run the stage on this rank; status 143 where it was told to stop before its end."""
+    from llava_compete.console import outlive_the_reader, setup_console
 
-    setup_console(rank=int(os.environ.get("RANK", "0")))  # before libraries that chatter while they are imported
+    outlive_the_reader()
+    setup_console(rank=0 if os.environ.get("RANK", "0") == "0" else 1)  # before the imports: some libraries chatter
+    if os.environ.get("NUM_GPUS") == "0":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # DeepSpeed's launcher numbers the CPU's ranks there
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed guesses the same, with a warning
     from llava_compete.config import load_config
     from llava_compete.train.config import TrainConfig
-    from llava_compete.train.distributed import SharedError, this_rank
+    from llava_compete.train.distributed import this_rank
+    from llava_compete.train.stopping import STOPPED
+    from llava_compete.train.waiting import SharedError
 
     rank = this_rank()
     alike = True  # until the ranks work on different things, they make the same mistakes
@@ -59,11 +64,13 @@ def run(arguments: argparse.Namespace) -> int:
         from llava_compete.train.run import train
 
         alike = False
-        train(config, allow_changed=arguments.allow_changed)
+        finished = train(config, allow_changed=arguments.allow_changed)
     except UserError as error:
+        if alike and not rank.is_main:
+            time.sleep(_GRACE_SECONDS)  # rank 0 says it; its launcher would end it as soon as another has left
         if rank.is_main:
             sys.stderr.write(f"error: {error}\n")
-        elif not alike and not isinstance(error, SharedError):
+        elif not isinstance(error, SharedError) and (not alike or rank.local_index == 0):
             sys.stderr.write(f"error: rank {rank.number}: {error}\n")
         return 2
     except Exception as error:  # the last stop: one line to the user, the traceback to run/console.log
@@ -74,4 +81,4 @@ def run(arguments: argparse.Namespace) -> int:
         # Not one of our loggers, so it stays off the console.
         logging.getLogger("traceback").info("", exc_info=True)
         return 1
-    return 0
+    return 0 if finished else STOPPED

@@ -1,4 +1,4 @@
-"""What happens between steps: competition schedule, counts and times, non-finite steps, SIGTERM.
+"""What happens between steps: competition schedule, counts and times, non-finite steps, the agreement to stop.
 
 Each callback owns one concern and reads the trainer it is given. The schedule callback is the only writer of
 `model.routing.competing` (CompeteSMoE, section 3.3: which layers compete in which step).
@@ -7,11 +7,8 @@ Each callback owns one concern and reads the trainer it is given. The schedule c
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import statistics
 import time
-from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
@@ -20,9 +17,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.moe.schedule import CompetitionSchedule
-from llava_compete.train.distributed import SharedError
 from llava_compete.train.mfu import Utilisation
 from llava_compete.train.trainer import StageTrainer
+from llava_compete.train.waiting import SharedError
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +67,7 @@ def _competes(parts: dict[str, Any], name: str) -> bool:
 
 
 class StepCallback(TrainerCallback):
-    """Closes each step: counts, times and throughput, non-finite steps, the agreement to stop on SIGTERM."""
+    """Closes each step: counts, times and throughput, non-finite steps, the agreement to stop."""
 
     _window_tokens: int
     _window_images: int
@@ -178,33 +175,3 @@ def _on_any_rank(names: list[str]) -> list[str]:
     everyone: list[list[str]] = [names] * dist.get_world_size()
     dist.all_gather_object(everyone, names)
     return list(dict.fromkeys(name for names in everyone for name in names))
-
-
-class StopOnSignal:
-    """While entered, SIGTERM and SIGUSR1 ask the trainer to save and stop after the step; asked later again, it kills.
-
-    One request often arrives twice: Ctrl-C, systemd and Slurm signal the launchers and the ranks, and the launchers
-    pass it on. What comes within `ECHO_SECONDS` is the same request.
-    """
-
-    ECHO_SECONDS = 5.0
-
-    def __init__(self, trainer: StageTrainer) -> None:
-        self.trainer = trainer
-        self._asked: float | None = None
-
-    def __enter__(self) -> None:
-        self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGUSR1)}
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self._asked is None:
-            self._asked = now
-        elif now - self._asked > self.ECHO_SECONDS:
-            signal.signal(number, self._previous[signal.Signals(number)])
-            os.kill(os.getpid(), number)
-        self.trainer.stop_requested = True

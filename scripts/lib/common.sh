@@ -16,11 +16,14 @@ ensure_venv() {
   bash "$ROOT/scripts/setup.sh"
 }
 
-# wait_for PID COMMAND: the status of a background process; a signal to this script runs COMMAND meanwhile.
+# wait_for PID COMMAND: the status of a background process. A signal to this script runs COMMAND meanwhile and sets
+# `told=yes`.
+# shellcheck disable=SC2034 # the callers read it
+told=no
 wait_for() {
   local pid=$1 status=0
   # shellcheck disable=SC2064 # this process's command
-  trap "$2" TERM USR1 INT HUP
+  trap "told=yes; $2" TERM USR1 INT HUP
   wait "$pid" || status=$?
   # `wait` returns early when a trap ran: wait again until the process is really gone.
   while kill -0 "$pid" 2>/dev/null; do

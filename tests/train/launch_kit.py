@@ -64,10 +64,17 @@ def assert_same_curve(left: Path, right: Path) -> None:
 class started:  # noqa: N801 (reads as a verb in `with`)
     """A stage's script running in the background, ended with everything under it."""
 
-    def __init__(self, config: dict[str, Any], path: Path, processes: int = 2, stderr: IO[bytes] | None = None) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        path: Path,
+        processes: int = 2,
+        stderr: IO[bytes] | None = None,
+        **environment: str,
+    ) -> None:
         dump_yaml(config, path)
         self.command = ["bash", str(ROOT / "scripts" / f"{config['stage']}.sh"), str(path)]
-        self.environment, self.stderr = {**os.environ, **stage_environment(processes)}, stderr
+        self.environment, self.stderr = {**os.environ, **stage_environment(processes), **environment}, stderr
 
     def __enter__(self) -> subprocess.Popen[bytes]:
         self.process = subprocess.Popen(self.command, env=self.environment, stderr=self.stderr, start_new_session=True)

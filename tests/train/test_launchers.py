@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from stage_kit import ROOT
 
-LAUNCHERS = ("deepspeed", "torchrun")
+OUR_TORCHRUN = ROOT / "scripts" / "lib" / "torchrun.py"
 OURS = ("NUM_GPUS", "NUM_PROCESSES", "HOSTFILE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -20,9 +22,10 @@ def venv(tmp_path: Path) -> Path:
     """An installed environment, to the scripts' eyes, on a machine with 4 GPUs."""
     folder = tmp_path / "venv"
     (folder / "bin").mkdir(parents=True)
-    (folder / "bin" / "python").symlink_to(sys.executable)
-    for name in LAUNCHERS:
-        _script(folder / "bin" / name, f'echo {name} "$@"; echo "devices=${{CUDA_VISIBLE_DEVICES-all}}"')
+    says = 'echo "devices=${CUDA_VISIBLE_DEVICES-all} NUM_GPUS=$NUM_GPUS"'
+    _script(folder / "bin" / "deepspeed", f'echo deepspeed "$@"; {says}')
+    ours = f'[ "$1" = "{OUR_TORCHRUN}" ] || exec {sys.executable} "$@"'
+    _script(folder / "bin" / "python", f'{ours}; shift; echo torchrun "$@"; {says}')
     _script(folder / "bin" / "nvidia-smi", 'for n in 0 1 2 3; do echo "GPU $n: H100"; done')
     stamp = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
     (folder / ".installed").write_text(hashlib.sha256(stamp).hexdigest() + "\n", encoding="utf-8")
@@ -34,49 +37,146 @@ def _script(path: Path, body: str) -> None:
     path.chmod(0o755)
 
 
-def _launch(venv: Path, *arguments: str, **environment: str) -> tuple[str, str]:
-    """What was started, and the devices that it sees."""
+def _run(venv: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {key: value for key, value in os.environ.items() if key not in (*OURS, "CUDA_VISIBLE_DEVICES")}
     path = f"{venv / 'bin'}:{os.environ['PATH']}"
-    done = subprocess.run(
+    return subprocess.run(
         ["bash", str(ROOT / "scripts" / "sft.sh"), *arguments],
         env={**inherited, "PATH": path, "VENV": str(venv), **environment},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def _launch(venv: Path, *arguments: str, **environment: str) -> tuple[str, str, str]:
+    """What was started, the devices that it sees, and how many GPUs each rank is told to expect."""
+    done = _run(venv, *arguments, **environment)
     assert done.returncode == 0, done.stderr
-    command, devices = done.stdout.splitlines()
-    return command, devices.removeprefix("devices=")
+    command, told = done.stdout.splitlines()
+    devices, gpus = re.fullmatch(r"devices=(\S*) NUM_GPUS=(\S*)", told).groups()
+    return command, devices, gpus
+
+
+ONE_NODE = "torchrun --nnodes 1 --node_rank 0 --nproc_per_node {} --master_addr 127.0.0.1 --master_port "
 
 
 @pytest.mark.parametrize(
-    ("environment", "options", "devices"),
+    ("environment", "options", "devices", "gpus"),
     [
-        ({}, "deepspeed --num_gpus 4 ", "all"),
-        ({"NUM_GPUS": "2"}, "deepspeed --num_gpus 2 ", "all"),
-        ({"CUDA_VISIBLE_DEVICES": "2,3"}, "deepspeed --include localhost:2,3 ", "2,3"),
-        ({"CUDA_VISIBLE_DEVICES": "2,3", "NUM_GPUS": "1"}, "deepspeed --include localhost:2 ", "2,3"),
-        ({"CUDA_VISIBLE_DEVICES": ""}, "deepspeed --num_gpus 2 ", ""),
-        ({"NUM_GPUS": "0", "NUM_PROCESSES": "3"}, "deepspeed --num_gpus 3 ", ""),
-        ({"HOSTFILE": "hosts"}, "deepspeed --hostfile hosts ", "all"),
+        ({}, "deepspeed --num_gpus 4 ", "all", "4"),
+        ({"NUM_GPUS": "2"}, "deepspeed --num_gpus 2 ", "all", "2"),
+        ({"CUDA_VISIBLE_DEVICES": "2,3"}, ONE_NODE.format(2), "2,3", "2"),
+        ({"CUDA_VISIBLE_DEVICES": " 2, 3"}, ONE_NODE.format(2), "2,3", "2"),
+        ({"CUDA_VISIBLE_DEVICES": "2,3", "NUM_GPUS": "1"}, ONE_NODE.format(1), "2", "1"),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-3f2a1b,GPU-4e"}, ONE_NODE.format(2), "GPU-3f2a1b,GPU-4e", "2"),
+        ({"CUDA_VISIBLE_DEVICES": "MIG-377e,MIG-4", "NUM_GPUS": "1"}, ONE_NODE.format(1), "MIG-377e", "1"),
+        ({"CUDA_VISIBLE_DEVICES": "1,-1,0"}, ONE_NODE.format(1), "1", "1"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, "deepspeed --num_gpus 2 ", "", "0"),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, "deepspeed --num_gpus 2 ", "", "0"),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, "deepspeed --num_gpus 2 ", "", "0"),
+        ({"NUM_GPUS": "0", "NUM_PROCESSES": "3"}, "deepspeed --num_gpus 3 ", "", "0"),
+        ({"NUM_GPUS": "0", "CUDA_VISIBLE_DEVICES": "GPU-3f2a1b"}, "deepspeed --num_gpus 2 ", "", "0"),
         (
             {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"},
             "torchrun --nnodes 2 --node_rank 1 --nproc_per_node 4 --master_addr a --master_port 29500 ",
             "all",
+            "4",
         ),
     ],
     ids=str,
 )
-def test_launcher_and_devices(venv: Path, environment: dict[str, str], options: str, devices: str) -> None:
-    command, seen = _launch(venv, "my.yaml", "training.max_steps=3", **environment)
+def test_launcher_and_devices(venv: Path, environment: dict[str, str], options: str, devices: str, gpus: str) -> None:
+    command, seen, expected = _launch(venv, "my.yaml", "training.max_steps=3", **environment)
     assert command.startswith(options)
     assert command.endswith("--module llava_compete.cli train my.yaml --stage sft training.max_steps=3")
-    assert seen == devices
+    assert (seen, expected) == (devices, gpus)
+
+
+@pytest.mark.parametrize(
+    ("environment", "error"),
+    [
+        ({"NUM_GPUS": "abc"}, "NUM_GPUS=abc: expected a whole number, 0 or more"),
+        ({"NUM_GPUS": "-1"}, "NUM_GPUS=-1: expected a whole number, 0 or more"),
+        ({"NUM_GPUS": "0", "NUM_PROCESSES": "0"}, "NUM_PROCESSES=0: expected a whole number, 1 or more"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT=abc: expected a whole number, 1 to 65535"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999: expected a whole number, 1 to 65535"),
+        ({"NNODES": "two"}, "NNODES=two: expected a whole number, 1 or more"),
+        ({"NNODES": "2"}, "NNODES=2: needs NODE_RANK and MASTER_ADDR too"),
+        ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK=2: expected a whole number, 0 to 1"),
+        ({"NUM_GPUS": "3", "CUDA_VISIBLE_DEVICES": "0,1"}, "NUM_GPUS=3: CUDA_VISIBLE_DEVICES=0,1 names 2"),
+        (
+            {"CUDA_VISIBLE_DEVICES": "0,gpu1"},
+            "CUDA_VISIBLE_DEVICES=0,gpu1: expected numbers or UUIDs (GPU-..., MIG-...), found 'gpu1'",
+        ),
+        (
+            {"CUDA_VISIBLE_DEVICES": "MIG-1,MIG-2"},
+            "CUDA_VISIBLE_DEVICES=MIG-1,MIG-2: CUDA gives a process one MIG device, and ranks cannot share a GPU; "
+            "name one",
+        ),
+        ({"HOSTFILE": "/no/hosts"}, "HOSTFILE=/no/hosts: no such file"),
+    ],
+    ids=str,
+)
+def test_a_wrong_variable_is_one_line(venv: Path, environment: dict[str, str], error: str) -> None:
+    done = _run(venv, "my.yaml", **environment)
+    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (2, "", [f"error: {error}"])
+
+
+@pytest.mark.parametrize(
+    ("lines", "error"),
+    [
+        ("# none\n\n", "{}: names no host"),
+        ("a slots=2\nb\n", "{}, line 2: expected 'HOST slots=N', found 'b'"),
+        ("a slots=0\n", "{}, line 1: expected 'HOST slots=N', found 'a slots=0'"),
+        ("a slots=1\na slots=1\n", "{}, line 2: a stands there twice"),
+    ],
+)
+def test_a_wrong_hostfile_is_one_line(venv: Path, tmp_path: Path, lines: str, error: str) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text(lines, encoding="utf-8")
+    done = _run(venv, "my.yaml", HOSTFILE=str(hosts))
+    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (2, "", [f"error: {error.format(hosts)}"])
+
+
+# ssh to nowhere: the other end of the connection is on this machine.
+SSH = """[ "$1" = -G ] && { echo "hostname address-of-$2"; exit; }
+while [ $# -gt 2 ]; do shift; done
+exec env -i HOME="$HOME" PATH="$PATH" HOST="$1" bash -c "$2"
+"""
+
+
+def test_a_hostfile_starts_the_stage_on_each_machine(venv: Path, tmp_path: Path) -> None:
+    _script(venv / "bin" / "ssh", SSH)
+    says = 'echo "$HOST" torchrun "$@" OMP=$OMP_NUM_THREADS WANDB="$WANDB_NAME" OTHER="$OTHER"'
+    ours = f'[ "$1" = "{OUR_TORCHRUN}" ] || exec {sys.executable} "$@"'
+    _script(venv / "bin" / "python", f"{ours}; shift; {says}")
+    hosts = tmp_path / "hosts"
+    hosts.write_text("one slots=2  # the first\n\ntwo slots=3", encoding="utf-8")
+    name = 'it\'s "mine" $HOME\nand more'
+    environment = {"HOSTFILE": str(hosts), "OMP_NUM_THREADS": "5", "WANDB_NAME": name, "OTHER": "stays"}
+    done = _run(venv, "my.yaml", "data.note=a 'b' $c", MASTER_PORT="1234", **environment)
+    assert done.returncode == 0, done.stderr
+    for number, (host, slots) in enumerate((("one", 2), ("two", 3))):
+        assert (
+            f"{host} torchrun --nnodes 2 --node_rank {number} --nproc_per_node {slots} --master_addr address-of-one "
+            "--master_port 1234 --module llava_compete.cli train my.yaml --stage sft data.note=a 'b' $c "
+            f"OMP=5 WANDB={name} OTHER=\n"
+        ) in done.stdout
+
+
+def test_a_machine_that_cannot_be_reached_ends_the_stage_on_all(venv: Path, tmp_path: Path) -> None:
+    _script(venv / "bin" / "ssh", '[ "${!#}" != -G ] && [[ "$*" == *"two exec"* ]] && exit 255\n' + SSH)
+    _script(venv / "bin" / "python", f'[ "$1" = "{OUR_TORCHRUN}" ] || exec {sys.executable} "$@"; sleep 60')
+    hosts = tmp_path / "hosts"
+    hosts.write_text("one slots=1\ntwo slots=1\n", encoding="utf-8")
+    done = _run(venv, "my.yaml", HOSTFILE=str(hosts))
+    assert done.returncode == 255
+    assert "two: the connection has ended (ssh: 255)" in done.stderr
 
 
 def test_the_demo_is_the_default_config(venv: Path) -> None:
-    command, _ = _launch(venv, "seed=1")
+    command, *_ = _launch(venv, "seed=1")
     assert command.endswith("train configs/demo/sft.yaml --stage sft seed=1")
 
 
@@ -91,3 +191,27 @@ def test_train_all_is_for_one_launching_machine(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert message in done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+def test_train_all_that_is_told_to_stop_starts_no_further_stage(venv: Path, tmp_path: Path) -> None:
+    """Also where the stage that was running has just finished."""
+    started = tmp_path / "started"
+    rank = f'exec -a "python -m llava_compete.cli train" {sys.executable} -c'
+    # A launcher with one rank, which finishes when it is told.
+    told = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))"
+    program = f"import signal, sys; {told}; print(1, flush=True); signal.pause()"
+    _script(venv / "bin" / "deepspeed", f"echo $* >>{started}; (export RANK=0; {rank} '{program}' >{tmp_path}/ready)")
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    for stage in ("pretrain_align", "sft"):
+        (configs / f"{stage}.yaml").write_text(f"stage: {stage}\n", encoding="utf-8")
+    environment = {**os.environ, "PATH": f"{venv / 'bin'}:{os.environ['PATH']}", "VENV": str(venv), "NUM_GPUS": "0"}
+    command = ["bash", str(ROOT / "scripts" / "train_all.sh"), str(configs)]
+    with subprocess.Popen(command, env=environment) as process:
+        end = time.monotonic() + 30
+        while not (tmp_path / "ready").is_file() or not (tmp_path / "ready").read_text(encoding="utf-8"):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(timeout=30) == 143
+    assert len(started.read_text(encoding="utf-8").splitlines()) == 1

@@ -5,15 +5,14 @@ Each test starts real ranks on CPU, so the file is slow (minutes): `bash scripts
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from launch_kit import (
     assert_same_curve,
     below,
@@ -140,24 +139,6 @@ def test_an_error_of_one_rank_is_said_once_and_ends_all(tmp_path: Path) -> None:
     assert re.match(r"error: (rank 1: )?row tiny/row17: .*17\.png", error)
 
 
-@pytest.mark.parametrize("told", ["script", "group", "everything"])
-def test_sigterm_saves(data: Path, tmp_path: Path, told: str) -> None:
-    """As `kill` sends it, a terminal (to the process group), and systemd or scancel (to all processes)."""
-    config = launch_config(data, tmp_path / "out", 1, 1, training={"max_steps": 2000})
-    with started(config, tmp_path / "c.yaml") as process:
-        wait_for_step(process, tmp_path / "out", 2)
-        everything = below(process.pid)
-        if told == "group":
-            os.killpg(process.pid, signal.SIGTERM)
-        else:
-            for one in [process, *(everything if told == "everything" else [])]:
-                one.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=120) == 143
-        assert not running(everything)
-    assert checkpoints.list_complete(tmp_path / "out")
-    assert checkpoints.read_finished(tmp_path / "out") is None
-
-
 def test_second_run_on_one_directory_is_refused(data: Path, tmp_path: Path) -> None:
     config = launch_config(data, tmp_path / "out", 1, 1, training={"max_steps": 2000})
     with started(config, tmp_path / "c.yaml") as process:
@@ -181,3 +162,12 @@ def test_mistakes_end_with_one_line(data: Path, tmp_path: Path) -> None:
     assert busy.returncode != 0
     assert len(error_lines(busy)) == 1
     assert f"port in use: 127.0.0.1:{port}" in error_lines(busy)[0]
+    unknown = run_script("sft", tmp_path / "c.yaml", "sed=1")
+    assert unknown.returncode == 2
+    assert error_lines(unknown) == [f"error: {tmp_path / 'c.yaml'}: unknown key 'sed'; did you mean 'seed'?"]
+    if not torch.cuda.is_available():
+        no_gpu = run_script("sft", tmp_path / "c.yaml", NUM_GPUS="2")
+        assert no_gpu.returncode == 2
+        (error,) = error_lines(no_gpu)
+        assert "NUM_GPUS is 2, found no usable GPU" in error
+        assert not (tmp_path / "out").exists()

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from llava_compete.errors import UserError
+from llava_compete.files import mode_by_umask
 from llava_compete.model.checkpoint import load_checkpoint, save_checkpoint
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.moe.experts import PackedExperts
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 PREFIXES = {"vision": "vision_tower.", "projector": "projector.", "language": "language_model."}
 ADAPTER_CONFIG = "adapter_config.json"
+TRAINED_WEIGHTS = "trained.safetensors"
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,53 @@ def add_adapters(model: LlavaCompeteForConditionalGeneration, parts: Mapping[str
         return get_peft_model(model, config)
 
 
-def load_adapter(model: LlavaCompeteForConditionalGeneration, adapter: str | Path) -> Any:
-    """Wrap `model` with the adapters of a directory; returns peft's model."""
-    from peft import PeftModel
+def save_trained(directory: Path, trained: Mapping[str, Tensor]) -> None:
+    """Write all that a stage with adapters trained beside them: peft's own file has no part that trained in full.
 
-    with _bitsandbytes_for(model):
-        return PeftModel.from_pretrained(model, adapter)
+    Args:
+        directory: where peft saved the adapters.
+        trained: by name in peft's model, the adapters' tensors too.
+    """
+    save_file({name: tensor.contiguous() for name, tensor in trained.items()}, directory / TRAINED_WEIGHTS)
+    mode_by_umask(directory)
+
+
+def load_adapter(model: LlavaCompeteForConditionalGeneration, adapter: str | Path) -> Any:
+    """Wrap `model` with the adapters of a directory, and with the parts that trained in full beside them.
+
+    Returns:
+        peft's model.
+
+    Raises:
+        UserError: no adapter there, one of another model, or one that lacks some of its tensors.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    adapter = Path(adapter)
+    if not (adapter / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{adapter}: not an adapter directory (it has no {ADAPTER_CONFIG})")
+    try:
+        with _bitsandbytes_for(model):
+            adapted = PeftModel.from_pretrained(model, adapter)
+        stored = load_peft_weights(str(adapter), device="cpu")
+        unknown = _load_trained(adapted, adapter / TRAINED_WEIGHTS)
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+        raise UserError(f"{adapter}: does not fit {model.name_or_path}: {str(error).splitlines()[0]}") from error
+    # peft only warns of tensors that are not there, and they would change nothing.
+    missing = sorted(get_peft_model_state_dict(adapted).keys() - stored.keys())
+    if missing or unknown:
+        what = f"lacks {len(missing)} of its tensors" if missing else f"{TRAINED_WEIGHTS} has {len(unknown)} unknown"
+        raise UserError(f"{adapter}: {what}, such as {(missing or unknown)[0]}")
+    return adapted
+
+
+def _load_trained(adapted: Any, path: Path) -> list[str]:
+    """Put what trained beside the adapters in its place, if any did; returns names that the model does not have."""
+    if not path.is_file():
+        return []
+    result = adapted.load_state_dict(load_file(path), strict=False)
+    return list(result.unexpected_keys)
 
 
 @contextmanager
@@ -114,9 +158,6 @@ def merge_adapters(adapter: str | Path, output_dir: str | Path, checkpoint: str 
 
     checkpoint: default the one that the adapter names as its base.
     """
-    from peft import get_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
     adapter, output_dir = Path(adapter), Path(output_dir)
     path = adapter / ADAPTER_CONFIG
     if not path.is_file():
@@ -127,16 +168,7 @@ def merge_adapters(adapter: str | Path, output_dir: str | Path, checkpoint: str 
     if output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(f"{output_dir}: not empty; choose another --out")
     model, processor = load_checkpoint(base)
-    try:
-        adapted = load_adapter(model, adapter)
-        stored = load_peft_weights(str(adapter), device="cpu")
-    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
-        raise UserError(f"{adapter}: does not fit {base}: {str(error).splitlines()[0]}") from error
-    # peft only warns of tensors that are not there, and they would change nothing.
-    missing = sorted(get_peft_model_state_dict(adapted).keys() - stored.keys())
-    if missing:
-        raise UserError(f"{adapter}: lacks {len(missing)} of its tensors, such as {missing[0]}")
-    merged = adapted.merge_and_unload()
+    merged = load_adapter(model, adapter).merge_and_unload()
     merged.config.parents = [*model.config.parents, model.config.stage]
     merged.config.stage = "merge"
     save_checkpoint(merged, processor, output_dir)

@@ -28,7 +28,7 @@ class AllExpertsUp(torch.autograd.Function):
     def backward(ctx: Any, grad_TEM: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x_TD, weight_EMD = ctx.saved_tensors
         x_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad
-        grad_TF = grad_TEM.reshape(grad_TEM.shape[0], -1)
+        grad_TF = grad_TEM.flatten(1)
         grad_x_TD = grad_TF @ weight_EMD.flatten(0, 1) if x_wanted else None
         grad_weight_EMD = (grad_TF.t() @ x_TD).view_as(weight_EMD) if weight_wanted else None
         return grad_x_TD, grad_weight_EMD, grad_TEM.sum(0) if bias_wanted else None

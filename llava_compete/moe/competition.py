@@ -90,7 +90,7 @@ class _Contest(torch.autograd.Function):
         # A winner's row of y laid out as [E * T, O]. Rows never repeat: a token wins at most once at an expert.
         tokens_T1 = torch.arange(num_tokens, device=y_ETO.device)[:, None]
         rows_P = torch.add(tokens_T1, winners_TK, alpha=num_tokens).flatten()
-        won_TKO = y_ETO.flatten(0, 1).index_select(0, rows_P).view(num_tokens, num_winners, -1)
+        won_TKO = y_ETO.flatten(0, 1).index_select(0, rows_P).view(num_tokens, num_winners, y_ETO.shape[2])
 
         won_TK = affinity_TE.gather(1, winners_TK)
         won_TK += won_TK.sum(-1, keepdim=True) == 0  # relu or L2 can leave only zeros: equal weights then

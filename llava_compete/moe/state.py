@@ -1,15 +1,17 @@
 """What the blocks of one model share: token statistics' groups, which layers compete, and the records of a forward.
 
 The model's forward calls `begin` before a part runs and is inside `recording()`; a trainer callback sets `competing`
-once an optimizer step. Recomputation under gradient checkpointing happens after `recording()` has ended: blocks then
-do the same arithmetic, since groups and modes persist, but leave no second record. Nothing here is saved.
+once an optimizer step. Recomputation under gradient checkpointing happens after `recording()` has ended, maybe after
+other forwards: inside `checkpoint_contexts` blocks then do the same arithmetic, since groups and modes are those of
+their forward, but leave no second record. Nothing here is saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,8 @@ class TokenGroups:
     """Which sequence (image or sample) each of a part's T tokens belongs to, as weights of a mean; all float32.
 
     sequence_weights_ST: [S, T], 1/len(s) where token t of sequence s counts, else 0.
-    num_sequences: 0-dim, sequences of the global batch (all ranks and micro-batches of an optimizer step).
+    num_sequences: 0-dim, sequences of the global batch (all ranks and micro-batches of an optimizer step); or [S, 1]
+        where they have unequal shares in a mean over them: the inverse of each one's share.
     global_weights_ST: the same weights over `num_sequences`.
     token_weights_T: [T], their sum over sequences. A mean of x_T over sequences' means is
         `(token_weights_T * x_T).sum()`; the sum of it over micro-batches and ranks is the global mean.
@@ -152,6 +155,43 @@ class RoutingState:
     def competes(self, name: str) -> bool:
         """Whether layer `name` holds a competition in this step."""
         return self.competition_enabled and self._competes[name]
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """`context_fn` of torch's checkpoint: the recomputation sees the state as its forward, now, sees it.
+
+        Without this the blocks of a first forward would be recomputed with the second one's groups and competitions,
+        and their routers get wrong gradients.
+        """
+        return nullcontext(), _Recomputation(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RoutingState:
+        """For averages of weights, which copy the model after a step: the last forward's tensors, which belong to a
+        graph and cannot be copied, stay behind."""
+        copy = memo[id(self)] = RoutingState()
+        copy._competes = dict(self._competes)
+        copy.competition_enabled = self.competition_enabled
+        return copy
+
+
+class _Recomputation(AbstractContextManager[None]):
+    """Inside, `state` is as it was when this was made; may be entered again, by a second backward."""
+
+    def __init__(self, state: RoutingState) -> None:
+        self._state = state
+        self._then = self._moment()
+
+    def _moment(self) -> tuple[dict[str, TokenGroups], frozenset[str], bool]:
+        return dict(self._state.groups), self._state.competing, self._state.competition_enabled
+
+    def _restore(self, moment: tuple[dict[str, TokenGroups], frozenset[str], bool]) -> None:
+        self._state.groups, self._state.competing, self._state.competition_enabled = moment
+
+    def __enter__(self) -> None:
+        self._now = self._moment()
+        self._restore(self._then)
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore(self._now)
 
 
 def _scalar(value: int | Tensor, device: torch.device) -> Tensor:

@@ -12,9 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from llava_compete.files import mode_by_umask
 from llava_compete.model.build import save_checkpoint
-from llava_compete.model.lora import LoraSettings, add_adapters
+from llava_compete.model.lora import LoraSettings, add_adapters, save_trained
 from llava_compete.train.config import Part, PartTraining
 
 ADAPTER_DIR = "adapter"
@@ -45,5 +44,5 @@ def save_merged(
     if lost or result.unexpected_keys:
         raise RuntimeError(f"adapters do not fit the base model: {(lost + result.unexpected_keys)[:3]}")
     wrapped.save_pretrained(directory / ADAPTER_DIR)
-    mode_by_umask(directory / ADAPTER_DIR)
+    save_trained(directory / ADAPTER_DIR, state_dict)
     save_checkpoint(wrapped.merge_and_unload(), processor, directory)

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from llava_compete.errors import UserError
-from llava_compete.files import mode_by_umask
 from llava_compete.model.build import save_checkpoint
+from llava_compete.model.lora import TRAINED_WEIGHTS, save_trained
 from llava_compete.train import checkpoints, trainable
 from llava_compete.train import resharding as universal
 from llava_compete.train import step_counts as counts
@@ -46,7 +46,6 @@ LAUNCHERS_PATIENCE = 30
 # With less than this left, a failed write is taken for a full disk.
 FULL_DISK_BYTES = 64 * 2**20
 # What a checkpoint of a LoRA stage holds beside peft's adapter: parts that train in full.
-ADAPTED_WEIGHTS = "trained.safetensors"
 # torch's kinds of running out of memory that are plain RuntimeErrors.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -356,20 +355,19 @@ class StageTrainer(Trainer):
             return
         self.model.save_pretrained(directory, state_dict=state_dict)
         state_dict = self.model.state_dict() if state_dict is None else state_dict
-        save_file({name: state_dict[name].contiguous() for name in self._trained()}, directory / ADAPTED_WEIGHTS)
-        mode_by_umask(directory)
+        save_trained(directory, {name: state_dict[name] for name in self._trained()})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The weights of a checkpoint without DeepSpeed: peft's loading would leave out parts that train in full."""
         if not _has_adapters(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        weights = load_file(Path(resume_from_checkpoint) / ADAPTED_WEIGHTS)
+        weights = load_file(Path(resume_from_checkpoint) / TRAINED_WEIGHTS)
         result = self.model.load_state_dict(weights, strict=False)
         lost = self._trained() - weights.keys()
         if lost or result.unexpected_keys:
             raise UserError(
-                f"{resume_from_checkpoint}/{ADAPTED_WEIGHTS}: does not fit the `trainable` map: "
+                f"{resume_from_checkpoint}/{TRAINED_WEIGHTS}: does not fit the `trainable` map: "
                 f"{sorted(lost)[:2] + result.unexpected_keys[:2]}"
             )
 

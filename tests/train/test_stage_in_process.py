@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +16,15 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from nan_worker import breaking_backward
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from stage_kit import read_metrics, stage_config, tiny_moe, write_data
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from llava_compete.config import parse_config
 from llava_compete.errors import UserError
+from llava_compete.evaluation.answerer import load_for_inference
 from llava_compete.model.build import load_checkpoint
+from llava_compete.model.lora import merge_adapters
 from llava_compete.model.upcycle import upcycle
 from llava_compete.train import checkpoints, run, trainer
 from llava_compete.train.callbacks import between_steps as callbacks
@@ -294,6 +297,31 @@ def test_lora_stage_writes_a_plain_merged_checkpoint(
     assert (tuned / "adapter" / "adapter_config.json").is_file()
     assert load_checkpoint(tuned)[0].config.stage == "pft"
     assert ("Linear4bit" in layers) == (quantization is not None)
+
+
+def test_adapters_carry_what_trained_in_full_beside_them(data: Path, tmp_path: Path) -> None:
+    """The final adapter and that of a checkpoint, merged or put on for an evaluation, are the stage's own result."""
+    training = {"max_steps": 2, "save_steps": 1, "learning_rate": 0.01}
+    start = _run(stage_config("pretrain_align", data, tmp_path / "start", training={"max_steps": 1}, deepspeed=None))
+    trainable = {"projector": "full", "language": {"mode": "lora", "lora_rank": 2}}
+    config = stage_config("pft", data, tmp_path / "lora", trainable=trainable, training=training, deepspeed=None)
+    tuned = _run(config | {"model": {"checkpoint": str(start)}})
+    expected, before = load_file(tuned / "model.safetensors"), load_file(start / "model.safetensors")
+    projector = next(name for name in expected if name.startswith("projector"))
+    assert not torch.allclose(expected[projector], before[projector], atol=1e-4)
+    for adapter in (tuned / "adapter", tuned / "checkpoint-2"):
+        merge_adapters(adapter, tmp_path / f"merged-{adapter.name}", start)
+        merged = load_file(tmp_path / f"merged-{adapter.name}" / "model.safetensors")
+        evaluated, _ = load_for_inference(str(start), torch.device("cpu"), adapter=str(adapter))
+        for found in (merged, evaluated.state_dict()):
+            for name, tensor in expected.items():
+                torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=f"{adapter.name}: {name}")
+    foreign = shutil.copytree(tuned / "adapter", tmp_path / "foreign")
+    save_file({"no.such.weight": torch.zeros(2)}, foreign / "trained.safetensors")
+    with pytest.raises(UserError, match=r"foreign: trained\.safetensors has 1 unknown, such as no\.such\.weight"):
+        load_for_inference(str(start), torch.device("cpu"), adapter=str(foreign))
+    with pytest.raises(UserError, match="not an adapter directory"):
+        load_for_inference(str(start), torch.device("cpu"), adapter=str(start))
 
 
 def test_held_out_loss_and_answers(data: Path, tmp_path: Path) -> None:

@@ -15,21 +15,26 @@ from typing import Any
 from llava_compete.errors import UserError
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Replace the file at `path`; a reader sees the old text or the new, and a crash leaves one of them."""
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Replace the file at `path`; a reader sees the old content or the new, and a crash leaves one of them."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The process number keeps two writers of one file apart.
+    # The process number keeps two writers of one file apart. Opened, not made by `tempfile`, it has the umask's mode.
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with beside.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with beside.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`write_bytes` of UTF-8 text, its line breaks as they are."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -57,8 +62,10 @@ def write_json_lines(path: str | Path, rows: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_json_lines(path: str | Path) -> Iterator[Any]:
+def read_json_lines(path: str | Path, *, may_break_off: bool = False) -> Iterator[Any]:
     """The values of a file with one JSON value a line; empty lines are left out.
+
+    `may_break_off`: the file grows line by line, so what stands behind its last line break is not yet a row.
 
     Raises:
         UserError: no such file, or a line that is not JSON; names the line.
@@ -67,7 +74,7 @@ def read_json_lines(path: str | Path) -> Iterator[Any]:
     try:
         with path.open(encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
+                if line.strip() and not (may_break_off and not line.endswith("\n")):
                     try:
                         yield json.loads(line)
                     except json.JSONDecodeError as error:

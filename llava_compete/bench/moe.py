@@ -9,7 +9,6 @@ activations of the block): the caching allocator's on CUDA, a count over every o
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -236,7 +235,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def write_json(rows: Sequence[Row], path: Path) -> None:
-    path.write_text(json.dumps([row.to_json() for row in rows], indent=1) + "\n", encoding="utf-8")
+    write_json(path, [row.to_json() for row in rows])
 
 
 def write_figure(rows: Sequence[Row], path: Path) -> None:

@@ -32,6 +32,7 @@ from PIL import Image
 
 from llava_compete.demo import scenes
 from llava_compete.errors import UserError
+from llava_compete.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def build_demo(out_dir: str | Path, force: bool = False) -> DemoSummary:
     target = Path(out_dir)
     meta_file = target / "eval" / "meta.json"
     if meta_file.is_file() and not force:
-        meta = json.loads(meta_file.read_text())
+        meta = read_json(meta_file)
         if meta.get("generator") == GENERATOR:
             return DemoSummary(target, meta["rows"], built=False)
     refuse_foreign_folder(target)
@@ -91,7 +92,7 @@ def build_demo(out_dir: str | Path, force: bool = False) -> DemoSummary:
     meta = {"generator": GENERATOR, "rows": counts, "tasks": {}}
     for task, (name, rows) in tests.items():
         meta["tasks"][task] = write_test_table(rows, partial / "eval" / f"{name}.parquet")
-    (partial / "eval" / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    write_json(partial / "eval" / "meta.json", meta)
     if target.exists():
         shutil.rmtree(target)
     partial.rename(target)

@@ -16,7 +16,6 @@ sums of digits). Answers are balanced inside each type. Everything follows from 
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from collections import Counter
@@ -28,6 +27,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from llava_compete.demo import build as demo
+from llava_compete.files import read_json, write_json
 
 GENERATOR = "2"  # raise when the same settings give other data
 IMAGE_SIZE, GRID = 64, 4
@@ -332,7 +332,7 @@ def build_scenes_hard(out_dir: str | Path, train_images: int, force: bool = Fals
     identity = f"{GENERATOR}/{train_images}"
     meta_file = target / "eval" / "meta.json"
     if meta_file.is_file() and not force:
-        meta = json.loads(meta_file.read_text())
+        meta = read_json(meta_file)
         if meta.get("generator") == identity:
             return demo.DemoSummary(target, meta["rows"], built=False)
     demo.refuse_foreign_folder(target)
@@ -375,7 +375,7 @@ def build_scenes_hard(out_dir: str | Path, train_images: int, force: bool = Fals
         ]
         tasks[f"demo_{task}"] = demo.write_test_table(table, partial / "eval" / f"{task}_test.parquet")
     meta = {"generator": identity, "rows": counts, "tasks": tasks}
-    (partial / "eval" / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    write_json(partial / "eval" / "meta.json", meta)
     if target.exists():
         shutil.rmtree(target)
     partial.rename(target)

@@ -17,6 +17,8 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+from llava_compete.files import write_json
+
 VALIDATION_PERCENT = 8
 _MIN_CHARS = 200
 # Tests say little in words, character tables say the same in each file, installed packages differ by machine.
@@ -54,7 +56,7 @@ def build_stdlib_text(directory: Path, library: Path | None = None) -> Summary:
         sizes[split] = sum(len(row["text"].encode("utf-8", "replace")) for row in documents)
     summary = Summary(len(rows["train"]), sizes["train"], len(rows["validation"]), sizes["validation"])
     meta = summary._asdict() | {"python": platform.python_version()}
-    (directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "meta.json", meta)
     return summary
 
 

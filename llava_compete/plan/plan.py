@@ -6,7 +6,6 @@ Builds the model on the meta device and never downloads (`recipe.py`); what a st
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,4 +218,4 @@ def _heaviest_layers(model: LlavaCompeteForConditionalGeneration, config: LlavaC
 
 def write_json(result: Plan, path: Path) -> None:
     """Write the plan for another program."""
-    path.write_text(json.dumps(result.as_json(), indent=2) + "\n", encoding="utf-8")
+    write_json(path, result.as_json())

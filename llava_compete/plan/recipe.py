@@ -6,7 +6,6 @@ the recipe beside it that writes it.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from llava_compete.config import apply_overrides, parse_config, read_yaml
 from llava_compete.data.text.config import TextSection
 from llava_compete.errors import UserError
+from llava_compete.files import read_json
 from llava_compete.language.sources import text_config_of
 from llava_compete.model.build import build_config, check_moe_settings
 from llava_compete.model.checkpoint import read_config
@@ -81,7 +81,7 @@ def _zero_options(name: str | None) -> tuple[int, tuple[str, ...]]:
     """ZeRO stage of a file of configs/deepspeed, and what it offloads."""
     if name is None:
         return 0, ()
-    zero = json.loads((DEEPSPEED_DIR / f"{name}.json").read_text(encoding="utf-8"))["zero_optimization"]
+    zero = read_json(DEEPSPEED_DIR / f"{name}.json")["zero_optimization"]
     return zero["stage"], tuple(what for what in ("optimizer", "param") if f"offload_{what}" in zero)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from llava_compete.files import read_json, read_json_lines, write_text
 from llava_compete.manifest import git_state, package_versions, write_json
 
 TESTS = {"parity": "parity", "waiting": "waiting", "nccl": "collectives"}
@@ -49,7 +50,7 @@ def _machine(kept: Path) -> dict[str, Any]:
 
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         write_json(kept, {"device": name, "versions": package_versions(), "git": git_state()})
-    return json.loads(kept.read_text(encoding="utf-8"))
+    return read_json(kept)
 
 
 def _result(name: str, results: Path) -> Any:
@@ -58,7 +59,7 @@ def _result(name: str, results: Path) -> Any:
         return list(_tests(path)) if path.exists() else None
     if name in BENCHMARKS:
         path = results / f"{name}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return read_json(path) if path.exists() else None
     return {path.stem: _steps(path) for path in sorted((results / name).glob("*.jsonl"))} or None
 
 
@@ -75,7 +76,7 @@ def _tests(path: Path) -> Iterator[dict[str, Any]]:
 
 def _steps(path: Path) -> dict[str, Any]:
     """First and last loss of a stage's few steps, and their seconds and memory."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = list(read_json_lines(path))
     steps = [line for line in lines if "loss" in line]
     end: dict[str, Any] = next((line for line in lines if line.get("event") == "end"), {})
     return {"losses": [line["loss"] for line in steps], "memory_gib": steps[-1].get("memory_gib"), "end": end}
@@ -187,7 +188,7 @@ def main(results: Path, out: Path) -> None:
     """Write OUT/gpu_check.json and OUT/gpu_check.md."""
     found = collect(results)
     write_json(out / "gpu_check.json", found)
-    (out / "gpu_check.md").write_text(table(found), encoding="utf-8")
+    write_text(out / "gpu_check.md", table(found))
 
 
 if __name__ == "__main__":

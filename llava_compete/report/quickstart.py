@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llava_compete.errors import UserError
-from llava_compete.files import read_json, read_json_lines, write_json
+from llava_compete.files import read_json, read_json_lines, write_json, write_text
 from llava_compete.report.figures import plot_expert_use, plot_loss_terms
 
 TRAINING_STAGES = ("pretrain_align", "sft")
@@ -88,7 +88,7 @@ def write_report(directory: Path) -> None:
         console.print(table)
         markdown += [f"## {title}", "", _row(header), _row(["---"] * len(header)), *map(_row, rows), ""]
     markdown += ["![loss terms over steps](loss_terms.png)", "", "![expert use by layer](expert_use.png)", ""]
-    (directory / "report.md").write_text("\n".join(markdown), encoding="utf-8")
+    write_text(directory / "report.md", "\n".join(markdown))
     console.print(f"Written: {directory}/metrics.json, report.md, loss_terms.png, expert_use.png")
 
 

@@ -8,7 +8,6 @@ commands in a process of its own, and finished runs are kept. Caller: `llava-com
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 
 from llava_compete.config import read_yaml
 from llava_compete.errors import UserError
+from llava_compete.files import read_json, read_json_lines, write_json
 
 logger = logging.getLogger(__name__)
 _RESAMPLES = 4000
@@ -87,7 +87,7 @@ def run(settings: Settings) -> dict[str, Any]:
 def _count_rows(data: Path) -> int:
     if not data.is_file():
         raise UserError(f"{data}: no such file; build it with `llava-compete data scenes-hard`")
-    return len(json.loads(data.read_text(encoding="utf-8")))
+    return len(read_json(data))
 
 
 def _steps(settings: Settings, rows: int) -> int:
@@ -109,14 +109,14 @@ def _refuse_other_settings(settings: Settings) -> None:
     content = {key: str(value) for key, value in asdict(settings).items() if key not in free}
     path = settings.out / "settings.json"
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         for key, value in content.items():
             if before.get(key) != value:
                 raise UserError(
                     f"{settings.out}: holds runs with {key} {before.get(key)}, now {value}; give another --out"
                 )
     settings.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(path, content)
 
 
 def _folder(settings: Settings, one: Run) -> Path:
@@ -165,9 +165,8 @@ def _scores(folder: Path) -> NDArray[np.float64]:
     """Scores of all questions of the suite's tasks [questions], each task with the same total weight."""
     directory = folder / "eval"
     pieces = []
-    for task in json.loads((directory / "summary.json").read_text(encoding="utf-8"))["tasks"]:
-        lines = (directory / "samples" / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
-        scores = np.array([json.loads(line)["score"] for line in lines])
+    for task in read_json(directory / "summary.json")["tasks"]:
+        scores = np.array([line["score"] for line in read_json_lines(directory / "samples" / f"{task}.jsonl")])
         pieces.append(scores / len(scores))
     return np.concatenate(pieces) * sum(map(len, pieces)) / len(pieces)
 

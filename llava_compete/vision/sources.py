@@ -5,7 +5,6 @@ Sources: open_clip's registry by name and tag, `hf-hub:org/repo`, `local-dir:pat
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from llava_compete.config import parse_config
 from llava_compete.errors import UserError, and_more, nearest
+from llava_compete.files import read_json
 from llava_compete.vision.tower import VisionTower, build_trunk, tower_facts
 from llava_compete.vision.tower_config import CLIP_MEAN, CLIP_STD, TowerConfig, VisionTowerSection
 
@@ -105,7 +105,7 @@ def _lookup(section: VisionTowerSection) -> OpenClipModel:
         if section.pretrained is not None:
             raise UserError(f"vision_tower.pretrained: found {section.pretrained!r}, but {name} brings its own weights")
         path = _open_clip_config_path(name)
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if "model_cfg" not in content:
             raise UserError(f"{path}: missing key 'model_cfg'; not an open_clip config")
         return OpenClipModel(content["model_cfg"], content.get("preprocess_cfg", {}))

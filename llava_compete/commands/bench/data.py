@@ -11,6 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from llava_compete.files import write_text
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
@@ -32,5 +34,5 @@ def run(arguments: argparse.Namespace) -> None:
     text = json.dumps(result, indent=2)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(text + "\n")
+        write_text(arguments.json, text + "\n")
     sys.stdout.write(text + "\n")

@@ -7,11 +7,11 @@ active parameters. On a GPU: the largest of a few real models whose training fit
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from llava_compete.errors import UserError
+from llava_compete.files import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,4 +46,4 @@ def run(arguments: argparse.Namespace) -> None:
     sys.stdout.write(f"softmax over dense        {result['softmax_over_dense']:+.1%}  (aim: at most 15%)\n")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.json, result)

@@ -6,9 +6,10 @@ llava-compete info outputs/quickstart/sft [--json FILE]
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
+
+from llava_compete.files import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,5 +46,5 @@ def run(arguments: argparse.Namespace) -> int:
             soft_wrap=True,
         )
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.json, facts)
     return 0

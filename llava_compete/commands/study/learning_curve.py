@@ -8,11 +8,12 @@ same command goes on after a stop. Writes learning_curve.json, learning_curve.pn
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
 from pathlib import Path
+
+from llava_compete.files import write_json, write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     result = learning_curve.run(settings)
     command = shlex.join(["llava-compete", *sys.argv[1:]])
     text = learning_curve.describe(result, settings.routers, command)
-    (arguments.out / "learning_curve.json").write_text(json.dumps(result | {"command": command}), encoding="utf-8")
-    (arguments.out / "README.md").write_text(text, encoding="utf-8")
+    write_json(arguments.out / "learning_curve.json", result | {"command": command})
+    write_text(arguments.out / "README.md", text)
     learning_curve.draw(result, settings.routers, arguments.out / "learning_curve.png")
     sys.stdout.write(text)

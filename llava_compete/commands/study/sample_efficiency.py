@@ -8,10 +8,11 @@ sample_efficiency.png and README.md into --out.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
+
+from llava_compete.files import write_json, write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     command = "llava-compete study sample-efficiency" + (" --quick" if arguments.quick else "")
     text = sample_efficiency_report.describe(result, command)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "sample_efficiency.json").write_text(json.dumps(result | {"command": command}), encoding="utf-8")
-    (arguments.out / "README.md").write_text(text, encoding="utf-8")
+    write_json(arguments.out / "sample_efficiency.json", result | {"command": command})
+    write_text(arguments.out / "README.md", text)
     sample_efficiency_report.draw(result, arguments.out / "sample_efficiency.png")
     sys.stdout.write(text)
     return 0

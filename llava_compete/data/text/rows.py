@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 from llava_compete.data.text.config import TextSection
 from llava_compete.data.text.sources import Document, digest, read_train, read_validation
 from llava_compete.errors import UserError
+from llava_compete.files import read_json_lines
 
 _MARK_EVERY = 64  # rows of a stream between two marks
 Encode = Callable[[str], list[int]]
@@ -210,10 +211,8 @@ class TextRows(Dataset):
 
     def _read_marks(self) -> Iterator[tuple[int, int, list[int]]]:
         for path in sorted(self.marks.glob(f"{self.key}-*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                if line.endswith("}"):  # the last line of a killed process may be cut
-                    mark = json.loads(line)
-                    yield mark["stream"], mark["row"], mark["position"]
+            for mark in read_json_lines(path, may_break_off=True):
+                yield mark["stream"], mark["row"], mark["position"]
 
     def __getstate__(self) -> dict[str, Any]:
         """For a loader's worker: it opens its own streams."""
@@ -247,11 +246,13 @@ class HeldOutRows(Dataset):
             )
         self.tokens_RN = torch.tensor(tokens[: rows * context]).view(rows, context)
         self.documents_RN = torch.tensor(documents[: rows * context]).view(rows, context)
-        self.modalities = np.zeros(rows, dtype=np.int8)  # no row has images
         self.sources, self.source_names = np.zeros(rows, dtype=np.int32), ("validation",)
 
     def __len__(self) -> int:
         return len(self.tokens_RN)
+
+    def image_filler(self) -> None:
+        """No row has an image, and so none needs a blank one beside it."""
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         tokens, documents = self.tokens_RN[number], self.documents_RN[number]

@@ -86,7 +86,7 @@ def make_rows(folder: Path, num_rows: int) -> list[dict[str, Any]]:
 def steps(dataset: ConversationDataset, processor: Any, collate: Collator, count: int = 100) -> dict[str, float]:
     """Milliseconds of processor time a sample of each step, one after the other in this process."""
     table = dataset.tables[0]
-    folder = table.section.path.parent
+    folder = table.section.images
     numbers = range(min(count, len(table.rows)))
     read = _timed(lambda: [table.rows.row(number) for number in numbers])
     images = _timed(lambda: [open_image(folder / row["images"][0]["path"]) for row in read[0]])

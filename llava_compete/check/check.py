@@ -1,7 +1,7 @@
 """Is this data fit to train on? Every row, every image, in parallel, before a GPU is rented.
 
 Each problem has a kind (`row_checks.PROBLEMS`), an error or a warning; nothing is dropped silently: good and bad rows
-can be handed to a sink, the bad ones with their reasons. Caller: `llava-compete data check`.
+can be handed to a sink, the bad ones with their reasons.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 
 from llava_compete.check.row_checks import PROBLEMS, RowFacts, TextSide, check_row
 from llava_compete.data.config import DataSection, SourceSection
-from llava_compete.data.readers import SourceError, read_rows, source_digest
+from llava_compete.data.source_files import SourceError, file_digests, read_rows, source_digest, source_files
 from llava_compete.data.tables import cache_folder
 from llava_compete.errors import UserError
 
 CHUNK_ROWS = 64
 FIRST_RECORDS = 3
+FIRST_FIELDS = 10
 _MESSAGE = 300  # characters of a message that are kept
 
 
@@ -65,12 +66,21 @@ class CheckReport:
     def num_errors(self) -> int:
         return sum(count for kind, count in self.counts.items() if PROBLEMS[kind][0])
 
+    def is_good(self, source: str) -> bool:
+        """Whether a source was read to its end and all its rows are good."""
+        totals = self.sources[source]
+        return bool(totals.rows) and totals.good_rows == totals.rows
+
     def add(self, found: list[Problem]) -> None:
         """The problems of one row; those of one kind count once."""
-        for kind, problem in {problem.kind: problem for problem in reversed(found)}.items():
-            self.counts[kind] += 1
-            shown = self.first.setdefault(kind, [])
-            if len(shown) < FIRST_RECORDS:
+        self.counts.update({problem.kind for problem in found})
+        for problem in found:
+            shown = self.first.setdefault(problem.kind, [])
+            if problem.kind == "field_ignored":  # it stands in every row: each key is shown once
+                new, limit = all(item.message != problem.message for item in shown), FIRST_FIELDS
+            else:
+                new, limit = all(item[:3] != problem[:3] for item in shown), FIRST_RECORDS
+            if new and len(shown) < limit:
                 shown.append(problem)
 
 
@@ -94,7 +104,8 @@ def check_data(
         totals = report.sources[source.name] = SourceReport()
         seen: dict[bytes, bytes] = {}
         try:
-            totals.digest = source_digest(source.path, memory)
+            files = source_files(source.path)
+            totals.digest = source_digest(files, file_digests(files, memory))
             rows = _checked_rows(source, text_side, section.max_length, workers)
             for number, (raw, facts) in enumerate(rows):
                 found = [Problem(kind, source.name, number, facts.id, _one_line(text)) for kind, text in facts.problems]
@@ -105,7 +116,7 @@ def check_data(
                     sink(source, raw, found)
                 progress(1)
             if totals.rows == 0:
-                raise SourceError(f"{source.path}: no rows")
+                raise SourceError(f"{source}: no rows")
         except SourceError as error:
             report.add([Problem("file_unreadable", source.name, None, "", _one_line(str(error)))])
     return report
@@ -145,7 +156,7 @@ def _facts(future: Future[list[RowFacts]], checked: list[tuple[int, Any]], sourc
     except BrokenProcessPool as error:
         first, last = checked[0][0], checked[-1][0]
         raise UserError(
-            f"{source.path}: a worker died near rows {first} to {last} (out of memory, or a picture that "
+            f"{source}: a worker died near rows {first} to {last} (out of memory, or a picture that "
             "crashes its decoder); --workers 1 narrows it down"
         ) from error
 

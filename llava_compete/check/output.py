@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,10 +12,12 @@ from typing import Any, TextIO
 from rich.table import Table
 
 from llava_compete.check.check import CheckReport, Problem
+from llava_compete.check.clean_rows import with_image_paths
 from llava_compete.check.row_checks import PROBLEMS
 from llava_compete.data.config import SourceSection
 from llava_compete.data.records import RecordError
 from llava_compete.errors import UserError
+from llava_compete.files import write_json
 
 
 def problem_table(report: CheckReport) -> Table:
@@ -62,15 +63,16 @@ def write_report(report: CheckReport, path: Path) -> None:
         "sources": {name: asdict(source) for name, source in report.sources.items()},
         "problems": problems,
     }
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, content)
 
 
 class RowWriter:
     """Writes good rows and bad rows (with `reasons`) as JSON lines while the check runs; a context manager.
 
     With several sources each gets files of its own, named FILE.<source>.jsonl. Every row goes to one of the two:
-    warnings alone keep it good. Files are there, if need be empty, once the check is through. Embedded images become
-    files in the folder <name of FILE>_images, which the written rows name relative to FILE.
+    warnings alone keep it good. Files are there, if need be empty, once the check is through.
+
+    A written row is as good as the row it was: `clean_rows` keeps its image paths right and writes embedded images out.
     """
 
     def __init__(self, clean: Path | None, bad: Path | None, sources: list[SourceSection]) -> None:
@@ -88,7 +90,7 @@ class RowWriter:
 
     def __enter__(self) -> RowWriter:
         for path in self._paths.values():
-            self._open[path] = _partial(path).open("w", encoding="utf-8")
+            self._open[path] = _partial(path).open("w", encoding="utf-8", newline="\n")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
@@ -105,15 +107,22 @@ class RowWriter:
         path = self._paths.get(("bad" if reasons else "clean", source.name))
         if path is None:
             return
-        row = raw.text if isinstance(raw, RecordError) else _with_image_files(raw, path)
-        content = {"row": row, "reasons": reasons} if reasons else row
-        # ASCII: a row with half a surrogate pair comes back as it was.
-        self._open[path].write(json.dumps(content, default=str) + "\n")
+        try:
+            row = raw.text if isinstance(raw, RecordError) else with_image_paths(raw, source, path)
+            content = {"row": row, "reasons": reasons} if reasons else row
+            # ASCII: a row with half a surrogate pair comes back as it was.
+            self._open[path].write(json.dumps(content, default=str) + "\n")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error}") from error
 
 
 def prepare_outputs(targets: Iterable[Path], sources: list[SourceSection]) -> None:
     """Make the folders of files to be written; `UserError` if one is a data source, named twice or cannot be made."""
-    taken = {source.path.resolve() for source in sources}
+    taken = {
+        path.resolve()
+        for source in sources
+        for path in (source.path if isinstance(source.path, list) else [source.path])
+    }
     for path in targets:
         if path.resolve() in taken:
             raise UserError(f"{path}: this is a data source or another output; write to another file")
@@ -127,24 +136,8 @@ def prepare_outputs(targets: Iterable[Path], sources: list[SourceSection]) -> No
 
 
 def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
-
-
-def _with_image_files(value: Any, beside: Path) -> Any:
-    """A row in which paths stand for embedded images, written to a folder beside the file."""
-    if isinstance(value, list):
-        return [_with_image_files(item, beside) for item in value]
-    if not isinstance(value, Mapping):
-        return value
-    content = value.get("bytes")
-    if not isinstance(content, bytes):
-        return {key: _with_image_files(item, beside) for key, item in value.items()}
-    suffix = Path(value.get("path") or "").suffix
-    name = f"{beside.stem}_images/{hashlib.sha256(content).hexdigest()[:24]}{suffix}"
-    target = beside.parent / name
-    target.parent.mkdir(exist_ok=True)
-    target.write_bytes(content)
-    return name
+    """Beside the file, with the process's number: two checks that write one file must not write into each other's."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def _plain(text: str) -> str:

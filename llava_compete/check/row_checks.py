@@ -1,7 +1,7 @@
 """All that can be wrong with one row, by kind.
 
 Rows go through the code of training (`parse_row`, `open_image`, `encode_conversation`), so that what passes here does
-not fail there. Caller: `data.check`, in its worker processes.
+not fail there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_compete.data.config import SourceSection
-from llava_compete.data.records import Conversation, RecordError, parse_row
+from llava_compete.data.records import Conversation, RecordError, message_texts, parse_row
+from llava_compete.data.row_images import images_first
+from llava_compete.data.row_turns import ROLES
 from llava_compete.errors import UserError
 from llava_compete.language.chat_encoding import cut_to_length, encode_conversation
 from llava_compete.language.piece_ids import piece_encoder
@@ -30,13 +32,17 @@ PROBLEMS: dict[str, tuple[bool, str]] = {
     "not_a_mapping": (True, "the row is not a mapping"),
     "no_conversation": (True, "no turns"),
     "turn_not_a_mapping": (True, "a turn is not a mapping"),
-    "unknown_role": (True, "a role that is none of human, gpt, user, assistant, system"),
+    "unknown_role": (True, f"a role that is none of {', '.join(ROLES)}"),
     "text_missing": (True, "a turn whose content is no text"),
     "content_part_invalid": (True, "a content part that is neither text nor image"),
+    "field_unsupported": (True, "a key without which the row means something else: video, audio, objects, bbox"),
     "system_not_first": (True, "a system turn after the first turn"),
-    "no_question": (True, "the conversation does not begin with a question"),
+    "system_twice": (True, "a system text of the row and another one among its turns"),
+    "no_question": (True, "the conversation has no question before its answers"),
     "turns_out_of_order": (True, "questions and answers do not alternate"),
-    "last_question_unanswered": (True, "the last turn is a question"),
+    "last_question_unanswered": (True, "the only question has no answer"),
+    "turn_weight_unsupported": (True, "a turn's loss or weight is neither 0 nor 1"),
+    "nothing_to_learn": (True, "loss: false or weight: 0 on every answer"),
     "empty_answer": (True, "an answer without text"),
     "empty_question": (True, "a later question without text or image"),
     "not_unicode": (True, "bytes that are not UTF-8, or half of a surrogate pair"),
@@ -51,10 +57,14 @@ PROBLEMS: dict[str, tuple[bool, str]] = {
     "image_truncated": (True, "the image file ends too early"),
     "image_too_large": (True, "more pixels than a decoder should be given (decompression bomb)"),
     "image_too_small": (True, f"a side below {MIN_SIDE} pixels, or one side over {MAX_ASPECT} times the other"),
-    "no_answer_in_limit": (True, "no whole answer within data.max_length"),
+    "no_answer_in_limit": (True, "no whole answer to learn within data.max_length"),
     "template_fails": (True, "the chat template cannot express the row"),
     "duplicate_row": (True, "same id and same content as an earlier row"),
     "duplicate_id": (False, "an earlier row with other content has this id"),
+    "field_ignored": (False, "a key that nothing reads"),
+    "answer_not_learnt": (False, "an answer with loss: false or weight: 0: context for the others, no target"),
+    "first_answer_dropped": (False, "an answer before the first question: left out, as LLaVA does"),
+    "last_question_dropped": (False, "a last question without an answer: left out"),
     "id_missing": (False, "no id: the row's number stands in"),
     "image_without_placeholder": (False, "images but no placeholder: they are put before the first question"),
     "placeholder_as_text": (False, "a literal <image> in an answer or in a typed text part: taken as text"),
@@ -105,9 +115,12 @@ def check_row(source: SourceSection, raw: Any, number: int, text_side: TextSide 
     facts.turns = sum(message["role"] == "assistant" for message in conversation.messages)
     if not facts.has_id:
         facts.problems.append(("id_missing", PROBLEMS["id_missing"][1]))
+    facts.problems += conversation.notes
     facts.problems += _text_problems(conversation)
     facts.problems += _image_problems(source, conversation)
     if text_side is not None:
+        if source.images_first:
+            conversation = conversation._replace(messages=images_first(conversation.messages))
         facts.problems += _length_problems(facts, conversation, text_side, max_length)
     return facts
 
@@ -119,8 +132,6 @@ def _text_problems(conversation: Conversation) -> Iterator[tuple[str, str]]:
             yield "undecodable_text", f"{message['role']}: {text[:40]!r}"
         if IMAGE_TOKEN in text:
             yield "placeholder_as_text", f"{message['role']}: {text[:60]!r}"
-    if conversation.images_placed:
-        yield "image_without_placeholder", PROBLEMS["image_without_placeholder"][1]
 
 
 def _image_problems(source: SourceSection, conversation: Conversation) -> Iterator[tuple[str, str]]:
@@ -154,7 +165,7 @@ def _length_problems(
     if _has_control_tokens(text_side.tokenizer, conversation):
         yield "control_token_in_text", PROBLEMS["control_token_in_text"][1]
     cut = cut_to_length(whole, max_length)
-    if cut is None:
+    if cut is None or all(label == IGNORE_INDEX for label in cut.labels):
         first = whole.turn_ends[0].position if whole.turn_ends else len(whole.input_ids)
         yield "no_answer_in_limit", f"the first answer ends at token {first}, data.max_length is {max_length}"
         return
@@ -167,5 +178,5 @@ def _length_problems(
 
 def _has_control_tokens(tokenizer: Any, conversation: Conversation) -> bool:
     mark = piece_encoder(tokenizer).mark
-    texts = (part.get("text", "") for message in conversation.messages for part in message["content"])
-    return any(mark(plain) != plain for plain in (text.replace(IMAGE_TOKEN, "") for text in texts))
+    texts = (text.replace(IMAGE_TOKEN, "") for text in message_texts(conversation.messages))
+    return any(mark(plain) != plain for plain in texts)

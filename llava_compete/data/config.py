@@ -8,21 +8,36 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from llava_compete.config import StrictConfig, read_yaml
+from llava_compete.data.source_files import base_folder
+from llava_compete.errors import UserError, and_more
 
 
 class SourceSection(StrictConfig):
     """One source of a mixture; metrics keep sources apart by `name`."""
 
     name: str = Field(pattern=r"^[^/\s]+$")  # part of metrics' and files' names
-    path: Path
+    path: Path | list[Path]  # a file, a folder, a glob, or a list of these
     image_folder: Path | None = None  # images are named relative to it; default: `path` or its folder
-    weight: float = Field(default=1.0, gt=0)  # share of the rows used in an epoch; 2 = each row twice
+    # LLaVA's own rule: a placeholder anywhere in a question is moved to its front, with a line break behind.
+    images_first: bool = False
+    weight: float = Field(default=1.0, gt=0)  # share of the rows shown in an epoch; 2 = each row twice
     max_rows: int | None = Field(default=None, ge=1)
+
+    @field_validator("path")
+    @classmethod
+    def _names_a_file(cls, value: Path | list[Path]) -> Path | list[Path]:
+        if value == []:
+            raise ValueError("an empty list names no file")
+        return value
 
     @property
     def images(self) -> Path:
         """The folder that image paths are relative to."""
-        return self.image_folder or (self.path if self.path.is_dir() else self.path.parent)
+        return self.image_folder or base_folder(self.path)
+
+    def __str__(self) -> str:
+        """The path, for messages."""
+        return and_more(list(map(str, self.path))) if isinstance(self.path, list) else str(self.path)
 
 
 class DataSection(StrictConfig):
@@ -54,3 +69,10 @@ class DataSection(StrictConfig):
         if twice:
             raise ValueError(f"two sources are called {twice[0]!r}: metrics could not keep them apart")
         return self
+
+    def check_context(self, context: int | None) -> None:
+        """Refuse rows longer than the language model's context, at which training would end at the first long row."""
+        if context is not None and self.max_length > context:
+            raise UserError(
+                f"data.max_length: found {self.max_length}, but the language model's context is {context} tokens"
+            )

@@ -1,25 +1,27 @@
 """Training rows: from Arrow tables to token ids, labels and pixels, one row at a time in the loader's workers.
 
-Caller: `train.run` builds the bundle; the trainer's loader indexes the datasets through `data.sampler` and
-`data.collator`. Nothing of the size of the data set is held in Python objects: rows are memory-mapped, indices and
-lengths are numpy arrays.
+Nothing of the size of the data set is held in Python objects: rows are memory-mapped, indices and lengths are numpy
+arrays. Length and modality in the index are the table's, good enough to group rows by; what a row really holds, once
+turns are cut or a bad image is skipped, only its item says.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from llava_compete.data.config import DataSection
+from llava_compete.data.mixture import Mixture
 from llava_compete.data.tables import SourceTable, load_source
 from llava_compete.errors import UserError
 from llava_compete.language.chat_encoding import EncodedConversation, cut_to_length, encode_conversation
+from llava_compete.parts import IGNORE_INDEX, IMAGE_TOKEN
 from llava_compete.vision.image_decoder import BadImageError, open_image
 
 _CHARS_PER_TOKEN = 4  # for the sampler's length estimate only
@@ -27,10 +29,14 @@ _FIRST_ROWS = 1000  # before so many are read, their rejected share says little
 
 
 class DataBundle(NamedTuple):
-    """What a stage trains and validates on; `digest` changes with the rows, `stats` is for the log."""
+    """What a stage trains and validates on.
+
+    `mixture` says which rows of `train` an epoch shows, `digest` changes with all of it, `stats` is for the log.
+    """
 
     train: ConversationDataset
     validation: ConversationDataset | None
+    mixture: Mixture
     digest: str
     stats: dict[str, Any]
 
@@ -54,8 +60,7 @@ class ConversationDataset(Dataset):
         for number, table in enumerate(tables):
             of_source = index[:, 0] == number
             rows = index[of_source, 1]
-            images = _images_per_row(table)[rows]
-            chars = table.rows.column("chars").to_numpy()[rows]
+            images, chars = table.rows.images_per_row()[rows], table.rows.chars()[rows]
             self.lengths[of_source] = chars // _CHARS_PER_TOKEN + images * processor.num_image_tokens
             self.modalities[of_source] = images > 0
         # Counted in shared memory, because rows are read in worker processes.
@@ -82,13 +87,30 @@ class ConversationDataset(Dataset):
                 return item
         raise UserError(f"data source {self.tables[source].section.name!r}: no row can be used")
 
+    def image_filler(self) -> dict[str, Any] | None:
+        """An item of one blank image and nothing to learn, which brings the vision tower into a batch without images.
+
+        None if no row of this data set has an image.
+        """
+        if not self.modalities.any():
+            return None
+        placeholders = [self.processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)] * self.processor.num_image_tokens
+        return {
+            "input_ids": torch.tensor(placeholders),
+            "labels": torch.full((len(placeholders),), IGNORE_INDEX),
+            "pixel_values": _pixels(self.processor, [Image.new("RGB", (8, 8))]),
+            "length": len(placeholders),
+            "modality": 1,
+            "sample_id": "",
+        }
+
     def _read(self, table: SourceTable, number: int) -> dict[str, Any] | None:
         """One item, or None if the row must be replaced by the next (and has been counted)."""
         _increment(self._read_rows)
         row = table.rows.row(number)
         sample_id = f"{table.section.name}/{row['id']}"
         try:
-            encoded = encode_row(self.processor, json.loads(row["messages"]), self.section.max_length)
+            encoded = encode_row(self.processor, table.messages(row), self.section.max_length)
         except UserError as error:
             raise UserError(f"row {sample_id}: {error}") from error
         if encoded is None:
@@ -136,9 +158,10 @@ def _increment(counter: Any) -> int:
 
 
 def encode_row(processor: Any, messages: list[dict[str, Any]], max_length: int) -> EncodedConversation | None:
-    """Ids and labels, cut after the last answer that fits in `max_length` tokens; None if no answer fits."""
+    """Ids and labels, cut after the last answer that fits in `max_length` tokens; None if nothing to learn fits."""
     encoded = encode_conversation(processor.tokenizer, messages, tokens_per_image=processor.num_image_tokens)
-    return cut_to_length(encoded, max_length)
+    cut = cut_to_length(encoded, max_length)
+    return cut if cut is not None and any(label != IGNORE_INDEX for label in cut.labels) else None
 
 
 def load_pixels(processor: Any, table: SourceTable, images: list[dict[str, Any]]) -> torch.Tensor | None:
@@ -147,52 +170,49 @@ def load_pixels(processor: Any, table: SourceTable, images: list[dict[str, Any]]
         return None
     folder = table.section.images
     opened = [open_image(image["bytes"] if image["path"] is None else folder / image["path"]) for image in images]
-    return torch.as_tensor(np.asarray(processor.image_processor.preprocess(opened)["pixel_values"]))
+    return _pixels(processor, opened)
+
+
+def _pixels(processor: Any, images: list[Image.Image]) -> torch.Tensor:
+    return torch.as_tensor(np.asarray(processor.image_processor.preprocess(images)["pixel_values"]))
 
 
 def build_datasets(section: DataSection, processor: Any, seed: int) -> DataBundle:
-    """Open all sources, apply weights, caps and the validation split (by hash of the row's id)."""
+    """Open all sources, apply caps, the validation split (by hash of the row's id) and the weights of an epoch."""
     tables = [load_source(source, section.cache_dir) for source in section.sources]
     train, validation = [], []
     for number, table in enumerate(tables):
         held_out = _held_out(table, section.validation_fraction)
         rows = np.arange(len(table.rows), dtype=np.int32)
         validation.append(_with_source(number, rows[held_out]))
-        train.append(_with_source(number, _weighted(rows[~held_out], table, np.random.default_rng((seed, number)))))
+        train.append(_with_source(number, _capped(rows[~held_out], table, np.random.default_rng((seed, number)))))
     train_index, validation_index = np.concatenate(train), np.concatenate(validation)
-    if len(train_index) == 0:
+    weights = [source.weight for source in section.sources]
+    mixture = Mixture(train_index[:, 0], weights, seed)
+    if len(mixture) == 0:
         raise UserError("data: no row is left for training")
     train_set = ConversationDataset(tables, train_index, processor, section)
     stats = {
-        "rows": {table.section.name: len(part) for table, part in zip(tables, train, strict=True)},
+        "rows": {source.name: mixture.rows_of(number) for number, source in enumerate(section.sources)},
         "validation_rows": len(validation_index),
-        "rows_with_images": int(train_set.modalities.sum()),
+        "rows_with_images": int(train_set.modalities[mixture.epoch(0)].sum()),
     }
     held_out_set = ConversationDataset(tables, validation_index, processor, section) if len(validation_index) else None
-    return DataBundle(train_set, held_out_set, _digest(tables, train_index, validation_index), stats)
-
-
-def _images_per_row(table: SourceTable) -> np.ndarray:
-    chunks = [np.diff(chunk.offsets.to_numpy()) for chunk in table.rows.column("images").chunks]
-    return np.concatenate(chunks)
+    digest = _digest(tables, train_index, validation_index)
+    return DataBundle(train_set, held_out_set, mixture, digest, stats)
 
 
 def _held_out(table: SourceTable, fraction: float) -> np.ndarray:
     """bool [rows]: by a hash of the id, so that a row stays on its side when others come or go."""
     if fraction == 0:
         return np.zeros(len(table.rows), dtype=bool)
-    ids = table.rows.column("id")
-    hashes = (hashlib.blake2b(str(value).encode(), digest_size=8).digest() for value in ids)
+    hashes = (hashlib.blake2b(value.encode(), digest_size=8).digest() for value in table.rows.ids())
     return np.fromiter((int.from_bytes(value) < fraction * 2**64 for value in hashes), bool, len(table.rows))
 
 
-def _weighted(rows: np.ndarray, table: SourceTable, rng: np.random.Generator) -> np.ndarray:
-    """Apply the cap, then the weight: whole copies and a random subset for the rest."""
-    if table.section.max_rows is not None and table.section.max_rows < len(rows):
-        rows = np.sort(rng.permutation(rows)[: table.section.max_rows])
-    copies, rest = divmod(table.section.weight, 1)
-    extra = np.sort(rng.permutation(rows)[: round(rest * len(rows))])
-    return np.concatenate([np.tile(rows, int(copies)), extra])
+def _capped(rows: np.ndarray, table: SourceTable, rng: np.random.Generator) -> np.ndarray:
+    limit = table.section.max_rows
+    return rows if limit is None or limit >= len(rows) else np.sort(rng.permutation(rows)[:limit])
 
 
 def _with_source(number: int, rows: np.ndarray) -> np.ndarray:
@@ -202,7 +222,8 @@ def _with_source(number: int, rows: np.ndarray) -> np.ndarray:
 def _digest(tables: list[SourceTable], *indices: np.ndarray) -> str:
     total = hashlib.sha256()
     for table in tables:
-        total.update(f"{table.section.name}\0{table.digest}\0".encode())
+        section = table.section
+        total.update(f"{section.name}\0{table.digest}\0{section.weight}\0{section.images_first}\0".encode())
     for index in indices:
         total.update(b"|" + index.tobytes())
     return total.hexdigest()

@@ -55,6 +55,12 @@ def text_config_of(
     return config
 
 
+def context_of(text_config: Any) -> int | None:
+    """The longest text in tokens that a language model takes; None where its config names no limit."""
+    limit: int | None = getattr(text_config, "max_position_embeddings", None)
+    return limit
+
+
 def _inline_config(values: dict[str, Any]) -> PreTrainedConfig:
     """A text config from a YAML's values; transformers would take a misspelt key in silence."""
     model_type = values.pop("model_type")

@@ -1,7 +1,9 @@
 """Held-out loss during training, and a few greedy answers: exact over ranks, safe under ZeRO-3.
 
-Every rank runs the same number of forwards over batches of the same kind (one data source, with images or without), for
-under ZeRO-3 a part that one rank skips would leave the others waiting. A rank out of rows repeats one, with no label.
+Under ZeRO-3 a part that one rank skips leaves the others waiting. So every rank runs the same number of forwards, each
+over rows of one source, and the vision tower in all of them. What a row holds is known only once it is read (a turn
+that is cut takes its image along, a bad picture puts another row in its place): a batch without images then gets a
+blank one. A rank out of rows repeats one, with no label.
 """
 
 from __future__ import annotations
@@ -40,17 +42,20 @@ def validation_loss(
 
 
 def _equal_batches(dataset: Any, collate: Any, batch_size: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(source, batch)."""
+    """(source, batch), as many on every rank; with images in all batches, if any row of the data set has one."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    kinds_N2 = np.stack([dataset.sources, dataset.modalities], axis=1)
-    for kind in np.unique(kinds_N2, axis=0):
-        rows = np.flatnonzero((kinds_N2 == kind).all(1))
+    filler = dataset.image_filler()
+    for source in np.unique(dataset.sources):
+        rows = np.flatnonzero(dataset.sources == source)
         for start in range(0, len(rows), world * batch_size):
             mine = rows[start : start + world * batch_size][rank::world]
-            batch = collate([dataset[int(row)] for row in (mine if len(mine) else rows[:1])])
+            items = [dataset[int(row)] for row in (mine if len(mine) else rows[:1])]
+            if filler is not None and all(item["pixel_values"] is None for item in items):
+                items.append(filler)
+            batch = collate(items)
             if not len(mine):
                 batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
-            yield int(kind[0]), batch
+            yield int(source), batch
 
 
 @torch.no_grad()

@@ -43,7 +43,14 @@ def build_feed(config: TrainConfig, rank: Rank, arguments: Any, processor: Any) 
         return _text(config, config.data, rank, arguments.max_steps, global_batch, micro, processor.tokenizer)
     data = build_datasets(config.data, processor, config.seed)
     sampler = GlobalBatchSampler(
-        data.train.lengths, data.train.modalities, global_batch, micro, rank.world_size, rank.number, config.seed
+        data.train.lengths,
+        data.train.modalities,
+        global_batch,
+        micro,
+        rank.world_size,
+        rank.number,
+        config.seed,
+        data.mixture,
     )
     collator = Collator(processor, config.data.max_length if config.data.packing else None)
     mean_length = max(1, int(data.train.lengths.clip(max=config.data.max_length).mean()))

@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from llava_compete.console import setup_console
 from llava_compete.errors import UserError
+from llava_compete.language.sources import context_of
 from llava_compete.manifest import write_manifest
 from llava_compete.model.checkpoint import read_config
 from llava_compete.moe.allocator import keep_freed_memory
@@ -112,6 +113,7 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
         sharding = getattr(arguments, "hf_deepspeed_config", None)
         with _whole(sharding):
             model, processor, moe = start_model(config, rank)
+        config.data.check_context(context_of(model.config.text_config))
         if sharding is not None and sharding.is_zero3():
             _gather_whole(model)
         model = with_adapters(model, config.trainable)

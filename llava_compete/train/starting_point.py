@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerFast
 
 from llava_compete.data.config import DataSection
+from llava_compete.data.records import message_texts
 from llava_compete.data.tables import load_source
 from llava_compete.data.text.config import TextSection
 from llava_compete.data.text.sources import read_source
@@ -60,8 +61,7 @@ def _texts(section: DataSection | TextSection) -> Iterator[str]:
         return
     for source in section.sources:
         for row in load_source(source, section.cache_dir).rows:
-            for message in json.loads(row["messages"]):
-                yield from (part["text"] for part in message["content"] if "text" in part)
+            yield from message_texts(json.loads(row["messages"]))
 
 
 def moe_in_force(config: TrainConfig, stored: dict[str, Any] | None) -> MoeConfig | None:

@@ -85,7 +85,19 @@ BROKEN = {
         row("a", conversations=[*turns()[:1], *turns("again?"), *turns("x")[1:]]),
         row("b", conversations=[*turns(), *turns()[1:]]),
     ],
-    "last_question_unanswered": [row("a", conversations=[*turns(), *turns("And?")[:1]])],
+    "last_question_unanswered": [row("a", conversations=turns()[:1])],
+    "last_question_dropped": [row("a", conversations=[*turns(), *turns("And?")[:1]])],
+    "first_answer_dropped": [row("a", conversations=[*turns()[1:], *turns()])],
+    "field_unsupported": [
+        row("a", video="a.mp4"),
+        row("b", audio=["a.wav"]),
+        row("c", objects={"ref": ["cat"], "bbox": [[1, 2, 3, 4]]}),
+    ],
+    "field_ignored": [row("a", tools=["search"]), row("b", images=["good.png"]), row("c", messages=turns())],
+    "system_twice": [row("a", system="Be brief.", conversations=[{"from": "system", "value": "Hm."}, *turns()])],
+    "turn_weight_unsupported": [row("a", conversations=[*turns()[:1], {**turns()[1], "weight": 0.5}])],
+    "nothing_to_learn": [row("a", conversations=[*turns()[:1], {**turns()[1], "loss": False}])],
+    "answer_not_learnt": [row("a", conversations=[*turns()[:1], {**turns()[1], "weight": 0}, *turns("And?")])],
     "empty_answer": [row("a", conversations=turns(answer="")), row("b", conversations=turns(answer=" \n"))],
     "empty_question": [row("a", conversations=[*turns(), *turns("")])],
     "not_unicode": [
@@ -286,6 +298,19 @@ def test_command_writes_report_and_both_files_and_exits_with_1(tmp_path, images,
                  f"image_folder: {images}}}]", "--json", str(files["report.json"])]) == 0  # fmt: skip
 
 
+def test_command_makes_the_tables_of_good_sources(tmp_path, images):
+    section_of(tmp_path, images, [row("a"), row("b")])
+    (tmp_path / "bad.jsonl").write_text(json.dumps(row("a", image="gone.png")) + "\n")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"cache_dir: {tmp_path}/tables\nsources:\n"
+        f"  - {{name: good, path: {tmp_path}/rows.jsonl, image_folder: {images}}}\n"
+        f"  - {{name: bad, path: {tmp_path}/bad.jsonl, image_folder: {images}}}\n"
+    )
+    assert main(["data", "check", str(config), "--workers", "1", "--json", str(tmp_path / "r.json"), "--convert"]) == 1
+    assert len(list((tmp_path / "tables").glob("*.arrow"))) == 1
+
+
 def test_a_source_that_is_not_there_does_not_hide_the_others(tmp_path, images, text_side):
     section = section_of(tmp_path, images, [row("a"), row("b", image="gone.png")])
     gone = SourceSection(name="gone", path=tmp_path / "gone.json")
@@ -293,6 +318,19 @@ def test_a_source_that_is_not_there_does_not_hide_the_others(tmp_path, images, t
     assert dict(report.counts) == {"file_unreadable": 1, "image_missing": 1}
     assert "gone.json: no such file" in report.first["file_unreadable"][0].message
     assert (report.sources["gone"].rows, report.sources["broken"].rows) == (0, 2)
+
+
+def test_max_length_beyond_the_models_context_is_refused_before_the_check(tmp_path, images, capsys):
+    section_of(tmp_path, images, [row("a")])
+    model = {"model_type": "llama", "hidden_size": 64, "max_position_embeddings": 128}
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model: {{vision_tower: null, language_model: {{config: {json.dumps(model)}}}, tokenizer: {{train_on: data}}}}"
+        f"\ndata:\n  max_length: 129\n  cache_dir: {tmp_path}\n  sources:\n"
+        f"    - {{name: s, path: {tmp_path}/rows.jsonl, image_folder: {images}}}\n"
+    )
+    assert main(["data", "check", str(config), "--json", str(tmp_path / "report.json")]) == 2
+    assert "data.max_length: found 129, but the language model's context is 128" in capsys.readouterr().err
 
 
 def test_problems_count_rows(tmp_path, images):

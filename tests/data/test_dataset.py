@@ -19,8 +19,8 @@ from llava_compete.config import parse_config
 from llava_compete.data.collator import Collator
 from llava_compete.data.config import DataSection
 from llava_compete.data.dataset import build_datasets
-from llava_compete.data.readers import read_rows, source_digest
 from llava_compete.data.records import RecordError, parse_row
+from llava_compete.data.source_files import read_rows, source_files
 from llava_compete.errors import UserError
 from llava_compete.parts import IGNORE_INDEX
 
@@ -77,7 +77,7 @@ def test_all_spellings_of_a_row_agree():
     parts = parse_row({"id": 7, "images": ["a", "b"], "messages": MESSAGES}, "0")
     llava = [
         {"from": "system", "value": "Be brief."},
-        {"from": "human", "value": "First<image>\n<image>"},
+        {"from": "human", "value": "First<image><image>"},
         {"from": "gpt", "value": "Two, an <image> each."},
     ]
     assert parse_row({"id": "7", "image": ["a", "b"], "conversations": llava}, "0") == parts
@@ -116,7 +116,7 @@ def test_formats_give_the_same_rows(tmp_path, processor):
 
 
 def test_a_long_list_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("llava_compete.data.readers._CHUNK", 7)
+    monkeypatch.setattr("llava_compete.data.json_rows._CHUNK", 7)
     rows = [row(str(index), answer="x" * index) for index in range(40)]
     path = tmp_path / "rows.json"
     for indent in (None, 2):
@@ -169,7 +169,7 @@ def test_images_of_a_folder_of_tables_are_beside_them(tmp_path, processor):
     data = section(tmp_path, {"name": "s", "path": folder})
     assert build_datasets(data, processor, 0).train[0]["pixel_values"].shape == (1, 3, 4, 4)
     write_tar(folder / "0.tar", [])
-    with pytest.raises(UserError, match=r"both \.parquet and \.tar files"):
+    with pytest.raises(UserError, match=r"both parquet and tar files"):
         build_datasets(data, processor, 0)
 
 
@@ -204,8 +204,8 @@ def test_mixture_weights_caps_and_names(tmp_path, source, processor):
     data = DataSection(sources=str(mixture), cache_dir=tmp_path / "cache")
     bundle = build_datasets(data, processor, 0)
     assert bundle.stats["rows"] == {"first": 60, "second": 7}
-    names = [bundle.train[index]["sample_id"] for index in range(len(bundle.train))]
-    assert sum(name.startswith("second/") for name in names) == len({*names[60:]}) == 7
+    shown = [bundle.train[index]["sample_id"] for index in bundle.mixture.epoch(0)]
+    assert sum(name.startswith("second/") for name in shown) == len({*shown[60:]}) == 7
     again, other = build_datasets(data, processor, 0), build_datasets(data, processor, 1)
     assert bundle.digest == again.digest != other.digest
     with pytest.raises(UserError, match="two sources are called 'first'"):
@@ -302,11 +302,11 @@ def test_missing_empty_and_broken_sources_are_one_clear_line(tmp_path, source, p
         build_datasets(section(tmp_path, {"name": "s", "path": tmp_path / "gone.json"}), processor, 0)
     with pytest.raises(UserError, match="holds no rows"):
         build_datasets(section(tmp_path, source([])), processor, 0)
-    with pytest.raises(UserError, match=r"1 rows .* the first: row 1: .*empty.*data check"):
+    with pytest.raises(UserError, match=r"1 rows .* the first: row 1 of rows.json: .*empty.*data check"):
         build_datasets(section(tmp_path, source([row("0", None), row("1", None, answer="")])), processor, 0)
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(UserError, match=r"found '\.txt', expected"):
-        source_digest(tmp_path / "a.txt", tmp_path)
+        source_files(tmp_path / "a.txt")
 
 
 def test_a_table_is_converted_once_and_again_when_the_content_changes(tmp_path, source, processor):

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
+from llava_compete.data.mixture import Mixture
 from llava_compete.data.sampler import GlobalBatchSampler, epoch_order
 
 GLOBAL = 24
@@ -116,3 +117,66 @@ def test_665_thousand_rows_take_little_time_and_memory():
     order = epoch_order(lengths, modalities, 128, 0, 0)
     assert order.nbytes < 6e6
     assert np.array_equal(np.sort(order), np.arange(665_000))
+
+
+@pytest.mark.parametrize("count", [2 * GLOBAL, 3 * GLOBAL + 5, 20 * GLOBAL + 7])
+def test_batches_are_made_up_anew_in_each_epoch(count):
+    lengths, modalities = rows(count)
+    epochs = [global_batches(lengths, modalities, 1, GLOBAL, epoch) for epoch in range(8)]
+    sets = [{frozenset(batch) for batch in batches} for batches in epochs]
+    assert all(not one & two for number, one in enumerate(sets) for two in sets[:number])
+
+
+def test_the_smaller_last_batch_is_a_draw_like_any_other():
+    """Not the longest rows of the last modality: over many epochs its mean length is that of all rows."""
+    lengths, modalities = rows(10 * GLOBAL + 12)
+    last = [epoch_order(lengths, modalities, GLOBAL, 0, epoch)[-12:] for epoch in range(200)]
+    spread = lengths.std() / np.sqrt(200 * 12)
+    assert abs(np.mean([lengths[batch].mean() for batch in last]) - lengths.mean()) < 4 * spread
+    assert 0.5 < np.mean([modalities[batch].mean() for batch in last]) < 0.9
+
+
+def test_a_weight_below_one_shows_every_row_before_any_twice():
+    sources = np.repeat([0, 1, 2], [10, 7, 4])
+    mixture = Mixture(sources, [0.5, 1.0, 2.25], seed=0)
+    assert len(mixture) == 5 + 7 + 9
+    epochs = [mixture.epoch(number) for number in range(4)]
+    for shown in epochs:
+        counts = np.bincount(shown, minlength=21)
+        assert counts[:10].sum() == 5
+        assert counts[:10].max() == 1
+        assert (counts[10:17] == 1).all()
+        assert sorted(counts[17:]) == [2, 2, 2, 3]
+    halves = [frozenset(shown[shown < 10].tolist()) for shown in epochs]
+    assert halves[0] | halves[1] == halves[2] | halves[3] == frozenset(range(10))
+    assert halves[0] != halves[2]  # another shuffle in the next round
+    assert sorted(np.concatenate([shown[21 - 4 - 1 :][-1:] for shown in epochs])) == [17, 18, 19, 20]
+    np.testing.assert_array_equal(mixture.epoch(3), Mixture(sources, [0.5, 1.0, 2.25], seed=0).epoch(3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(1, 40), weight=st.floats(0.05, 3), seed=st.integers(0, 9))
+def test_a_mixture_shows_rows_equally_often(count, weight, seed):
+    mixture = Mixture(np.zeros(count, dtype=np.int32), [weight], seed)
+    shown = np.zeros(count, dtype=np.int64)
+    for epoch in range(12):
+        rows_of_epoch = mixture.epoch(epoch)
+        assert len(rows_of_epoch) == len(mixture)
+        counts = np.bincount(rows_of_epoch, minlength=count)
+        assert counts.max() - counts.min() <= 1
+        shown += counts
+    assert shown.max() - shown.min() <= 2
+
+
+def test_the_sampler_takes_its_rows_from_the_mixture():
+    lengths, modalities = rows(60)
+    mixture = Mixture(np.repeat([0, 1], [40, 20]), [0.5, 2.0], seed=0)
+    seen = []
+    for epoch in range(2):
+        samplers = [GlobalBatchSampler(lengths, modalities, 12, 3, 2, rank, 0, mixture) for rank in range(2)]
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+            assert (sampler.steps_per_epoch, len(sampler)) == (5, 10)
+        seen.append(sorted(row for sampler in samplers for batch in sampler for row in batch))
+        assert seen[-1] == sorted(mixture.epoch(epoch).tolist())
+    assert seen[0] != seen[1]

@@ -1,7 +1,8 @@
 """Check the data of a stage before training: every row, every image, every length.
 
 CONFIG is a stage's YAML, a mixture's (`sources:`), or any YAML with a `data:` section. Prints a table by problem with
-the first records, writes the whole report as JSON, and exits with 1 if there is any error.
+the first records, writes the whole report as JSON, and exits with 1 if there is any error. With --convert the tables
+that training reads are made as well, so that no GPU waits for them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="report file (default: outputs/data_check/<config's name>.json)")
     parser.add_argument("--write-clean", type=Path, metavar="FILE", help="write the good rows to FILE (.jsonl)")
+    parser.add_argument("--convert", action="store_true", help="also make the tables of the sources without errors")
     parser.add_argument("--write-bad", type=Path, metavar="FILE", help="write the other rows with reasons (.jsonl)")
 
 
@@ -32,6 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     from llava_compete.config import apply_overrides, parse_config, read_yaml
     from llava_compete.console import setup_console
     from llava_compete.data.config import DataSection
+    from llava_compete.data.tables import load_source
 
     setup_console()
     content = apply_overrides(read_yaml(arguments.config), arguments.overrides)
@@ -46,6 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
     ):
         report = check_data(section, text_side, max(1, arguments.workers), bar.update, writer)
     write_report(report, target)
+    if arguments.convert:
+        for source in section.sources:
+            if report.is_good(source.name):
+                load_source(source, section.cache_dir)
     console = Console()
     console.print(source_table(report))
     if text_side is None:

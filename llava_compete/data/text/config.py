@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from llava_compete.config import StrictConfig
+from llava_compete.errors import UserError
 
 
 class TextSource(StrictConfig):
@@ -56,3 +57,8 @@ class TextSection(StrictConfig):
         if self.validation is not None and self.validation_fraction:
             raise ValueError("validation_fraction: remove it, for validation names a held-out shard")
         return self
+
+    def check_context(self, context: int | None) -> None:
+        """Refuse rows longer than the language model's context, at which training would end at once."""
+        if context is not None and self.context > context:
+            raise UserError(f"data.context: found {self.context}, but the language model's is {context} tokens")

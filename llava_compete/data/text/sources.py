@@ -6,7 +6,6 @@ that a resumed run can start from. Skipping reads lines without parsing them, an
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import json
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llava_compete.data.compressed import open_text
 from llava_compete.data.text.config import TextSection, TextSource
 from llava_compete.errors import UserError
 
@@ -155,7 +155,7 @@ def _read_file(file: Path, field: str, skip: int) -> Iterator[str | _Skipped]:
     if file.name.endswith(".parquet"):
         yield from _read_parquet(file, field, skip)
         return
-    with _open(file) as stream:
+    with open_text(file) as stream:
         try:
             if ".jsonl" in file.suffixes:
                 yield from _read_jsonl(file, stream, field, skip)
@@ -233,18 +233,6 @@ def _read_parquet(file: Path, field: str, skip: int) -> Iterator[str | _Skipped]
             yield text
         left = 0
     yield _Skipped(skip - left)
-
-
-def _open(file: Path) -> io.TextIOBase:
-    if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8")
-    if file.suffix == ".zst":
-        from zstandard import ZstdDecompressor
-
-        # Files joined from several frames (pzstd, cat) must not end after the first.
-        frames = ZstdDecompressor().stream_reader(file.open("rb"), read_across_frames=True, closefd=True)
-        return io.TextIOWrapper(frames, encoding="utf-8")
-    return file.open(encoding="utf-8")
 
 
 def _read_errors() -> tuple[type[Exception], ...]:

@@ -118,6 +118,7 @@ def damaged(content):
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000, mtime=0)[:-20], "cannot be read to its end"),
         ("a.jsonl.gz", damaged(gzip.compress(json.dumps({"text": LONG}).encode(), mtime=0)), "cannot be read to its"),
         ("a.jsonl.zst", b"not zstandard", "cannot be read to its end"),
+        ("a.jsonl.zst", zstandard.compress(b'{"text": "a"}\n' * 999)[:-3], "ends inside a compressed frame"),
         ("a.parquet", b"not parquet", "not a parquet file"),
         ("a.csv", b"text\n", "unknown kind of file"),
     ],

@@ -5,11 +5,13 @@ from __future__ import annotations
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
 )
 
+from llava_compete.model.backbone import LlavaCompeteModel
 from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration, LlavaCompeteOutput
 from llava_compete.model.processor import LlavaCompeteProcessor
@@ -19,6 +21,7 @@ __all__ = [
     "LlavaCompeteConfig",
     "LlavaCompeteForConditionalGeneration",
     "LlavaCompeteImageProcessor",
+    "LlavaCompeteModel",
     "LlavaCompeteOutput",
     "LlavaCompeteProcessor",
 ]
@@ -31,5 +34,6 @@ AutoImageProcessor.register(
     exist_ok=True,
 )
 AutoProcessor.register(LlavaCompeteConfig, LlavaCompeteProcessor, exist_ok=True)
+AutoModel.register(LlavaCompeteConfig, LlavaCompeteModel, exist_ok=True)
 AutoModelForImageTextToText.register(LlavaCompeteConfig, LlavaCompeteForConditionalGeneration, exist_ok=True)
 AutoModelForCausalLM.register(LlavaCompeteConfig, LlavaCompeteForConditionalGeneration, exist_ok=True)

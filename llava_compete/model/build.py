@@ -169,10 +169,10 @@ def _join(section: ModelSection, config: LlavaCompeteConfig, tokenizer: Any) -> 
         config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
         with torch.device("meta"):
             model = LlavaCompeteForConditionalGeneration(config)
-        model.language_model = language_model
+        model.set_language_model(language_model)
         if config.tower is not None:
-            model.vision_tower = VisionTower(config.tower)
-            model.projector = Projector(
+            model.model.vision_tower = VisionTower(config.tower)
+            model.model.multi_modal_projector = Projector(
                 config.projector_config["type"], config.tower.feature_width, config.text_config.hidden_size
             )
     if model.vision_tower is not None and section.vision_tower is not None:
@@ -189,7 +189,7 @@ def _fit_vocabulary(model: LlavaCompeteForConditionalGeneration, tokenizer: Any)
     size = _vocabulary(model)
     if len(tokenizer) > size:
         logger.info("vocabulary grows from %d to %d for the tokenizer's new tokens", size, len(tokenizer))
-        model.language_model.resize_token_embeddings(len(tokenizer))
+        model.resize_token_embeddings(len(tokenizer))
         model.config.text_config.vocab_size = _vocabulary(model)
 
 

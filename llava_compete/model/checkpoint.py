@@ -14,17 +14,19 @@ from llava_compete.files import mode_by_umask
 from llava_compete.language.remote_code import copy_remote_code, register_remote_code
 from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
+from llava_compete.model.parameter_names import current_name
 from llava_compete.model.processor import LlavaCompeteProcessor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class TensorFacts(NamedTuple):
-    """Where a stored tensor lies and what it is, from the file's header."""
+    """Where a stored tensor lies and what it is, from the file's header; older files have another name for it."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    stored_name: str
 
 
 def read_config(directory: str | Path, trust_remote_code: bool = False) -> LlavaCompeteConfig:
@@ -50,7 +52,11 @@ def read_config(directory: str | Path, trust_remote_code: bool = False) -> Llava
 
 
 def read_weight_headers(directory: str | Path) -> dict[str, TensorFacts]:
-    """Every stored tensor's place, shape and dtype; reads headers only. A truncated or missing shard is an error."""
+    """Every stored tensor's place, shape and dtype by its parameter's name; reads headers only.
+
+    Raises:
+        UserError: a truncated or missing shard.
+    """
     directory = Path(directory)
     files = _weight_files(directory)
     facts: dict[str, TensorFacts] = {}
@@ -61,7 +67,7 @@ def read_weight_headers(directory: str | Path) -> dict[str, TensorFacts]:
             with safe_open(file, framework="pt") as shard:
                 for key in shard.keys():  # noqa: SIM118 (a safetensors handle is no dict)
                     tensor = shard.get_slice(key)
-                    facts[key] = TensorFacts(file, tuple(tensor.get_shape()), tensor.get_dtype())
+                    facts[current_name(key)] = TensorFacts(file, tuple(tensor.get_shape()), tensor.get_dtype(), key)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: truncated or damaged weights ({error})") from error
     return facts
@@ -107,7 +113,7 @@ def save_checkpoint(
     max_shard_size: str = "5GB",
 ) -> None:
     """Write weights (`state_dict` where ZeRO gathered one), config, tokenizer with chat template, preprocessing."""
-    copy_remote_code(model.language_model, directory)
+    copy_remote_code(model.language_head.causal, directory)
     if state_dict is not None:  # gathered tensors no longer share memory, by which transformers would see the ties
         state_dict = {key: tensor for key, tensor in state_dict.items() if key not in model.all_tied_weights_keys}
     model.save_pretrained(directory, state_dict=state_dict, max_shard_size=max_shard_size)

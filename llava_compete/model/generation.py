@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
-from llava_compete.model.functional import check_counts
+from llava_compete.model.placeholders import check_counts
 
 
 class ImageGenerationMixin(GenerationMixin):

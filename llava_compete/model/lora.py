@@ -21,12 +21,13 @@ from llava_compete.errors import UserError
 from llava_compete.files import mode_by_umask
 from llava_compete.model.checkpoint import load_checkpoint, save_checkpoint
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
+from llava_compete.model.parameter_names import OLD_NAMES, are_old, current_name
 from llava_compete.moe.experts import PackedExperts
 from llava_compete.optional_packages import not_installed
+from llava_compete.parts import PREFIXES, Part
 
 logger = logging.getLogger(__name__)
 
-PREFIXES = {"vision": "vision_tower.", "projector": "projector.", "language": "language_model."}
 ADAPTER_CONFIG = "adapter_config.json"
 TRAINED_WEIGHTS = "trained.safetensors"
 
@@ -40,7 +41,7 @@ class LoraSettings:
     dropout: float = 0.0
 
 
-def add_adapters(model: LlavaCompeteForConditionalGeneration, parts: Mapping[str, LoraSettings]) -> Any:
+def add_adapters(model: LlavaCompeteForConditionalGeneration, parts: Mapping[Part, LoraSettings]) -> Any:
     """Wrap `model` so that the linear layers and packed experts of `parts` have adapters; returns peft's model.
 
     Everything else is frozen by peft; routers and output heads get no adapter. All parts share one dropout, since
@@ -52,8 +53,8 @@ def add_adapters(model: LlavaCompeteForConditionalGeneration, parts: Mapping[str
     parameters: dict[str, LoraSettings] = {}
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
-        part = next((part for part, prefix in PREFIXES.items() if name.startswith(prefix)), None)
-        if part is None or part not in parts:
+        part = next((part for part in parts if f"{name}.".startswith(PREFIXES[part])), None)
+        if part is None:
             continue
         if isinstance(module, PackedExperts):
             for key, parameter in module.named_parameters(recurse=False):
@@ -105,16 +106,18 @@ def load_adapter(model: LlavaCompeteForConditionalGeneration, adapter: str | Pat
     Raises:
         UserError: no adapter there, one of another model, or one that lacks some of its tensors.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
     adapter = Path(adapter)
     if not (adapter / ADAPTER_CONFIG).is_file():
         raise UserError(f"{adapter}: not an adapter directory (it has no {ADAPTER_CONFIG})")
     try:
+        config = PeftConfig.from_pretrained(adapter)
+        mapping = OLD_NAMES if _rename(config) else {}
         with _bitsandbytes_for(model):
-            adapted = PeftModel.from_pretrained(model, adapter)
-        stored = load_peft_weights(str(adapter), device="cpu")
+            adapted = PeftModel.from_pretrained(model, adapter, config=config, key_mapping=mapping)
+        stored = load_peft_weights(str(adapter), device="cpu", key_mapping=mapping)
         unknown = _load_trained(adapted, adapter / TRAINED_WEIGHTS)
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise UserError(f"{adapter}: does not fit {model.name_or_path}: {str(error).splitlines()[0]}") from error
@@ -132,6 +135,18 @@ def _load_trained(adapted: Any, path: Path) -> list[str]:
         return []
     result = adapted.load_state_dict(load_file(path), strict=False)
     return list(result.unexpected_keys)
+
+
+def _rename(config: Any) -> bool:
+    """Give the modules that an adapter names their names of today; whether any had another."""
+    old = False
+    for key in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
+        names = getattr(config, key) or ()
+        if not isinstance(names, str) and are_old(f"{name}." for name in names):
+            old = True
+            new = [current_name(f"{name}.").removesuffix(".") for name in names]
+            setattr(config, key, dict(zip(new, names.values(), strict=True)) if isinstance(names, dict) else new)
+    return old
 
 
 @contextmanager

@@ -15,7 +15,7 @@ def spare_from_quantization(quantization: Any) -> None:
     """
     skipped = getattr(quantization, "llm_int8_skip_modules", [])
     if skipped is None:
-        quantization.llm_int8_skip_modules = ["vision_tower", "projector", "lm_head"]
+        quantization.llm_int8_skip_modules = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 
 
 def refuse_offloaded_tower(device_map: dict[str, Any]) -> None:
@@ -23,7 +23,7 @@ def refuse_offloaded_tower(device_map: dict[str, Any]) -> None:
     `_no_split_modules`); anything else may be offloaded."""
     hosts = {"disk"} if all(place in ("cpu", "disk") for place in device_map.values()) else {"cpu", "disk"}
     for name, place in device_map.items():
-        if place in hosts and name in ("", "vision_tower"):
+        if place in hosts and name in ("", "model", "model.vision_tower"):
             raise UserError(
                 f"device_map: the vision tower is offloaded to {place}, which works for any other part; allow more "
                 "max_memory, or choose smaller weights with dtype or quantization_config"

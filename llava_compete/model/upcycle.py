@@ -231,7 +231,7 @@ def _make(key: str, source: _Source, headers: dict[str, TensorFacts], dtype: tor
     parts = []
     for dense_key in source.keys:
         with safe_open(headers[dense_key].file, framework="pt") as shard:
-            parts.append(shard.get_tensor(dense_key))
+            parts.append(shard.get_tensor(headers[dense_key].stored_name))
     dense = parts[0] if len(parts) == 1 else torch.cat(parts)
     return dense if source.copies is None else dense.unsqueeze(0).repeat(source.copies, *[1] * dense.ndim)
 

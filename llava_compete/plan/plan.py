@@ -18,6 +18,7 @@ from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.moe.block import competition_layers, moe_blocks
 from llava_compete.moe.config import MoeConfig
+from llava_compete.parts import PREFIXES
 from llava_compete.plan.recipe import Recipe, read_recipe
 from llava_compete.plan.step_cost import StepCost, simulate
 from llava_compete.train import trainable as stage_trainable
@@ -172,7 +173,7 @@ def count_parameters(model: LlavaCompeteForConditionalGeneration) -> dict[str, P
             experts * (block.config.num_experts - block.config.num_experts_per_tok) // block.config.num_experts
         )
     counts: dict[str, PartCount] = {}
-    for part, prefix in stage_trainable.PREFIXES.items():
+    for part, prefix in PREFIXES.items():
         parameters = [parameter for name, parameter in model.named_parameters() if name.startswith(prefix)]
         if parameters:
             total = sum(parameter.numel() for parameter in parameters)
@@ -186,7 +187,7 @@ def weight_bytes(model: LlavaCompeteForConditionalGeneration, quantization: str 
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     if quantization is not None:
         for name, module in model.language_model.named_modules():
-            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings() and "lora_" not in name:
+            if isinstance(module, nn.Linear) and "lora_" not in name:
                 size -= round(module.weight.numel() * (module.weight.element_size() - QUANTIZED_BYTES[quantization]))
     return size
 

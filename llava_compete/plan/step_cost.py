@@ -68,7 +68,7 @@ def simulate(
     pixels = None
     if images:
         side = config.tower.image_size
-        pixels = torch.empty(images, 3, side, side, device="meta", dtype=model.vision_tower_dtype)
+        pixels = torch.empty(images, 3, side, side, device="meta", dtype=model.model.vision_tower_dtype)
     with counter, _stand_ins(), recorder:
         output = model(
             input_ids=ids,

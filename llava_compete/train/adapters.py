@@ -14,14 +14,15 @@ from torch import Tensor
 
 from llava_compete.model.build import save_checkpoint
 from llava_compete.model.lora import LoraSettings, add_adapters, save_trained
-from llava_compete.train.config import Part, PartTraining
+from llava_compete.parts import Part
+from llava_compete.train.config import PartTraining
 
 ADAPTER_DIR = "adapter"
 
 
 def with_adapters(model: Any, trainable: Mapping[Part, PartTraining]) -> Any:
     """`model`, or peft's wrapper of it when a part trains by LoRA."""
-    parts: dict[str, LoraSettings] = {
+    parts: dict[Part, LoraSettings] = {
         part: LoraSettings(setting.lora_rank, setting.lora_alpha, setting.lora_dropout)
         for part, setting in trainable.items()
         if setting.mode == "lora"

@@ -16,9 +16,9 @@ from llava_compete.data.config import DataSection
 from llava_compete.data.text.config import TextSection
 from llava_compete.model.section import ModelSection
 from llava_compete.moe.config import MoeConfig
+from llava_compete.parts import Part
 from llava_compete.train.arguments import check_names
 
-Part = Literal["vision", "projector", "language"]
 DEEPSPEED_DIR = Path(__file__).parents[2] / "configs" / "deepspeed"
 
 

@@ -17,8 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
+from llava_compete.parts import PREFIXES, Part
 from llava_compete.train.adapters import with_adapters
-from llava_compete.train.config import Part, PartTraining
+from llava_compete.train.config import PartTraining
 
 # Dense bf16 matrix products, FLOP/s, from the makers' data sheets; first match in the device's name.
 PEAK_BF16 = {
@@ -69,13 +70,13 @@ def count_flops(model: Any, length: int, trainable: Mapping[Part, PartTraining] 
         twin = LlavaCompeteForConditionalGeneration(model.config).train()
         with_adapters(twin, trainable or {})
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    in_front = any(not name.startswith("language_model.") for name in trains)
+    in_front = any(not name.startswith(PREFIXES["language"]) for name in trains)
     width = model.config.text_config.hidden_size
     # The math kernel: every torch version counts its products; in 2.11 a CPU's flash attention counts for nothing.
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         _fill_with_fakes(twin, trains)
         tokens = torch.empty(1, length, width, requires_grad=in_front)
-        _backward(twin.language_model(inputs_embeds=tokens, use_cache=False).logits)
+        _backward(twin(inputs_embeds=tokens, use_cache=False, output_routing=False).logits)
         of_text = counter.get_total_flops()
         if twin.vision_tower is not None:
             side = model.config.tower.image_size

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from llava_compete import parts
 from llava_compete.errors import UserError
-from llava_compete.train.config import Part, PartTraining
-
-PREFIXES: dict[Part, str] = {"vision": "vision_tower.", "projector": "projector.", "language": "language_model."}
+from llava_compete.parts import Part
+from llava_compete.train.config import PartTraining
 
 
 class PartRow(NamedTuple):
@@ -31,12 +31,8 @@ class PartRow(NamedTuple):
 
 
 def part_of(name: str) -> Part:
-    """Part that a parameter belongs to, by the model's own attribute names (peft's wrappers are looked through)."""
-    name = name.removeprefix("base_model.model.")
-    for part, prefix in PREFIXES.items():
-        if name.startswith(prefix):
-            return part
-    raise UserError(f"parameter {name!r} belongs to none of {', '.join(PREFIXES)}")
+    """The part of a parameter, by its name in the model or in peft's wrapper of it."""
+    return parts.part_of(name.removeprefix("base_model.model."))
 
 
 def apply(model: nn.Module, trainable: Mapping[Part, PartTraining]) -> None:
@@ -95,7 +91,7 @@ def table(
     """The resolved table, one row for each part of the model."""
     rows = []
     named = [(part_of(name), parameter) for name, parameter in model.named_parameters()]
-    for part in PREFIXES:
+    for part in parts.PARTS:
         parameters = [parameter for owner, parameter in named if owner == part]
         if not parameters:
             continue

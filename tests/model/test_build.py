@@ -138,7 +138,7 @@ def test_remote_code_runs_only_where_it_is_trusted(
     try:
         model, processor = build_model(section(language, trust_remote_code=True), None, seed=0)
         assert "trust_remote_code: running configuration_strange.StrangeConfig, modeling_strange." in caplog.text
-        assert type(model.language_model).__name__ == "StrangeForCausalLM"
+        assert type(model.language_head.causal).__name__ == "StrangeForCausalLM"
         save_checkpoint(model, processor, tmp_path / "saved")
         CONFIG_MAPPING._extra_content.pop("strange")  # a new process knows nothing of it
         with pytest.raises(UserError, match=r"saved: model type 'strange' needs Python code of its own"):

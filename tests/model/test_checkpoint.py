@@ -93,7 +93,7 @@ def test_the_directorys_name_decides_nothing(saved: Path, tmp_path: Path) -> Non
 
 def test_missing_and_unexpected_keys_are_errors(saved: Path) -> None:
     weights = load_file(saved / "model.safetensors")
-    key = "language_model.model.layers.1.mlp.experts.down_proj"
+    key = "model.language_model.layers.1.mlp.experts.down_proj"
     save_file(
         {name: value for name, value in weights.items() if name != key}, saved / "model.safetensors", {"format": "pt"}
     )
@@ -101,8 +101,10 @@ def test_missing_and_unexpected_keys_are_errors(saved: Path) -> None:
         load_checkpoint(saved)
     with pytest.raises(UserError, match=f"missing {key}"):
         AutoModelForImageTextToText.from_pretrained(saved)
-    save_file({**weights, "projector.extra": torch.zeros(2)}, saved / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"unexpected projector\.extra"):
+    save_file(
+        {**weights, "model.multi_modal_projector.extra": torch.zeros(2)}, saved / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(UserError, match=r"unexpected model\.multi_modal_projector\.extra"):
         load_checkpoint(saved)
     save_file({**weights, key: torch.zeros(2, 2)}, saved / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"mismatched .*down_proj \[2, 2\] \(expected \[4, 32, 48\]\)"):
@@ -159,7 +161,7 @@ def test_tied_tensors_are_stored_once_also_when_gathered(tmp_path: Path) -> None
     model, processor = tiny_model(language={"tie_word_embeddings": True})
     gathered = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}  # as ZeRO-3 does
     save_checkpoint(model, processor, tmp_path, state_dict=gathered)
-    assert "language_model.lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     assert torch.equal(run(*load_checkpoint(tmp_path)), run(model, processor))
 
 
@@ -169,11 +171,12 @@ def test_precision_and_device_map(saved: Path, tmp_path: Path) -> None:
     assert torch.isfinite(run(model, processor)).all()
     placed, _ = load_checkpoint(saved, device_map="auto")
     assert torch.equal(run(placed, processor), run(*load_checkpoint(saved)))
-    parts = {"vision_tower": "cpu", "projector": "disk", "language_model": "disk"}
+    tower = "model.vision_tower"
+    parts = {tower: "cpu", "model.multi_modal_projector": "disk", "model.language_model": "disk", "lm_head": "disk"}
     offloaded, _ = load_checkpoint(saved, device_map=parts, offload_folder=tmp_path)
     assert torch.equal(run(offloaded, processor), run(*load_checkpoint(saved)))
     with pytest.raises(UserError, match="vision tower is offloaded to disk"):
-        load_checkpoint(saved, device_map={**parts, "vision_tower": "disk"}, offload_folder=tmp_path)
+        load_checkpoint(saved, device_map={**parts, tower: "disk"}, offload_folder=tmp_path)
 
 
 def test_grown_vocabulary_survives(tmp_path: Path) -> None:
@@ -210,10 +213,10 @@ def test_quantized_loading_spares_the_experts_and_says_so(
     assert "the packed experts of language stay unquantised" in caplog.text
     kinds: dict[str, set[str]] = {}
     for name, module in model.named_modules():
-        kinds.setdefault(name.split(".")[0], set()).add(type(module).__name__)
+        kinds.setdefault(name.removeprefix("model.").split(".")[0], set()).add(type(module).__name__)
     quantized = {"Linear4bit", "Linear8bitLt"}
     assert kinds["language_model"] & quantized
-    assert not (kinds["vision_tower"] | kinds["projector"]) & quantized
+    assert not (kinds["vision_tower"] | kinds["multi_modal_projector"]) & quantized
     experts = {name: tensor for name, tensor in saved[0].state_dict().items() if ".experts." in name}
     assert experts
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in experts.items())

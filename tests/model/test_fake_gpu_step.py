@@ -11,7 +11,7 @@ from fake_gpu import HostReadError, backward, fake_gpu, move_to_fake_gpu
 from tiny import tiny_model
 from torch import Tensor, nn
 
-from llava_compete.model import modeling
+from llava_compete.model import backbone
 from llava_compete.moe.block import SparseMoeBlock
 from llava_compete.moe.config import ROUTERS
 
@@ -92,7 +92,7 @@ def test_a_selection_by_mask_in_the_backward_would_be_seen(monkeypatch: pytest.M
     def scatter(embeds: Tensor, places: Tensor, features: Tensor) -> Tensor:
         return embeds.masked_scatter(places.unsqueeze(-1), features)
 
-    monkeypatch.setattr(modeling, "place_features", scatter)
+    monkeypatch.setattr(backbone, "place_features", scatter)
     with pytest.raises(HostReadError):
         _step("softmax")
 

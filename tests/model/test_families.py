@@ -82,7 +82,8 @@ def test_every_row_has_a_test_and_templates_that_exist() -> None:
 def test_text_logits_are_the_models_own_and_the_upcycled_ones(family: str, tmp_path: Path) -> None:
     model, processor = family_model(family)
     plain = AutoModelForCausalLM.from_config(model.config.text_config).eval()
-    plain.load_state_dict(model.language_model.state_dict())
+    plain.base_model.load_state_dict(model.language_model.state_dict())
+    plain.get_output_embeddings().load_state_dict(model.lm_head.state_dict())
     ids = torch.randint(5, 300, (2, 40), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         own = plain(input_ids=ids).logits

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from llava_compete.errors import UserError
 from llava_compete.moe.config import MoeConfig
+from llava_compete.parts import PREFIXES
 
 MOE = {"vision": {}, "projector": {}, "language": {}}
 COEFS = MoeConfig.model_validate(MOE)
@@ -46,7 +47,8 @@ def test_features_stand_where_the_placeholders_are() -> None:
 def test_text_only_input_gives_the_language_models_logits() -> None:
     model, processor = tiny_model()
     plain = AutoModelForCausalLM.from_config(model.config.text_config)
-    plain.load_state_dict(model.language_model.state_dict())
+    plain.base_model.load_state_dict(model.language_model.state_dict())
+    plain.get_output_embeddings().load_state_dict(model.lm_head.state_dict())
     inputs = processor(text=["how many shapes", "a"], return_tensors="pt", padding=True, padding_side="right")
     torch.testing.assert_close(model.eval()(**inputs).logits, plain.eval()(**inputs).logits, rtol=0, atol=0)
 
@@ -131,7 +133,7 @@ def test_text_only_training_reaches_every_parameter_with_zero_gradient() -> None
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert without == []
     for name, parameter in model.named_parameters():
-        if not name.startswith("language_model."):
+        if not name.startswith(PREFIXES["language"]):
             assert not parameter.grad.any(), name
     assert output.loss_terms["vision/balance_loss"] == 0
     assert model.routing.records["vision.0"].metrics.tokens == 0

@@ -77,7 +77,7 @@ def test_experts_are_copies_and_routers_follow_the_seed(dense: Path, tmp_path: P
     assert not torch.equal(blocks["a"].router.weight, blocks["c"].router.weight)
     assert float(blocks["a"].router.weight.detach().std()) == pytest.approx(0.02, rel=0.3)
     parent = load_file(dense / "model.safetensors")
-    gate = parent["language_model.model.layers.0.mlp.gate_proj.weight"]
+    gate = parent["model.language_model.layers.0.mlp.gate_proj.weight"]
     for expert in blocks["a"].experts.gate_up_proj:
         assert torch.equal(expert[: len(gate)], gate)
 
@@ -153,9 +153,9 @@ def test_refusals(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="model type 'llama', expected 'llava_compete'"):
         upcycle(tmp_path / "other", tmp_path / "none", moe)
     weights = load_file(dense / "model.safetensors")
-    del weights["language_model.model.layers.0.mlp.down_proj.weight"]
+    del weights["model.language_model.layers.0.mlp.down_proj.weight"]
     save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"no dense weight for language_model\.model\.layers\.0\.mlp"):
+    with pytest.raises(UserError, match=r"no dense weight for model\.language_model\.layers\.0\.mlp"):
         upcycle(dense, tmp_path / "none", moe)
     assert not (tmp_path / "none").exists()
 
@@ -163,7 +163,7 @@ def test_refusals(dense: Path, tmp_path: Path) -> None:
 def test_a_tied_tensor_that_is_stored_twice_counts_once(tmp_path: Path) -> None:
     save_checkpoint(*tiny_model(language={"tie_word_embeddings": True}), tmp_path / "dense")
     weights = load_file(tmp_path / "dense" / "model.safetensors")
-    head, embeddings = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+    head, embeddings = "lm_head.weight", "model.language_model.embed_tokens.weight"
     parameters = sum(tensor.numel() for tensor in weights.values())
     save_file(
         {**weights, head: weights[embeddings].clone()}, tmp_path / "dense" / "model.safetensors", {"format": "pt"}
@@ -204,10 +204,17 @@ def test_command_line(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     model, _ = load_checkpoint(out)
     assert facts["parameters"]["total"] == sum(parameter.numel() for parameter in model.parameters())
     weights = load_file(out / "model.safetensors")
-    lost = "language_model.model.layers.1.mlp.experts.down_proj"
+    lost = "model.language_model.layers.1.mlp.experts.down_proj"
     del weights[lost]
-    save_file({**weights, "projector.mlp.up_proj.bias": torch.zeros(3)}, out / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**weights, "model.multi_modal_projector.mlp.up_proj.bias": torch.zeros(3)},
+        out / "model.safetensors",
+        {"format": "pt"},
+    )
     assert main(["info", str(out)]) == 2
-    assert f"missing {lost}; mismatched projector.mlp.up_proj.bias [3] (expected [32])" in capsys.readouterr().err
+    assert (
+        f"missing {lost}; mismatched model.multi_modal_projector.mlp.up_proj.bias [3] (expected [32])"
+        in capsys.readouterr().err
+    )
     assert main(["upcycle", "--config", str(config)]) == 2
     assert "no such checkpoint directory" in capsys.readouterr().err

@@ -22,10 +22,10 @@ from llava_compete.errors import UserError
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.section import ModelSection
 from llava_compete.moe.experts import PackedExperts
+from llava_compete.parts import PREFIXES
 from llava_compete.plan.plan import build_on_meta, plan, state_memory, weight_bytes
 from llava_compete.plan.recipe import architecture, read_recipe
 from llava_compete.plan.step_cost import simulate
-from llava_compete.train.trainable import PREFIXES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 REAL = sorted(

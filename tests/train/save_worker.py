@@ -31,7 +31,7 @@ def save_perturb_save(config: TrainConfig, trainer: StageTrainer, rank: Rank) ->
     with torch.no_grad(), deepspeed.zero.GatheredParameters(list(parameters.values()), modifier_rank=0):
         generator = torch.Generator().manual_seed(0)
         for name, parameter in parameters.items():
-            if name.startswith("vision_tower."):
+            if name.startswith("model.vision_tower."):
                 parameter.add_(torch.randn(parameter.shape, generator=generator))
         if rank.is_main:
             expected = {name: parameter.detach().clone() for name, parameter in parameters.items()}

@@ -26,6 +26,7 @@ from llava_compete.evaluation.answerer import load_for_inference
 from llava_compete.model.build import load_checkpoint
 from llava_compete.model.lora import merge_adapters
 from llava_compete.model.upcycle import upcycle
+from llava_compete.parts import part_of
 from llava_compete.train import checkpoints, run, trainer
 from llava_compete.train.callbacks import between_steps as callbacks
 from llava_compete.train.callbacks import progress as watch
@@ -234,7 +235,7 @@ def test_exactly_the_trainable_tensors_change(data: Path, tmp_path: Path) -> Non
     )
     before, after = load_file(start / "model.safetensors"), load_file(tuned / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before if name.startswith("projector.")}
+    assert changed == {name for name in before if name.startswith("model.multi_modal_projector.")}
 
 
 def test_lora_resume_equals_straight(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,8 +293,8 @@ def test_lora_stage_writes_a_plain_merged_checkpoint(
     )
     before, after = load_file(start / "model.safetensors"), load_file(tuned / "model.safetensors")
     assert before.keys() == after.keys()
-    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"projector", "language_model"}
+    changed = {part_of(name) for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"projector", "language"}
     assert (tuned / "adapter" / "adapter_config.json").is_file()
     assert load_checkpoint(tuned)[0].config.stage == "pft"
     assert ("Linear4bit" in layers) == (quantization is not None)

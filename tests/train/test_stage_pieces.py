@@ -57,7 +57,11 @@ def test_every_deepspeed_file_leaves_geometry_to_the_training_arguments() -> Non
 class _Parts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.vision_tower, self.projector, self.language_model = nn.Linear(2, 3), nn.Linear(3, 4), nn.Linear(4, 5)
+        self.model = nn.Module()
+        self.model.vision_tower = nn.Linear(2, 3)
+        self.model.multi_modal_projector = nn.Linear(3, 4)
+        self.model.language_model = nn.Linear(4, 3)
+        self.lm_head = nn.Linear(1, 5)
 
 
 def test_trainable_map_sets_gradients_groups_and_table() -> None:
@@ -67,20 +71,20 @@ def test_trainable_map_sets_gradients_groups_and_table() -> None:
         "language": PartTraining(mode="full", weight_decay=0.0),
     }
     trainable.apply(model, parts)  # type: ignore[arg-type]
-    assert not any(parameter.requires_grad for parameter in model.vision_tower.parameters())
+    assert not any(parameter.requires_grad for parameter in model.model.vision_tower.parameters())
     groups = trainable.optimizer_groups(
         model,
         parts,  # type: ignore[arg-type]
         learning_rate=1e-4,
         weight_decay=0.1,
-        decayed={"projector.weight", "language_model.weight"},
+        decayed={"model.multi_modal_projector.weight", "model.language_model.weight", "lm_head.weight"},
     )
     found = {group["name"]: (group["lr"], group["weight_decay"], len(group["params"])) for group in groups}
     assert found == {
         "projector": (1e-3, 0.1, 1),
         "projector/no_decay": (1e-3, 0.0, 1),
-        "language": (1e-4, 0.0, 1),
-        "language/no_decay": (1e-4, 0.0, 1),
+        "language": (1e-4, 0.0, 2),
+        "language/no_decay": (1e-4, 0.0, 2),
     }
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     assert len(grouped) == len(set(grouped)) == sum(p.requires_grad for p in model.parameters())
@@ -94,7 +98,7 @@ def test_trainable_map_sets_gradients_groups_and_table() -> None:
 
 def test_trainable_part_that_the_model_lacks_is_refused() -> None:
     model = _Parts()
-    del model.vision_tower
+    del model.model.vision_tower
     for mode in ("full", "frozen"):
         with pytest.raises(UserError, match=r"trainable\.vision: the model has no vision part"):
             trainable.apply(model, {"vision": PartTraining(mode=mode)})  # type: ignore[arg-type]

@@ -1,0 +1,305 @@
+"""`LlavaCompeteModel`: image -> tower -> projector -> image tokens in the text -> the language model's layers.
+
+Everything below the head, as transformers' `AutoModel` builds it. The forward also keeps the routing state: it says
+which tokens form a sequence in each part and collects the MoE layers' records and losses. It reads no clock, counter
+or random number and makes no synchronisation with the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import can_return_tuple
+
+from llava_compete.errors import UserError
+from llava_compete.model.config import LlavaCompeteConfig
+from llava_compete.model.losses import routing_losses
+from llava_compete.model.place_experts import install_language_experts, install_vision_experts, make_projector
+from llava_compete.model.placeholders import check_counts, place_features, sample_positions
+from llava_compete.moe.block import SparseMoeBlock, moe_blocks
+from llava_compete.moe.config import MoeConfig
+from llava_compete.moe.state import RoutingState, TokenGroups
+from llava_compete.vision.projector import Projector
+from llava_compete.vision.tower import VisionTower
+
+
+@dataclass
+class LlavaCompeteModelOutput(ModelOutput):
+    """`aux_losses` by part, with gradient; `loss_terms` are detached, unscaled, named "part/term"."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    aux_losses: dict[str, Tensor] | None = None
+    loss_terms: dict[str, Tensor] | None = None
+
+
+class LlavaCompetePreTrainedModel(PreTrainedModel):
+    """What the model with and without its head share: what transformers may do with either."""
+
+    config_class = LlavaCompeteConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # The tower whole: its trunk and torch's attention use parameters of their children without calling them, which
+    # accelerate's hooks on the leaves would miss.
+    _no_split_modules = ("VisionTower", "Projector")
+    _skip_keys_device_placement = ("past_key_values",)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Tower, projector and MoE blocks are initialised where they are built; a load leaves only buffers to fill."""
+        if isinstance(module, VisionTower):
+            module.restore_buffers()
+
+    @property
+    def zero3_leaf_modules(self) -> list[type[nn.Module]]:
+        """Module classes whose parameters ZeRO-3 must gather together: packed experts, and torch's attention, which
+        uses its output projection's parameters without calling it."""
+        kinds = (SparseMoeBlock, nn.MultiheadAttention)
+        return [kind for kind in kinds if any(isinstance(module, kind) for module in self.modules())]
+
+    def _activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Checkpointing without reentrance: the reentrant kind gives the MoE layers' losses no gradient."""
+        options = dict(activation_checkpointing_kwargs or {})
+        if options.setdefault("use_reentrant", False):
+            raise UserError(
+                "gradient_checkpointing_kwargs.use_reentrant: found true; expected false, since reentrant "
+                "checkpointing drops the gradients of the routing losses"
+            )
+        super()._activation_checkpointing_enable(options, *args, **kwargs)
+        self._checkpoint_tower(True)
+
+    def _activation_checkpointing_disable(self) -> None:
+        super()._activation_checkpointing_disable()
+        self._checkpoint_tower(False)
+
+    def _checkpoint_tower(self, enable: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, VisionTower):
+                module.set_grad_checkpointing(enable)
+
+
+class LlavaCompeteModel(LlavaCompetePreTrainedModel):
+    """The forward pass, for B rows of N tokens of width H, and n images of P features of width D:
+
+        pixel_values [n, 3, S, S] -> vision_tower [n, P, D] -> multi_modal_projector [n, P, H]
+        input_ids [B, N] -> embeddings [B, N, H], the n * P placeholders among them replaced by the features
+        -> language_model -> last_hidden_state [B, N, H]
+
+    Any feed-forward block of the three parts may be a mixture of experts. A text-only model has but the language model.
+    `routing` is the state that all mixtures share.
+
+    Args:
+        config: what to build.
+        make_language_model: builds the language model without its head, after the tower; default: `AutoModel`.
+    """
+
+    def __init__(
+        self, config: LlavaCompeteConfig, make_language_model: Callable[[], PreTrainedModel] | None = None
+    ) -> None:
+        super().__init__(config)
+        self.routing = RoutingState()
+        self.vision_tower: VisionTower | None = None
+        self.multi_modal_projector: Projector | None = None
+        moe = MoeConfig() if config.moe is None else MoeConfig.model_validate(config.moe)
+        if config.tower is not None:
+            self.vision_tower = VisionTower(config.tower)
+            if moe.vision is not None:
+                install_vision_experts(self.vision_tower, moe.vision, self.routing)
+            self.multi_modal_projector = make_projector(config, moe.projector, self.routing)
+        elif moe.vision is not None or moe.projector is not None:
+            raise UserError("moe: vision and projector need a vision tower, and this model has none")
+        make = make_language_model or (lambda: AutoModel.from_config(config.text_config))
+        self.language_model = make()
+        if moe.language is not None:
+            install_language_experts(self.language_model, config.text_config, moe.language, self.routing)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model
+
+    # --- images ----------------------------------------------------------------------------------------------------
+
+    def get_image_features(self, pixel_values: Tensor, num_sequences: dict[str, Any] | None = None) -> Tensor:
+        """Projected features [n, P, H]; each image is one sequence of tower and projector."""
+        assert self.vision_tower is not None
+        assert self.multi_modal_projector is not None
+        counts = num_sequences or {}
+        if self.routing.is_recording:
+            ids = self.vision_tower.tile_image_ids(len(pixel_values), pixel_values.device)
+            self.routing.begin("vision", TokenGroups.from_ids(ids, len(pixel_values), counts.get("vision")))
+        features = self.vision_tower(pixel_values.to(self.vision_tower_dtype))
+        if self.routing.is_recording:
+            ones = torch.ones(features.shape[:2], device=features.device)
+            self.routing.begin("projector", TokenGroups.from_mask(ones, counts.get("projector")))
+        return self.multi_modal_projector(features)
+
+    @property
+    def vision_tower_dtype(self) -> torch.dtype:
+        """Precision that the tower's first layer computes in."""
+        assert self.vision_tower is not None
+        return next(parameter.dtype for parameter in self.vision_tower.parameters() if parameter.is_floating_point())
+
+    def _dummy_image_features(self, device: torch.device) -> Tensor:
+        """The features of one blank image, absent from every statistic, times 0.
+
+        It sends a text-only micro-batch of training through the same modules at the same place, so that all ranks run
+        the same collectives and the tower's parameters have (zero) gradients.
+        """
+        assert self.vision_tower is not None
+        assert self.multi_modal_projector is not None
+        side = self.config.tower.image_size
+        pixels = torch.zeros(1, 3, side, side, device=device, dtype=self.vision_tower_dtype)
+        tiles = sum(scale * scale for scale in self.config.tower.scales)
+        self.routing.begin("vision", TokenGroups.empty(tiles * self.vision_tower.tokens_per_tile, device))
+        features = self.vision_tower(pixels)
+        self.routing.begin("projector", TokenGroups.empty(features.shape[1], device))
+        return self.multi_modal_projector(features) * 0
+
+    def _embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        num_sequences: dict[str, Any] | None,
+        begins: bool,
+    ) -> Tensor:
+        """Token embeddings [B, N, H] with the image features in the placeholders' places; without a cache, where the
+        sequences begin (`begins`), placeholders without an image are an error too."""
+        inputs_embeds = self.get_input_embeddings()(input_ids)
+        if self.vision_tower is None:
+            if pixel_values is not None:
+                raise UserError(f"{len(pixel_values)} image(s) given, but this model has no vision tower")
+            return inputs_embeds
+        places = input_ids == self.config.image_token_id
+        if pixel_values is not None or begins:
+            num_images = 0 if pixel_values is None else len(pixel_values)
+            check_counts(places, num_images, self.config.num_image_tokens, may_wait=not self.training)
+        if pixel_values is not None:
+            features = self.get_image_features(pixel_values, num_sequences)
+            features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+            return place_features(inputs_embeds, places, features.flatten(0, 1))
+        if self.training:
+            return inputs_embeds + self._dummy_image_features(input_ids.device).sum().to(inputs_embeds.dtype)
+        return inputs_embeds
+
+    # --- running ---------------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        num_sequences_in_batch: dict[str, Tensor] | None = None,
+        use_cache: bool | None = None,
+        output_routing: bool | None = None,
+        num_local_sequences: int | None = None,
+        **kwargs: Any,
+    ) -> LlavaCompeteModelOutput:
+        """Hidden states of the last layer, and the routing losses.
+
+        input_ids, attention_mask, position_ids: int64 [B, N].
+        pixel_values: [images, 3, S, S] at the largest scale, images in reading order over the batch.
+        sequence_ids: [B, N] for packed rows: which sample of the batch (0, 1, ...) a token belongs to, -1 padding.
+        num_sequences_in_batch: images ("vision", "projector") and samples ("language") of the whole optimizer step.
+        num_local_sequences: samples in this micro-batch, for packed rows; read off `sequence_ids` if not given, which
+            waits for the device.
+        output_routing: leave records in `self.routing.records`; default: while training.
+        """
+        self._check_length(input_ids if input_ids is not None else inputs_embeds)
+        record = self.training if output_routing is None else output_routing
+        with self._routing_mode(), self.routing.recording() if record else nullcontext():
+            if inputs_embeds is None:
+                assert input_ids is not None
+                inputs_embeds = self._embed(input_ids, pixel_values, num_sequences_in_batch, past_key_values is None)
+            if self.routing.is_recording:
+                count = (num_sequences_in_batch or {}).get("language")
+                self._begin_language(attention_mask, sequence_ids, inputs_embeds, count, num_local_sequences)
+            if use_cache is None and (self.training or sequence_ids is not None):
+                use_cache = False  # a cache would be waste, and it hides packed rows from transformers' masks
+            if position_ids is None and past_key_values is None:
+                position_ids = sample_positions(attention_mask, sequence_ids)
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds,
+                # Packed rows are told apart by position ids that start again; a mask would hide that.
+                attention_mask=None if sequence_ids is not None else attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        aux_losses, loss_terms = routing_losses(self.routing.records) if record else ({}, {})
+        return LlavaCompeteModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            aux_losses=aux_losses,
+            loss_terms=loss_terms,
+        )
+
+    def _check_length(self, tokens: Tensor | None) -> None:
+        if tokens is None:
+            raise ValueError("forward needs input_ids or inputs_embeds")
+        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        if limit is not None and tokens.shape[1] > limit:
+            raise UserError(f"text of {tokens.shape[1]} tokens is longer than the language model's context of {limit}")
+
+    def _begin_language(
+        self,
+        attention_mask: Tensor | None,
+        sequence_ids: Tensor | None,
+        inputs_embeds: Tensor,
+        num_sequences: Tensor | None,
+        num_local: int | None,
+    ) -> None:
+        """Group the text's tokens by sample."""
+        if sequence_ids is not None:
+            num_local = int(sequence_ids.max()) + 1 if num_local is None else num_local
+            self.routing.begin("language", TokenGroups.from_ids(sequence_ids, num_local, num_sequences))
+            return
+        mask = attention_mask
+        if mask is None:
+            mask = torch.ones(inputs_embeds.shape[:2], device=inputs_embeds.device)
+        # With a cache the mask also covers the past, whose tokens do not run again.
+        self.routing.begin("language", TokenGroups.from_mask(mask[:, -inputs_embeds.shape[1] :], num_sequences))
+
+    @contextmanager
+    def _routing_mode(self) -> Iterator[None]:
+        """The router decides at inference, unless the config asks for the competition of every layer."""
+        state = self.routing
+        state.competition_enabled = self.training or self.config.competition_at_inference
+        if self.training or not self.config.competition_at_inference:
+            yield
+            return
+        scheduled, state.competing = state.competing, frozenset(moe_blocks(self))
+        try:
+            yield
+        finally:
+            state.competing = scheduled

@@ -1,0 +1,39 @@
+"""The losses of a forward: the language model's, and each part's mean over its MoE layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llava_compete.moe.state import RoutingRecord
+from llava_compete.parts import IGNORE_INDEX
+
+
+def language_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+    """Cross entropy of predicting token n+1 at n, summed, over `num_items` (default: the supervised tokens here)."""
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten().to(logits.device)
+    total = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    if num_items is None:
+        return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+    return total / torch.as_tensor(num_items, device=total.device)
+
+
+def routing_losses(records: dict[str, RoutingRecord]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """For each part the mean over its layers of the auxiliary loss and of each term (absent counts as 0)."""
+    layers: dict[str, list[str]] = {}
+    for name in records:
+        layers.setdefault(name.split(".")[0], []).append(name)
+    aux_losses: dict[str, Tensor] = {}
+    terms: dict[str, Any] = {}
+    for part, names in layers.items():
+        part_records = [records[name] for name in names]
+        device = part_records[0].aux_loss.device
+        aux_losses[part] = torch.stack([record.aux_loss.to(device) for record in part_records]).mean()
+        for record in part_records:
+            for term, value in record.losses.items():
+                key = f"{part}/{term}"
+                terms[key] = terms.get(key, 0) + value.detach().to(device) / len(part_records)
+    return aux_losses, terms

@@ -21,9 +21,9 @@ SAME_IMAGE = (1, 4)  # two documents that ask about one image
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 
 
-def save_tiny(directory: Path, dense: bool = False, seed: int = 0) -> Path:
-    """A random checkpoint; with experts in the language model unless `dense`."""
-    model, processor = tiny_model(None if dense else {"language": EXPERTS}, seed=seed)
+def save_tiny(directory: Path, dense: bool = False, seed: int = 0, **moe: Any) -> Path:
+    """A random checkpoint; with experts in the language model unless `dense`, of other settings if `moe` says so."""
+    model, processor = tiny_model(None if dense else {"language": {**EXPERTS, **moe}}, seed=seed)
     save_checkpoint(model, processor, directory)
     return directory
 

@@ -62,7 +62,8 @@ def collect(directory: Path) -> dict[str, Any]:
         "tasks": evaluation["tasks"],
         "seconds": seconds,
         "competition_steps": logs["sft"].end["competition_steps"],
-        "router_agreement": routing["router_agreement"],
+        "routing_controls": routing["controls"],
+        "winners_found": routing["agreement"],
         "expert_use": routing["expert_use"],
         "training": {
             stage: {**log.end, "peak_memory_gib": max(step["memory_gib"] for step in log.steps)}
@@ -104,14 +105,20 @@ def _sections(metrics: dict[str, Any]) -> list[tuple[str, list[str], list[list[s
         memory = f"{end['peak_memory_gib']:.2f}" if end else ""
         stages.append([name, f"{seconds:.0f}", speed, memory])
     experts = [[layer, " ".join(f"{share:.2f}" for share in shares)] for layer, shares in metrics["expert_use"].items()]
-    routing = [
-        ["competition steps in sft", str(metrics["competition_steps"])],
-        ["winners that the router finds (held out)", f"{metrics['router_agreement']:.3f}"],
+    routing = [["competition steps in sft", str(metrics["competition_steps"])]]
+    routing += [
+        [f"winners of a competition found (held out): {kind.replace('_', ' ')}", f"{share:.3f}"]
+        for kind, share in (metrics["winners_found"] or {}).items()
+    ]
+    controls = [
+        [name.replace("_", " "), f"{found['loss']:.3f}", f"{found['exact']:.3f}"]
+        for name, found in metrics["routing_controls"].items()
     ]
     return [
         ("Accuracy", ["task", "accuracy", "chance", "best blind answer by question type", "questions"], tasks),
         ("Stages", ["stage", "seconds", "tokens/s", "peak GiB a process"], stages),
         ("Routing", ["", ""], routing),
+        ("What routing is worth (held out)", ["experts chosen by", "loss (nats a token)", "exact answers"], controls),
         ("Expert use (share of choices, held out)", ["layer", "experts"], experts),
     ]
 

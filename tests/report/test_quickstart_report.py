@@ -25,7 +25,12 @@ def finished(tmp_path: Path) -> Path:
     (tmp_path / "eval").mkdir()
     scores = {"demo": {"accuracy": 0.9, "chance": 0.1, "blind": 0.2, "n": 4}}
     write_json(tmp_path / "eval" / "summary.json", {"tasks": scores})
-    write_json(tmp_path / "eval" / "routing.json", {"router_agreement": 0.8, "expert_use": {"language.0": [0.5, 0.5]}})
+    routing = {
+        "agreement": {"router": 0.8, "best_constant": 0.7, "linear_probe": 0.9},
+        "controls": {"router": {"loss": 0.5, "exact": 0.75}, "random": {"loss": 0.625, "exact": 0.5}},
+        "expert_use": {"language.0": [0.5, 0.5]},
+    }
+    write_json(tmp_path / "eval" / "routing.json", routing)
     return tmp_path
 
 
@@ -34,7 +39,10 @@ def test_report_writes_all_files(finished: Path) -> None:
     metrics = json.loads((finished / "metrics.json").read_text())
     assert metrics["tasks"]["demo"]["accuracy"] == 0.9
     assert metrics["competition_steps"] == 3
-    assert metrics["router_agreement"] == 0.8
+    assert metrics["winners_found"]["router"] == 0.8
+    report = (finished / "report.md").read_text()
+    assert "| winners of a competition found (held out): best constant | 0.700 |" in report
+    assert "| random | 0.625 | 0.500 |" in report
     assert set(metrics["seconds"]) == set(STAGES)
     assert "| demo | 0.900 | 0.100 | 0.200 | 4 |" in (finished / "report.md").read_text()
     for figure in ("loss_terms.png", "expert_use.png"):

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,12 @@ class _RefuseHiddenReads(TorchDispatchMode):
 @contextmanager
 def fake_gpu() -> Iterator[None]:
     """Inside, tensors made on "cuda" are fake, and an operator that would wait for them raises."""
-    with FakeTensorMode(), _RefuseHiddenReads():
+    with (
+        FakeTensorMode(),
+        _RefuseHiddenReads(),
+        mock.patch.object(torch.autograd, "grad", _grad),
+        mock.patch.object(torch.autograd.Function, "apply", classmethod(_apply)),
+    ):
         try:
             yield
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -55,25 +61,48 @@ def move_to_fake_gpu(model: nn.Module) -> None:
 
 def backward(root: Tensor) -> None:
     """Gradients of the scalar `root` in every leaf's `grad`; inside the `fake_gpu` that made it."""
-    order = _nodes_in_order(root.grad_fn)
+    for variable, grad in _gradients(root, torch.ones_like(root)).items():
+        variable.grad = grad
+
+
+_plain_apply = next(kind.__dict__["apply"] for kind in torch.autograd.Function.__mro__ if "apply" in kind.__dict__)
+
+
+def _apply(cls: Any, *arguments: Any) -> Any:
+    """Notes which arguments are tensors: a node has an edge for each of these, its backward returns one for all."""
+    result = _plain_apply.__get__(None, cls)(*arguments)
+    output = result[0] if isinstance(result, tuple) else result
+    if output.grad_fn is not None:
+        output.grad_fn.takes_tensor = [isinstance(argument, Tensor) for argument in arguments]
+    return result
+
+
+def _grad(output: Tensor, variable: Tensor, grad_output: Tensor) -> tuple[Tensor]:
+    """In place of torch.autograd.grad, which takes the engine; `variable` is a leaf."""
+    return (_gradients(output, grad_output)[variable],)
+
+
+def _gradients(root: Tensor, grad_root: Tensor) -> dict[Tensor, Tensor]:
+    """By leaf."""
     grads: dict[Any, dict[int, Tensor]] = defaultdict(dict)
-    grads[root.grad_fn][0] = torch.ones_like(root)
-    for node in order:
+    grads[root.grad_fn][root.output_nr] = grad_root
+    leaves: dict[Tensor, Tensor] = {}
+    for node in _nodes_in_order(root.grad_fn):
         arrived = grads.pop(node, {})
-        if hasattr(node, "variable"):  # a leaf
-            if arrived:
-                node.variable.grad = arrived[0]
-            continue
         if not arrived:
+            continue
+        if hasattr(node, "variable"):
+            leaves[node.variable] = arrived[0]
             continue
         with torch.no_grad():
             made = _call(node, arrived)
-        for (following, index), grad in zip(node.next_functions, made, strict=False):
+        for (following, index), grad in zip(node.next_functions, made, strict=True):
             if following is None or grad is None:
                 continue
             grad = _as_expected(grad, following, index)
             before = grads[following].get(index)
             grads[following][index] = grad if before is None else before + grad
+    return leaves
 
 
 def _call(node: Any, arrived: dict[int, Tensor]) -> tuple[Tensor | None, ...]:
@@ -81,8 +110,9 @@ def _call(node: Any, arrived: dict[int, Tensor]) -> tuple[Tensor | None, ...]:
     if isinstance(node, torch.autograd.function.BackwardCFunction):  # the engine would fill in zeros
         inputs = [arrived.get(i, torch.zeros(m.shape, dtype=m.dtype, device=m.device)) for i, m in enumerate(metadata)]
         made = node.apply(*inputs)
-    else:
-        made = node(*(arrived.get(i) for i in range(len(metadata))))
+        made = made if isinstance(made, tuple) else (made,)
+        return tuple(grad for grad, is_tensor in zip(made, node.takes_tensor, strict=True) if is_tensor)
+    made = node(*(arrived.get(i) for i in range(len(metadata))))
     return made if isinstance(made, tuple) else (made,)
 
 

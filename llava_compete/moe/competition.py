@@ -52,7 +52,7 @@ def _sigmoid_slope(y: Tensor, _: Tensor) -> Tensor:
 
 
 def _norm(y: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(y, dim=-1, dtype=torch.float32)
+    return torch.linalg.vector_norm(y, dim=-1, dtype=torch.promote_types(y.dtype, torch.float32)).float()
 
 
 AFFINITIES: dict[str, _Affinity] = {
@@ -69,72 +69,103 @@ def affinity(name: str, y: Tensor) -> Tensor:
     return AFFINITIES[name].value(y)
 
 
-class _Contest(torch.autograd.Function):
-    """Outputs y [E, T, O] -> the winners' weighted sum [T, O], and the fields of `Contest`.
+class Picked(NamedTuple):
+    affinity_TE: Tensor
+    winners_TK: Tensor
+    won_TKO: Tensor  # the winners' outputs
 
-    Written by hand for memory (at 64 experts y is by far the largest tensor of a layer, and autograd would keep float32
-    activations of it and add up several gradients of its size) and for a GPU's launches, not for arithmetic. Kept: y in
-    its own dtype, and the winners' K of its E rows.
 
-    With s the affinities of a token's winners, S their sum and w = s / S, directions d_k = y_k / |y_k| and D their sum:
-    output = sum_k w_k y_k, diversity = (|D|² - sum_k |d_k|²) / K².
+def pick_winners(y_ETO: Tensor, name: str, num_winners: int) -> Picked:
+    """Affinities of outputs y, and the K largest of each token; without gradient (`pick_winners_backward`)."""
+    # softplus(-inf) is 0: without the sum a broken expert would just lose.
+    sums_T = y_ETO.sum((0, 2), dtype=torch.float32)
+    affinity_TE = torch.add(affinity(name, y_ETO), sums_T, alpha=0).t().float().contiguous()
+    winners_TK = top_experts(affinity_TE, num_winners)
+    won_PO = y_ETO.flatten(0, 1).index_select(0, _winners_rows(winners_TK))
+    return Picked(affinity_TE, winners_TK, won_PO.view(*winners_TK.shape, y_ETO.shape[2]))
+
+
+def _winners_rows(winners_TK: Tensor) -> Tensor:
+    """A winner's row of y laid out as [E * T, O]. Rows never repeat: a token wins at most once at an expert."""
+    tokens_T1 = torch.arange(len(winners_TK), device=winners_TK.device)[:, None]
+    return torch.add(tokens_T1, winners_TK, alpha=len(winners_TK)).flatten()
+
+
+def pick_winners_backward(
+    y_ETO: Tensor, name: str, picked: Picked, grad_affinity_TE: Tensor, grad_won_TKO: Tensor
+) -> Tensor:
+    """dy_e = slope(y_e) / O x d(affinity_e), and where expert e won, the gradient of its output beside it."""
+    scale_TE = grad_affinity_TE / y_ETO.shape[2]
+    grad_ETO = AFFINITIES[name].slope(y_ETO, picked.affinity_TE.t()[:, :, None])
+    grad_ETO = grad_ETO.mul_(scale_TE.t()[:, :, None]).to(y_ETO.dtype)
+    grad_FO, rows_P = grad_ETO.flatten(0, 1), _winners_rows(picked.winners_TK)
+    grad_FO.index_copy_(0, rows_P, grad_FO.index_select(0, rows_P).add_(grad_won_TKO.flatten(0, 1)))
+    return grad_ETO
+
+
+class PickWinners(torch.autograd.Function):
+    """Outputs y [E, T, O] -> the fields of `Picked`.
+
+    Written by hand for memory, and for a GPU's launches, not for arithmetic: at 64 experts y is by far the largest
+    tensor of a layer, and autograd would keep float32 activations of it and add up several gradients of its size.
+    Here y alone is kept, in its own dtype, and the winners' gradients are added in place.
     """
 
     @staticmethod
-    def forward(ctx: Any, y_ETO: Tensor, name: str, num_winners: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        num_tokens = y_ETO.shape[1]
-        # softplus(-inf) is 0: without the sum a broken expert would just lose.
-        sums_T = y_ETO.sum((0, 2), dtype=torch.float32)
-        affinity_TE = torch.add(affinity(name, y_ETO), sums_T, alpha=0).t().contiguous()
-        winners_TK = top_experts(affinity_TE, num_winners)
-        # A winner's row of y laid out as [E * T, O]. Rows never repeat: a token wins at most once at an expert.
-        tokens_T1 = torch.arange(num_tokens, device=y_ETO.device)[:, None]
-        rows_P = torch.add(tokens_T1, winners_TK, alpha=num_tokens).flatten()
-        won_TKO = y_ETO.flatten(0, 1).index_select(0, rows_P).view(num_tokens, num_winners, y_ETO.shape[2])
+    def forward(ctx: Any, y_ETO: Tensor, name: str, num_winners: int) -> tuple[Tensor, Tensor, Tensor]:
+        picked = pick_winners(y_ETO, name, num_winners)
+        ctx.save_for_backward(y_ETO, picked.affinity_TE, picked.winners_TK)
+        ctx.name = name
+        ctx.mark_non_differentiable(picked.winners_TK)
+        return picked.affinity_TE, picked.winners_TK, picked.won_TKO
 
+    @staticmethod
+    def backward(ctx: Any, grad_affinity_TE: Tensor, _: Tensor, grad_won_TKO: Tensor) -> tuple[Tensor, None, None]:
+        y_ETO, affinity_TE, winners_TK = ctx.saved_tensors
+        picked = Picked(affinity_TE, winners_TK, grad_won_TKO)
+        return pick_winners_backward(y_ETO, ctx.name, picked, grad_affinity_TE, grad_won_TKO), None, None
+
+
+class _MixWinners(torch.autograd.Function):
+    """Affinities, winners and their outputs y_k [T, K, O] -> their weighted sum [T, O], weights and diversity.
+
+    With s the winners' affinities, S their sum and w = s / S, directions d_k = y_k / |y_k| and D their sum:
+    output = sum_k w_k y_k, diversity = (|D|² - sum_k |d_k|²) / K². One node: the outputs are read a few times in their
+    own dtype, where autograd would keep and read a dozen float32 tensors of their size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, affinity_TE: Tensor, winners_TK: Tensor, won_TKO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         won_TK = affinity_TE.gather(1, winners_TK)
         won_TK += won_TK.sum(-1, keepdim=True) == 0  # relu or L2 can leave only zeros: equal weights then
         total_T1 = won_TK.sum(-1, keepdim=True)
         weights_TK = won_TK / total_T1
-
         lengths_TK = _norm(won_TKO)
         inverse_TK = lengths_TK.clamp(min=NORM_EPS).reciprocal()
         direction_TO = _weighted_sum(won_TKO, inverse_TK)
         own_T = (lengths_TK > NORM_EPS).sum(-1)
-        diversity_T = (_norm(direction_TO).square() - own_T) / num_winners**2
-
-        ctx.save_for_backward(
-            y_ETO, affinity_TE, winners_TK, rows_P, won_TKO, weights_TK, total_T1, inverse_TK, direction_TO
-        )
-        ctx.name = name
-        ctx.mark_non_differentiable(winners_TK, weights_TK)
-        return _weighted_sum(won_TKO, weights_TK), affinity_TE, winners_TK, weights_TK, diversity_T
+        diversity_T = (_norm(direction_TO).square() - own_T) / winners_TK.shape[1] ** 2
+        ctx.num_experts = affinity_TE.shape[1]
+        ctx.save_for_backward(winners_TK, won_TKO, weights_TK, total_T1, inverse_TK, direction_TO)
+        ctx.mark_non_differentiable(weights_TK)
+        return _weighted_sum(won_TKO, weights_TK), weights_TK, diversity_T
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_TO: Tensor, grad_affinity_TE: Tensor, _: Tensor, __: Tensor, grad_diversity_T: Tensor
-    ) -> tuple[Tensor, None, None]:
-        y_ETO, affinity_TE, winners_TK, rows_P, won_TKO, weights_TK, total_T1, inverse_TK, direction_TO = (
-            ctx.saved_tensors
-        )
-        dtype, num_winners = y_ETO.dtype, winners_TK.shape[1]
+    def backward(ctx: Any, grad_TO: Tensor, _: Tensor, grad_diversity_T: Tensor) -> tuple[Tensor, None, Tensor]:
+        winners_TK, won_TKO, weights_TK, total_T1, inverse_TK, direction_TO = ctx.saved_tensors
+        dtype = won_TKO.dtype
         # Through the weights: dL/ds_i = (dL/dw_i - sum_j w_j dL/dw_j) / S, with dL/dw_i = dL/doutput · y_i.
         grad_w_TK = (won_TKO * grad_TO[:, None]).sum(-1, dtype=torch.float32)
         grad_s_TK = (grad_w_TK - (grad_w_TK * weights_TK).sum(-1, keepdim=True)) / total_T1
-        scale_TE = grad_affinity_TE.scatter_add(1, winners_TK, grad_s_TK) / y_ETO.shape[2]
-        grad_ETO = AFFINITIES[ctx.name].slope(y_ETO, affinity_TE.t()[:, :, None])
-        grad_ETO = grad_ETO.mul_(scale_TE.t()[:, :, None]).to(dtype)
-
-        # Of the winners' outputs: w_k dL/doutput, and d|D|²/dy_k = 2 (D - d_k (D · d_k)) / |y_k|.
-        of_sum_TK = inverse_TK * (grad_diversity_T * (2 / num_winners**2))[:, None]
+        grad_affinity_TE = grad_s_TK.new_zeros(len(grad_s_TK), ctx.num_experts).scatter_(1, winners_TK, grad_s_TK)
+        # Of the outputs: w_k dL/doutput, and d|D|²/dy_k = 2 (D - d_k (D · d_k)) / |y_k|; |d_k| is constant.
+        of_sum_TK = inverse_TK * (grad_diversity_T * (2 / winners_TK.shape[1] ** 2))[:, None]
         along_TK = (won_TKO * direction_TO[:, None]).sum(-1, dtype=torch.float32)  # D · y_k
         of_own_TK = of_sum_TK * along_TK * inverse_TK.square()
         grad_won_TKO = grad_TO[:, None] * weights_TK.to(dtype)[:, :, None]
         grad_won_TKO.addcmul_(direction_TO[:, None], of_sum_TK.to(dtype)[:, :, None])
         grad_won_TKO.addcmul_(won_TKO, of_own_TK.to(dtype)[:, :, None], value=-1)
-        grad_FO = grad_ETO.flatten(0, 1)
-        grad_FO.index_copy_(0, rows_P, grad_FO.index_select(0, rows_P).add_(grad_won_TKO.flatten(0, 1)))
-        return grad_ETO, None, None
+        return grad_affinity_TE, None, grad_won_TKO
 
 
 def _weighted_sum(won_TKO: Tensor, weights_TK: Tensor) -> Tensor:
@@ -142,7 +173,7 @@ def _weighted_sum(won_TKO: Tensor, weights_TK: Tensor) -> Tensor:
     return (won_TKO * weights_TK.to(won_TKO.dtype)[:, :, None]).sum(1)
 
 
-def compete(y_ETO: Tensor, name: str, num_winners: int) -> tuple[Tensor, Contest]:
-    """Let all experts, with outputs y, compete for each token: the winners' sum [T, O], weighted by affinity."""
-    output_TO, *contest = _Contest.apply(y_ETO, name, num_winners)
-    return output_TO, Contest(*contest)
+def mix_winners(picked: Picked) -> tuple[Tensor, Contest]:
+    """The winners' sum [T, O], weighted by affinity, and what the losses read of the contest."""
+    output_TO, weights_TK, diversity_T = _MixWinners.apply(*picked)
+    return output_TO, Contest(picked.affinity_TE, picked.winners_TK, weights_TK, diversity_T)

@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
 from llava_compete.errors import UserError
 from llava_compete.moe.all_experts import AllExpertsDown, AllExpertsUp
-from llava_compete.moe.competition import Contest, compete
+from llava_compete.moe.competition import Contest, Picked, PickWinners, mix_winners
 from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.implementations import ExpertWeights, choose
+from llava_compete.moe.recomputed import Recomputation, RecomputedContest
 
 # Elements of all experts' outputs at a time where a competition runs in chunks of its own choice: 64 MB in float32.
 CHUNK_OUTPUTS = 2**24
@@ -119,31 +119,26 @@ class PackedExperts(nn.Module):
         )
 
     def _compete(self, weights: ExpertWeights, x_TD: Tensor) -> ExpertsOutput:
-        """All at once, or in chunks of tokens that keep little for backward and compute the rest again there."""
         if self.kept == "everything":
-            return self._whole_competition(weights, x_TD)
-        chunk_tokens = self.chunk_tokens or max(1, CHUNK_OUTPUTS // self.down_proj[:, :, 0].numel())
-        run, whole_T = self._whole_competition, x_TD
-        if self.kept == "pre_activations":
-            run, whole_T = self._contest, AllExpertsUp.apply(x_TD, weights.up, weights.up_bias)
-        # Random numbers are drawn by dropout alone; keeping their state costs a chunk more than its kernels' launches.
-        drops = any(isinstance(module, nn.Dropout) for module in self.modules())
-        chunks = [
-            checkpoint(run, weights, chunk_T, use_reentrant=False, preserve_rng_state=drops)
-            for chunk_T in whole_T.split(chunk_tokens)
-        ]
-        if len(chunks) == 1:
-            return chunks[0]
-        contests = zip(*(chunk.contest for chunk in chunks), strict=True)
-        output_TO = torch.cat([chunk.output_TO for chunk in chunks])
-        return ExpertsOutput(output_TO, Contest(*(torch.cat(column) for column in contests)))
+            h_TEI = weights.activate(AllExpertsUp.apply(x_TD, weights.up, weights.up_bias))
+            y_ETO = AllExpertsDown.apply(h_TEI, weights.down, weights.down_bias)
+            picked = Picked(*PickWinners.apply(y_ETO, self.affinity, self.num_winners))
+        else:
+            picked = self._recomputed(weights, x_TD)
+        return ExpertsOutput(*mix_winners(picked))
 
-    def _whole_competition(self, weights: ExpertWeights, x_TD: Tensor, /) -> ExpertsOutput:
-        return self._contest(weights, AllExpertsUp.apply(x_TD, weights.up, weights.up_bias))
-
-    def _contest(self, weights: ExpertWeights, up_TEM: Tensor, /) -> ExpertsOutput:
-        y_ETO = AllExpertsDown.apply(weights.activate(up_TEM), weights.down, weights.down_bias)
-        return ExpertsOutput(*compete(y_ETO, self.affinity, self.num_winners))
+    @torch.compiler.disable  # its backward differentiates the activation again
+    def _recomputed(self, weights: ExpertWeights, x_TD: Tensor) -> Picked:
+        how = Recomputation(
+            activate=weights.activate,
+            draws=any(isinstance(module, nn.Dropout) and module.training for module in self.modules()),
+            affinity=self.affinity,
+            num_winners=self.num_winners,
+            chunk_tokens=self.chunk_tokens or max(1, CHUNK_OUTPUTS // self.down_proj[:, :, 0].numel()),
+            keeps_pre_activations=self.kept == "pre_activations",
+        )
+        arguments = (weights.up, weights.up_bias, weights.down, weights.down_bias, how)
+        return Picked(*RecomputedContest.apply(x_TD, *arguments))
 
 
 def _compute_dtype(x_TD: Tensor, parameter: Tensor) -> torch.dtype:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from llava_compete.moe.pairs import Pairs, row_products, spread_rows, sum_rows
 
@@ -125,3 +126,13 @@ class DownCombine(torch.autograd.Function):
             if bias_EO is not None:
                 grad_weights_TK = grad_weights_TK + (grad_TO @ bias_EO.t()).gather(1, selected_TK)
         return grad_h_PI, grad_weight_EOI, grad_bias_EO, grad_weights_TK, None, None
+
+
+# torch's FLOP counter passes its own grouped product over.
+if torch.ops.aten._grouped_mm not in flop_registry:
+
+    @register_flop_formula(torch.ops.aten._grouped_mm)
+    def _grouped_mm_flops(left_shape: Any, right_shape: Any, *_: Any, **__: Any) -> int:
+        """Each row of the left meets one group's matrix; in a weight's gradient each of its columns meets one row."""
+        rows, inner = left_shape
+        return 2 * rows * inner * right_shape[-1]

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from block_kit import largest_error, make_block, run_step
+from torch.utils.flop_counter import FlopCounterMode
 
 from llava_compete.errors import UserError
 from llava_compete.moe.block import SparseMoeBlock
@@ -126,6 +127,17 @@ def test_weights_between_multiples_of_16_bytes_take_the_grouped_products_too() -
     step = run_step(block, x)
     torch.testing.assert_close(step.output, plain.output)
     assert largest_error(step.grads, plain.grads) < 1e-6
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_flop_counter_sees_the_grouped_products(gated: bool) -> None:
+    """As many as K dense MLPs, and a little for the bias's columns."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "gated": gated, "activation": "silu"}
+    block = make_block(experts_implementation="grouped_mm", sizes=sizes)
+    with FlopCounterMode(display=False) as counter:
+        run_step(block, torch.randn(2, 64, 64))
+    dense = 3 * 2 * (2 * 128) * 96 * 64 * (3 if gated else 2)
+    assert dense <= counter.get_total_flops() < 1.15 * dense
 
 
 def test_a_kernel_that_is_not_there_is_an_error_of_one_line() -> None:

@@ -288,6 +288,32 @@ def test_dropout_acts_in_training_only() -> None:
             torch.testing.assert_close(run_step(block.eval(), X, competing=competing).output, exact)
 
 
+@pytest.mark.parametrize("keeps", ["pre_activations", "input"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_dropout_is_the_same_in_what_a_competition_computes_again(keeps: str, gated: bool) -> None:
+    sizes = {"hidden_dropout": 0.5, "gated": gated}
+    steps = []
+    for config in ({}, {"competition_keeps": keeps}):
+        block = make_block(sizes=sizes, **config).train()
+        torch.manual_seed(3)
+        steps.append(run_step(block, X, competing=True))
+    torch.testing.assert_close(steps[0].output, steps[1].output)
+    assert largest_error(steps[0].grads, steps[1].grads) < 1e-5
+    # In chunks, numbers are drawn chunk by chunk: along its gradient the output must grow as the gradient says.
+    block = make_block(sizes=sizes, competition_keeps=keeps, competition_chunk_tokens=4).train()
+    x = X.clone().requires_grad_()
+
+    def objective(x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(3)
+        return block.experts(x.flatten(0, 1)).output_TO.square().sum()
+
+    (gradient,) = torch.autograd.grad(objective(x), x)
+    step = 1e-2 * gradient / gradient.norm()
+    with torch.no_grad():
+        slope = (objective(x + step) - objective(x - step)) / 2e-2
+    assert float(slope) == pytest.approx(float(gradient.norm()), rel=1e-2)
+
+
 def test_meta_device_builds_without_memory() -> None:
     with torch.device("meta"):
         block = make_block(sizes={"gated": True, "bias": False})

@@ -88,8 +88,29 @@ def rows_of() -> dict[str, tuple[str, str, list[str], list[dict]]]:
         {"question": "what colour is the circle", "choices": {"text": ["red", "two shapes"], "label": ["A", "B"]},
          "answerKey": "AB"[i % 2]} for i in range(5)
     ]  # fmt: skip
+    mathvista = [
+        {
+            "pid": str(i),
+            "question": "Which?",
+            "image": f"images/{i}.jpg",
+            "choices": ["A", "B"],
+            "unit": "",
+            "answer": "AB"[i % 2],
+            "precision": None,
+            "question_type": "multi_choice",
+            "answer_type": "text",
+            "query": "Which?",
+        }
+        for i in range(4)
+    ]
+    hallusion = [
+        {"category": "VS", "subcategory": "map", "set_id": str(i // 2), "figure_id": "1", "question_id": str(i % 2),
+         "question": "Is it?", "gt_answer": str(i % 2), "filename": "x"} for i in range(4)
+    ]  # fmt: skip
     one = ["image"]
     return {
+        "AI4Math/MathVista": ("default", "testmini", ["decoded_image"], mathvista),
+        "lmms-lab-encoder/HallusionBench": ("default", "image", one, hallusion),
         "lmms-lab-encoder/POPE": ("default", "test", one, pope),
         "lmms-lab-encoder/MME": ("default", "test", one, mme),
         "lmms-lab-encoder/ai2d": ("default", "test", one, ai2d),
@@ -138,7 +159,7 @@ def evaluate(local_copies, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(FOLDER_VARIABLE, output)
         model = LlavaCompeteLmms(str(checkpoint), batch_size=4, device="cpu")
-    manager = TaskManager(model_name="llava_compete")
+    manager = TaskManager(include_path=str(TASKS), model_name="llava_compete")
 
     def run(tasks, answer=None):
         if answer is not None:
@@ -213,6 +234,17 @@ def test_units_of_the_other_benchmarks_give_their_scores(evaluate, task, metric,
     assert results[task][metric] == pytest.approx(score * (4 / 1000 if task == "ocrbench" else 1), abs=1e-5)
     assert len({unit.group for unit in units} - {None}) == images
     assert len({unit.id for unit in units}) == 4
+
+
+def test_our_exact_variants_need_no_judge(evaluate, monkeypatch):
+    """The whole task, from its YAML on: lmms-eval's own MathVista asks for a judge's key when it is imported."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    results, samples, _ = evaluate(
+        ["mathvista_testmini_exact", "hallusion_bench_image_exact"],
+        lambda prompt: "Yes" if prompt.text.startswith("Is ") else "A",
+    )
+    for task, rows in samples.items():
+        assert results[task]["accuracy,none"] == weighted_mean(score_samples(task, rows)) == 0.5
 
 
 def test_an_unreadable_answer_is_guessed_by_question(evaluate):

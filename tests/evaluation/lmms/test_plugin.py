@@ -9,6 +9,7 @@ import pytest
 import torch
 from evaluation_kit import NUM_DOCUMENTS, save_tiny, write_tasks
 from PIL import Image
+from tiny import tiny_model
 
 from llava_compete.evaluation.answerer import (
     Answerer,
@@ -18,6 +19,7 @@ from llava_compete.evaluation.answerer import (
     reading_order,
 )
 from llava_compete.evaluation.generation_settings import GenerationSettings, cut_at
+from llava_compete.model.build import save_checkpoint
 
 lmms_eval = pytest.importorskip("lmms_eval")
 
@@ -38,8 +40,8 @@ def evaluate(tmp_path_factory, checkpoint):
     tasks_folder = str(write_tasks(tmp_path_factory.mktemp("tasks") / "tasks"))
     manager = TaskManager(include_path=tasks_folder, include_defaults=False)
 
-    def run(tasks, batch_size=4, **arguments):
-        model = LlavaCompeteLmms(str(checkpoint), batch_size=batch_size, device="cpu", **arguments)
+    def run(tasks, batch_size=4, pretrained=checkpoint, **arguments):
+        model = LlavaCompeteLmms(str(pretrained), batch_size=batch_size, device="cpu", **arguments)
         found = simple_evaluate(model=model, tasks=tasks, task_manager=manager, bootstrap_iters=0)
         samples = {name: sorted(rows, key=lambda row: row["doc_id"]) for name, rows in found["samples"].items()}
         return found["results"], samples
@@ -114,6 +116,16 @@ def test_likelihood_is_a_summed_negative_log(checkpoint, reference):
 def test_a_failing_document_stops_the_run_and_is_named(evaluate):
     with pytest.raises(DocumentError, match=r"task local_broken, split test, document 3: OSError: image file is trunc"):
         evaluate(["local_broken"])
+
+
+def test_an_image_for_a_checkpoint_without_a_tower_is_one_clear_line(evaluate, tmp_path):
+    save_checkpoint(*tiny_model(tower=None), tmp_path / "text")
+    expected = (
+        r"^task local_generate, split test, document \d+: UserError: shows \d image\(s\), but the checkpoint has no"
+    )
+    with pytest.raises(DocumentError, match=expected) as caught:
+        evaluate(["local_generate"], pretrained=tmp_path / "text")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_batch_that_fails_is_taken_apart_to_name_the_document(checkpoint):

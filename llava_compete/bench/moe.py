@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llava_compete import files
 from llava_compete.bench.memory import LiveBytes
 from llava_compete.moe.block import SparseMoeBlock
 from llava_compete.moe.config import ROUTERS, MoeLayerConfig
@@ -29,6 +30,7 @@ COMPETITION = "competition_step"
 RECOMPUTED, PRE_ACTIVATIONS = f"{COMPETITION}_recompute", f"{COMPETITION}_pre_activations"
 CASES = ("dense_k", "dense_e", *ROUTERS, COMPETITION, RECOMPUTED, PRE_ACTIVATIONS)
 RECOMPUTED_CHUNKS = 8
+LONGEST_KERNELS = 12
 # transformers' own block, on gated shapes: Mixtral's, with each kernel for it that this machine has.
 TRANSFORMERS = "mixtral_"
 
@@ -51,9 +53,18 @@ CPU_SHAPES = (Shape(256, 1024, 4, 2), Shape(512, 128, 64, 8), Shape(768, 3072, 4
 GPU_SHAPES = (*CPU_SHAPES, Shape(1152, 4304, 4, 2), Shape(3072, 8192, 4, 2, gated=True))
 
 
+class Kernels(NamedTuple):
+    """Of one step: time on the device (where it falls short of a step's, the host's launches are what is waited for),
+    number of launches, and the longest kernels as [name, launches, ms]."""
+
+    ms: float
+    launches: int
+    longest: list[tuple[str, int, float]]
+
+
 @dataclass(frozen=True)
 class Row:
-    """One case of one shape; `ratio` is to `floor(case)`."""
+    """One case of one shape; `ratio` is to `floor(case)`. `kernels`: on CUDA, what ran on the device in one step."""
 
     shape: Shape
     tokens: int
@@ -61,11 +72,15 @@ class Row:
     ms: float
     peak_mb: float
     ratio: float
+    kernels: Kernels | None = None
 
     def to_json(self) -> dict[str, Any]:
         sizes = {name: getattr(self.shape, name) for name in ("D", "I", "E", "K")}
         numbers = {"ms": self.ms, "peak_mb": self.peak_mb, "ratio": self.ratio}
-        return {"shape": {**sizes, "tokens": self.tokens}, "case": self.case, **numbers}
+        row: dict[str, Any] = {"shape": {**sizes, "tokens": self.tokens}, "case": self.case, **numbers}
+        if self.kernels is not None:
+            row |= {"kernel_ms": self.kernels.ms, "launches": self.kernels.launches, "longest": self.kernels.longest}
+        return row
 
 
 def floor(case: str) -> str:
@@ -117,8 +132,8 @@ def measure(
                 times[case].append(step.seconds())
         medians = {case: statistics.median(values) for case, values in times.items()}
         for case in names:
-            ratio = medians[case] / medians[floor(case)]
-            rows.append(Row(shape, tokens, case, medians[case] * 1e3, peaks[case] / 1e6, ratio))
+            ratio, kernels = medians[case] / medians[floor(case)], steps[case].kernels()
+            rows.append(Row(shape, tokens, case, medians[case] * 1e3, peaks[case] / 1e6, ratio, kernels))
     return rows
 
 
@@ -152,6 +167,24 @@ class _Step:
         self.run()
         self._synchronise()
         return time.perf_counter() - start
+
+    def kernels(self) -> Kernels | None:
+        if self.device.type != "cuda":
+            return None
+        self._synchronise()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            self.run()
+            self._synchronise()
+        by_name: dict[str, list[float]] = {}
+        for event in profile.events():
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                by_name.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1e3)
+        longest = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:LONGEST_KERNELS]
+        return Kernels(
+            ms=sum(sum(times) for times in by_name.values()),
+            launches=sum(len(times) for times in by_name.values()),
+            longest=[(name[:120], len(times), sum(times)) for name, times in longest],
+        )
 
     def peak_bytes(self) -> int:
         """Of one step that finds no gradients from before; includes parameters and input."""
@@ -228,14 +261,17 @@ def _kernels_of_transformers(device: torch.device) -> list[str]:
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
     """Lines of a table for the console."""
-    yield f"{'shape':<30}{'case':<36}{'ms':>10}{'ratio':>8}{'floor':>10}{'peak MB':>10}"
+    heads = f"{'shape':<30}{'case':<36}{'ms':>10}{'ratio':>8}{'floor':>10}{'peak MB':>10}"
+    on_gpu = any(row.kernels is not None for row in rows)
+    yield heads + (f"{'kernel ms':>11}{'launches':>10}" if on_gpu else "")
     for row in rows:
         against = floor(row.case)
-        yield f"{row.shape!s:<30}{row.case:<36}{row.ms:>10.2f}{row.ratio:>8.2f}{against:>10}{row.peak_mb:>10.1f}"
+        line = f"{row.shape!s:<30}{row.case:<36}{row.ms:>10.2f}{row.ratio:>8.2f}{against:>10}{row.peak_mb:>10.1f}"
+        yield line + (f"{row.kernels.ms:>11.2f}{row.kernels.launches:>10}" if row.kernels is not None else "")
 
 
 def write_json(rows: Sequence[Row], path: Path) -> None:
-    write_json(path, [row.to_json() for row in rows])
+    files.write_json(path, [row.to_json() for row in rows])
 
 
 def write_figure(rows: Sequence[Row], path: Path) -> None:

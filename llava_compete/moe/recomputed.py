@@ -99,7 +99,8 @@ class RecomputedContest(torch.autograd.Function):
 
 
 def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
-    return (slice(start, start + chunk_tokens) for start in range(0, num_tokens, chunk_tokens))
+    """At least one, of no tokens where there are none."""
+    return (slice(start, start + chunk_tokens) for start in range(0, max(num_tokens, 1), chunk_tokens))
 
 
 def _random_state(x: Tensor) -> Any:

@@ -1,8 +1,9 @@
 """How fast rows become batches: samples/s by number of workers, time by step, and a plain per-row loop beside it.
 
-Caller: `llava-compete bench data`. Input is made on the spot: 640×480 JPEGs of photograph-like content,
-conversations of three turns and about 120 words, a byte-level BPE. The rival does what LLaVA's dataset does: the whole
-JSON in memory, one image after the other through transformers' image processor, labels from tokenising each turn again.
+Beside them what one GPU would take: images/s of a real model at a good utilisation. Input is made on the spot: 640×480
+JPEGs of photograph-like content, conversations of three turns and about 120 words, a byte-level BPE. The rival does
+what LLaVA's dataset does: the whole JSON in memory, one image after the other through transformers' image processor,
+labels from tokenising each turn again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPImageProcessorPil
 
+from llava_compete.bench.train import GPU_SHAPES, build
 from llava_compete.data.collator import Collator
 from llava_compete.data.config import DataSection, SourceSection
 from llava_compete.data.dataset import ConversationDataset, build_datasets
@@ -28,13 +30,18 @@ from llava_compete.language.templates import set_chat_template
 from llava_compete.language.tokenizer import train_byte_level_bpe
 from llava_compete.model.processor import LlavaCompeteProcessor
 from llava_compete.parts import IGNORE_INDEX
+from llava_compete.plan.step_cost import simulate
+from llava_compete.train.mfu import PEAK_BF16
 from llava_compete.vision.image_decoder import open_image
 from llava_compete.vision.image_processing import LlavaCompeteImageProcessor
+from llava_compete.vision.tower_config import LATEST_PIXELS
 
 NUM_IMAGES = 64
 BATCH_SIZE = 16
 TARGET_SIZE = 224
 IMAGE_TOKENS = 256
+# What the GPU is assumed to reach of its peak, and the model that it trains.
+GPU, GPU_MFU, GPU_MODEL = "H100", 0.45, GPU_SHAPES[0]
 WORDS = ["the", "a", "red", "small", "wooden", "table", "with", "two", "people", "standing", "near", "an", "old", "car"]
 
 
@@ -47,6 +54,8 @@ def run_bench(folder: Path, num_rows: int, workers: tuple[int, ...]) -> dict[str
     section = DataSection(sources=[source], cache_dir=folder / "cache")
     dataset = build_datasets(section, processor, seed=0).train
     plain = PlainDataset(folder / "rows.json", processor)
+    assert GPU_MODEL.tower is not None
+    large = build_datasets(section, processor_for(rows, GPU_MODEL.tower.image_size), seed=0).train
     collate = Collator(processor)
     rates = {f"workers_{count}": _rate(dataset, collate, count) for count in workers}
     rival = {f"workers_{count}": _rate(plain, collate, count) for count in workers}
@@ -55,7 +64,21 @@ def run_bench(folder: Path, num_rows: int, workers: tuple[int, ...]) -> dict[str
         "samples_per_second": rates,
         "plain_loop_samples_per_second": rival,
         "milliseconds_by_step": steps(dataset, processor, collate),
+        "gpu": {
+            "model": f"{GPU_MODEL.name}, {GPU_MODEL.length} tokens and one image a sample, {GPU} at {GPU_MFU:.0%} MFU",
+            "images_per_second": round(images_of_a_gpu(), 1),
+            "workers": max(workers),
+            "samples_per_second_a_worker": _rate(large, collate, max(workers)) / max(workers),
+        },
     }
+
+
+def images_of_a_gpu() -> float:
+    """Images/s that one GPU trains on, by the operations that `plan` counts."""
+    with torch.device("meta"):
+        model = build("softmax", GPU_MODEL, torch.device("meta"))
+    flops = simulate(model, 1, GPU_MODEL.length, 1, frozenset()).flops
+    return GPU_MFU * PEAK_BF16[GPU] / flops
 
 
 def make_rows(folder: Path, num_rows: int) -> list[dict[str, Any]]:
@@ -147,12 +170,12 @@ class PlainDataset(Dataset):
         }
 
 
-def processor_for(rows: list[dict[str, Any]]) -> LlavaCompeteProcessor:
-    """A tokenizer trained on the rows, and an image processor to 224 pixels that pads to a square as LLaVA does."""
+def processor_for(rows: list[dict[str, Any]], size: int = TARGET_SIZE) -> LlavaCompeteProcessor:
+    """A tokenizer trained on the rows, and an image processor to `size` pixels that pads to a square as LLaVA does."""
     texts = (turn["value"] for row in rows[:200] for turn in row["conversations"])
     tokenizer = train_byte_level_bpe(texts, vocab_size=1000)
     set_chat_template(tokenizer, "chatml")
-    image_processor = LlavaCompeteImageProcessor(size=TARGET_SIZE, resize_mode="pad")
+    image_processor = LlavaCompeteImageProcessor(size=size, resize_mode="pad", version=LATEST_PIXELS)
     return LlavaCompeteProcessor(image_processor, tokenizer, num_image_tokens=IMAGE_TOKENS)
 
 

@@ -20,7 +20,7 @@ class Collator:
     """Items of `ConversationDataset` to a batch.
 
     Keys: input_ids, attention_mask, labels (int64 [B, N]), sample_ids (a string for each item), and pixel_values
-    (float32 [images, 3, H, W] in reading order over the batch) only if the micro-batch has images. sequence_ids (int64
+    ([images, 3, H, W] in reading order over the batch) only if the micro-batch has images. sequence_ids (int64
     [B, N]: number of the item that a token belongs to, -1 = none) only when packed, and for a filler.
 
     `pack_to`: put several items into one row of at most this many tokens. Items stay whole, and each keeps positions

@@ -44,7 +44,7 @@ class DataBundle(NamedTuple):
 class ConversationDataset(Dataset):
     """Rows of a mixture.
 
-    Items: input_ids and labels (int64 [N], images expanded), pixel_values (float32 [images, 3, H, W] or None), length
+    Items: input_ids and labels (int64 [N], images expanded), pixel_values ([images, 3, H, W] or None), length
     (tokens), modality (1 = has images), sample_id ("source/id").
     `lengths` (estimated tokens, int32) and `modalities` (int8) are what the sampler needs, without reading rows;
     `sources` (int32) are the places of the rows' sources in `source_names`.
@@ -165,7 +165,7 @@ def encode_row(processor: Any, messages: list[dict[str, Any]], max_length: int) 
 
 
 def load_pixels(processor: Any, table: SourceTable, images: list[dict[str, Any]]) -> torch.Tensor | None:
-    """Decode and preprocess the images of one row: float32 [images, 3, H, W], or None without images."""
+    """Decode and preprocess the images of one row: [images, 3, H, W], or None without images."""
     if not images:
         return None
     folder = table.section.images

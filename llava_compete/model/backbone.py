@@ -150,7 +150,7 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
         if self.routing.is_recording:
             ids = self.vision_tower.tile_image_ids(len(pixel_values), pixel_values.device)
             self.routing.begin("vision", TokenGroups.from_ids(ids, len(pixel_values), counts.get("vision")))
-        features = self.vision_tower(pixel_values.to(self.vision_tower_dtype))
+        features = self.vision_tower(pixel_values)
         if self.routing.is_recording:
             ones = torch.ones(features.shape[:2], device=features.device)
             self.routing.begin("projector", TokenGroups.from_mask(ones, counts.get("projector")))
@@ -225,7 +225,8 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
         """Hidden states of the last layer, and the routing losses.
 
         input_ids, attention_mask, position_ids: int64 [B, N].
-        pixel_values: [images, 3, S, S] at the largest scale, images in reading order over the batch.
+        pixel_values: [images, 3, S, S] at the largest scale, images in reading order over the batch; as the image
+            processor made them, uint8 or normalised.
         sequence_ids: [B, N] for packed rows: which sample of the batch (0, 1, ...) a token belongs to, -1 padding.
         num_sequences_in_batch: images ("vision", "projector") and samples ("language") of the whole optimizer step.
         num_local_sequences: samples in this micro-batch, for packed rows; read off `sequence_ids` if not given, which

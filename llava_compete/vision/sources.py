@@ -17,7 +17,7 @@ from llava_compete.config import parse_config
 from llava_compete.errors import UserError, and_more, nearest
 from llava_compete.files import read_json
 from llava_compete.vision.tower import VisionTower, build_trunk, tower_facts
-from llava_compete.vision.tower_config import CLIP_MEAN, CLIP_STD, TowerConfig, VisionTowerSection
+from llava_compete.vision.tower_config import CLIP_MEAN, CLIP_STD, LATEST_PIXELS, TowerConfig, VisionTowerSection
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ def resolve_tower(section: VisionTowerSection) -> TowerConfig:
         "std": preprocess_cfg.get("std") or CLIP_STD,
         "interpolation": preprocess_cfg.get("interpolation") or "bicubic",
         "resize_mode": _RESIZE_MODES.get(resize_mode, resize_mode),
+        "version": LATEST_PIXELS,
     }
     values = {
         **section.model_dump(include={"name", "pretrained", "feature_layer", "select", "scales"}),

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava_compete.errors import UserError
-from llava_compete.vision.tower_config import TowerConfig
+from llava_compete.vision.tower_config import PreprocessConfig, TowerConfig
 
 
 class FeedForward(NamedTuple):
@@ -42,7 +42,10 @@ class TowerFacts(NamedTuple):
 
 
 class VisionTower(nn.Module):
-    """pixel_values [n, 3, H, W] at the largest scale -> features [n, num_tokens, feature_width]."""
+    """pixel_values [n, 3, H, W] at the largest scale -> features [n, num_tokens, feature_width].
+
+    uint8 pixels (version 2) are normalised here, on their device; floating-point ones have been.
+    """
 
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
@@ -89,6 +92,10 @@ class VisionTower(nn.Module):
             raise UserError(
                 f"pixel_values: found shape {tuple(pixel_values.shape)}, expected [images, 3, {expected}, {expected}]"
             )
+        dtype = next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = normalise(pixel_values, self.config.preprocess)
+        pixel_values = pixel_values.to(dtype)
         tiles = torch.cat([self._tiles(pixel_values, scale) for scale in self.config.scales])
         patches, prefix = self._features(tiles)
         maps, classes, start = [], [], 0
@@ -130,6 +137,12 @@ class VisionTower(nn.Module):
         whole = patches.unflatten(0, (-1, scale, scale)).unflatten(3, (rows, columns))  # n R C h w D
         whole = whole.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # n D R*h C*w
         return F.avg_pool2d(whole, scale).flatten(2).transpose(1, 2)
+
+
+def normalise(pixels: Tensor, preprocess: PreprocessConfig) -> Tensor:
+    """uint8 [n, 3, H, W] -> float32. Mean and std are arguments of kernels: a tensor of them would have to be sent."""
+    channels = zip(pixels.unbind(1), preprocess.mean, preprocess.std, strict=True)
+    return torch.stack([(channel.float() / 255 - mean) / std for channel, mean, std in channels], dim=1)
 
 
 def build_trunk(embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bool) -> Any:

@@ -14,18 +14,26 @@ from llava_compete.config import StrictConfig
 
 ResizeMode = Literal["pad", "squash", "crop"]
 Interpolation = Literal["bicubic", "bilinear"]
+# How a picture becomes numbers. 1: Pillow resizes, and the image processor normalises to float32. 2: torch's uint8
+# kernel resizes (within 2/255 of Pillow), and the model normalises on its device. A checkpoint keeps its version.
+PixelVersion = Literal[1, 2]
+LATEST_PIXELS: PixelVersion = 2
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class PreprocessConfig(StrictConfig):
-    """How an image becomes pixels for ONE tile of the tower; scales above 1 multiply `size`."""
+    """How an image becomes pixels for ONE tile of the tower; scales above 1 multiply `size`.
+
+    version: checkpoints from before there were versions do not say it, and mean 1; new models say `LATEST_PIXELS`.
+    """
 
     size: int = Field(gt=0)
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     interpolation: Interpolation = "bicubic"
     resize_mode: ResizeMode = "squash"
+    version: PixelVersion = 1
 
 
 class TowerConfig(StrictConfig):
@@ -72,6 +80,7 @@ class PreprocessOverrides(StrictConfig):
     std: tuple[float, float, float] | None = None
     interpolation: Interpolation | None = None
     resize_mode: ResizeMode | None = None
+    version: PixelVersion | None = None
 
 
 class VisionTowerSection(StrictConfig):

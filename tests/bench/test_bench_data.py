@@ -9,6 +9,8 @@ from llava_compete.data.collator import Collator
 from llava_compete.data.config import DataSection, SourceSection
 from llava_compete.data.dataset import build_datasets
 from llava_compete.parts import IGNORE_INDEX
+from llava_compete.vision.tower import normalise
+from llava_compete.vision.tower_config import PreprocessConfig
 
 
 @pytest.fixture
@@ -26,12 +28,19 @@ def test_the_plain_loop_reads_the_same_rows(tmp_path, few_images):
         assert torch.equal(one["input_ids"], other["input_ids"])
         assert one["pixel_values"].shape == other["pixel_values"].shape == (1, 3, 224, 224)
         # Padded before or after resizing, the picture is the same but for rounding.
-        assert (one["pixel_values"] - other["pixel_values"]).abs().mean() < 0.02
+        normalised = normalise(one["pixel_values"], PreprocessConfig(size=224))
+        assert (normalised - other["pixel_values"]).abs().mean() < 0.02
         answers = one["labels"] != IGNORE_INDEX
         assert torch.equal(one["labels"][answers], other["labels"][answers])
     times = bench.steps(ours, processor, Collator(processor), count=4)
     assert set(times) == {"read", "decode", "resize", "tokenise", "collate"}
     assert times["decode"] > 0
+
+
+def test_a_gpu_takes_the_images_that_plan_counts() -> None:
+    # 6 operations a parameter and token: 3.8B and 0.43B, and what attention does.
+    least = 6 * (3.7e9 * 2048 + 0.41e9 * 729)
+    assert 0.45 * 989e12 / least / 1.35 < bench.images_of_a_gpu() < 0.45 * 989e12 / least
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""Pixels: bit-equal to open_clip's transform, stable over save and load, and clear about bad images."""
+"""Pixels: open_clip's (version 1 to the bit), stable over save and load, and clear about bad images."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,14 @@ import pytest
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from tiny import tiny_section
 from transformers import AutoImageProcessor
 
 from llava_compete.errors import UserError
 from llava_compete.vision.image_processing import LlavaCompeteImageProcessor
+from llava_compete.vision.sources import resolve_tower
+from llava_compete.vision.tower import normalise
+from llava_compete.vision.tower_config import LATEST_PIXELS, PreprocessConfig
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -32,6 +37,69 @@ def test_pixels_are_open_clips(size: tuple[int, int], interpolation: str, ours: 
     image = photo(*size)
     pixels = processor(image, return_tensors="pt")["pixel_values"]
     assert torch.equal(pixels[0], reference(image))
+
+
+def picture(width: int, height: int) -> Image.Image:
+    """Smooth structure and some noise, as a photograph has."""
+    generator = np.random.default_rng(width)
+    coarse = Image.fromarray(generator.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((width, height))
+    noisy = np.asarray(coarse, np.int16) + generator.integers(-12, 12, (height, width, 3))
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("size", [(640, 480), (333, 500), (1500, 1000), (500, 490), (120, 90), (224, 224)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(("ours", "open_clips"), [("squash", "squash"), ("crop", "shortest"), ("pad", None)])
+def test_version_2_is_within_two_levels_of_open_clip_and_nearly_all_within_one(
+    size: tuple[int, int], interpolation: str, ours: str, open_clips: str | None
+) -> None:
+    settings = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": interpolation}
+    image = picture(*size)
+    if open_clips:
+        cfg = PreprocessCfg(size=224, resize_mode=open_clips, **settings)
+        expected = image_transform_v2(cfg, is_train=False)(image).numpy()
+    else:
+        expected = LlavaCompeteImageProcessor(224, resize_mode=ours, **settings).pixels(image)
+    found = LlavaCompeteImageProcessor(224, resize_mode=ours, version=2, **settings).pixels(image)
+    assert found.dtype == np.uint8
+    levels = np.abs(found.astype(int) - np.round(expected * 255).astype(int))
+    assert levels.max() <= 2
+    assert (levels > 1).mean() < 1e-3
+
+
+def test_a_model_normalises_version_2_to_what_version_1_hands_over() -> None:
+    preprocess = PreprocessConfig(size=60, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), version=2)
+    image = picture(60, 60)  # nothing to resize
+    new = LlavaCompeteImageProcessor(**preprocess.model_dump())(image, return_tensors="pt")["pixel_values"]
+    old = LlavaCompeteImageProcessor(**preprocess.model_dump() | {"version": 1})(image, return_tensors="pt")
+    torch.testing.assert_close(normalise(new, preprocess), old["pixel_values"], rtol=0, atol=1e-6)
+
+
+def test_training_evaluation_and_serving_hand_over_the_same_bytes(tmp_path: Path) -> None:
+    processor = LlavaCompeteImageProcessor(48, resize_mode="pad", version=2)
+    path = tmp_path / "picture.png"
+    picture(100, 70).save(path)
+    ways = [path, str(path), path.read_bytes(), Image.open(path), np.asarray(Image.open(path))]
+    first, *others = (processor(way, return_tensors="pt")["pixel_values"] for way in ways)
+    assert first.dtype == torch.uint8
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_old_checkpoints_keep_pillows_pixels(tmp_path: Path) -> None:
+    LlavaCompeteImageProcessor(48, version=2).save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    saved = json.loads(file.read_text())
+    assert LlavaCompeteImageProcessor.from_pretrained(tmp_path).version == saved.pop("version") == 2
+    file.write_text(json.dumps(saved))
+    old = LlavaCompeteImageProcessor.from_pretrained(tmp_path)
+    assert old.pixels(picture(90, 70)).dtype == np.float32
+    assert PreprocessConfig(size=48).version == 1
+
+
+def test_new_towers_say_the_latest_version_and_a_yaml_may_choose() -> None:
+    assert resolve_tower(tiny_section().vision_tower).preprocess.version == LATEST_PIXELS
+    chosen = tiny_section(preprocess={"version": 1}).vision_tower
+    assert resolve_tower(chosen).preprocess.version == 1
 
 
 def test_pad_keeps_the_whole_image_on_the_mean_colour() -> None:

@@ -36,3 +36,9 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         write_text(arguments.json, text + "\n")
     sys.stdout.write(text + "\n")
+    gpu = result["gpu"]
+    rate, workers = gpu["samples_per_second_a_worker"], gpu["workers"]
+    sys.stdout.write(
+        f"{gpu['model']}: {gpu['images_per_second']:.1f} images/s wanted; {rate:.0f} a worker x {workers} = "
+        f"{rate * workers:.0f} samples/s at its size\n"
+    )

@@ -22,12 +22,14 @@ import torch
 from transformers import AutoConfig
 
 from llava_compete.bench.memory import LiveBytes
+from llava_compete.data.collator import label_positions
 from llava_compete.errors import UserError
 from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.moe.schedule import CompetitionSchedule
+from llava_compete.parts import IGNORE_INDEX
 from llava_compete.plan.step_cost import simulate
 from llava_compete.train.mfu import Utilisation, count_flops, device_peak
 from llava_compete.vision.tower_config import PreprocessConfig, TowerConfig
@@ -171,7 +173,8 @@ def make_step(
     if shape.tower is not None:
         labels = ids.clone()
         ids[:, : shape.tower.num_patches] = model.config.image_token_id
-        labels[:, : shape.tower.num_patches] = -100
+        labels[:, : shape.tower.num_patches] = IGNORE_INDEX
+        batch["label_positions"] = label_positions(labels)
         side = shape.tower.image_size
         batch["pixel_values"] = torch.randn(shape.rows, 3, side, side, device=device, dtype=getattr(torch, shape.dtype))
 
@@ -252,9 +255,10 @@ def _utilisation(shape: Shape, peak: float, seconds_of: dict[str, float]) -> dic
     meta, rows = torch.device("meta"), shape.micro_batches * shape.rows
     flops = {case: count_flops(build(case, shape, meta), shape.length) for case in ("dense", "softmax")}
     flops["competition"] = flops["softmax"]
-    images = 0 if shape.tower is None else rows
+    images, image_tokens = (0, 0) if shape.tower is None else (rows, rows * shape.tower.num_patches)
+    tokens = rows * shape.length
     return {
-        case: Utilisation(flops[case], peak, 1).mfu(rows * shape.length, images, seconds)
+        case: Utilisation(flops[case], peak, 1).mfu(tokens, tokens - image_tokens, images, seconds)
         for case, seconds in seconds_of.items()
     }
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from llava_compete.parts import IGNORE_INDEX
@@ -22,6 +23,8 @@ class Collator:
     Keys: input_ids, attention_mask, labels (int64 [B, N]), sample_ids (a string for each item), and pixel_values
     ([images, 3, H, W] in reading order over the batch) only if the micro-batch has images. sequence_ids (int64
     [B, N]: number of the item that a token belongs to, -1 = none) only when packed, and for a filler.
+    label_positions (int64 [M]): where in [B, N] flattened the next token has a label, at least one. Found here, for
+    on a device the search would wait for the host.
 
     `pack_to`: put several items into one row of at most this many tokens. Items stay whole, and each keeps positions
     and attention of its own, which the model reads off sequence_ids; so all losses stay what they were.
@@ -43,6 +46,7 @@ class Collator:
             "labels": _pad([torch.cat([_targets(item) for item in row]) for row in rows], IGNORE_INDEX),
             "sample_ids": [item["sample_id"] for item in ordered],
         }
+        batch["label_positions"] = label_positions(batch["labels"])
         images = [item["pixel_values"] for item in ordered if item["pixel_values"] is not None]
         if images:
             batch["pixel_values"] = torch.cat(images)
@@ -54,10 +58,12 @@ class Collator:
 
     def _filler(self) -> dict[str, Any]:
         filler = torch.full((1, 1), self.pad_token_id)
+        labels = torch.full_like(filler, IGNORE_INDEX)
         return {
             "input_ids": filler,
             "attention_mask": torch.ones_like(filler),
-            "labels": torch.full_like(filler, IGNORE_INDEX),
+            "labels": labels,
+            "label_positions": label_positions(labels),
             "sequence_ids": torch.full_like(filler, -1),
             "sample_ids": [],
         }
@@ -68,6 +74,15 @@ def _targets(item: dict[str, Any]) -> torch.Tensor:
     labels = item["labels"].clone()
     labels[0] = IGNORE_INDEX
     return labels
+
+
+def label_positions(labels_BN: torch.Tensor) -> torch.Tensor:
+    """Where in [B, N] flattened the next token has a label, int64 [M]; waits for a device that the labels are on.
+
+    Without a label the first position stands in: the head must be called on every rank, or ZeRO-3 waits for it.
+    """
+    positions = (F.pad(labels_BN[:, 1:], (0, 1), value=IGNORE_INDEX) != IGNORE_INDEX).flatten().nonzero()[:, 0]
+    return positions if len(positions) else torch.zeros(1, dtype=torch.int64)
 
 
 def _first_fit(items: Sequence[dict[str, Any]], limit: int) -> list[list[dict[str, Any]]]:

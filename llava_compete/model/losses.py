@@ -12,9 +12,17 @@ from llava_compete.moe.state import RoutingRecord
 from llava_compete.parts import IGNORE_INDEX
 
 
-def language_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-    """Cross entropy of predicting token n+1 at n, summed, over `num_items` (default: the supervised tokens here)."""
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten().to(logits.device)
+def language_loss(
+    logits: Tensor, labels: Tensor, num_items: Tensor | int | None, label_positions: Tensor | None = None
+) -> Tensor:
+    """Cross entropy of predicting token n+1 at n, summed, over `num_items` (default: the supervised tokens here).
+
+    logits: [B, N, V], or [1, M, V] at the M `label_positions` of [B, N] flattened.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+    if label_positions is not None:
+        targets = targets.index_select(0, label_positions)
+    targets = targets.to(logits.device)
     total = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
     if num_items is None:
         return total / (targets != IGNORE_INDEX).sum().clamp(min=1)

@@ -151,6 +151,7 @@ class LlavaCompeteForConditionalGeneration(LlavaCompetePreTrainedModel, ImageGen
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
+        label_positions: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
@@ -158,15 +159,21 @@ class LlavaCompeteForConditionalGeneration(LlavaCompetePreTrainedModel, ImageGen
         """One forward; further arguments are `LlavaCompeteModel.forward`'s.
 
         labels: int64 [B, N], -100 where nothing is predicted.
+        label_positions: int64 [M], where in [B, N] flattened the next token has a label, as `Collator` finds them. The
+            head then computes these logits alone, [1, M, V]: most of a conversation's tokens have no label.
         num_items_in_batch: supervised tokens of the whole optimizer step, over which lm_loss is a mean.
         logits_to_keep: compute logits of so many last tokens of each row (0: all), or of these positions.
         """
         outputs = self.model(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.language_head(outputs.last_hidden_state[:, keep], self.lm_head)
+        hidden = outputs.last_hidden_state
+        if label_positions is None:
+            hidden = hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+        else:
+            hidden = hidden.flatten(0, 1).index_select(0, label_positions.to(hidden.device))[None]
+        logits = self.language_head(hidden, self.lm_head)
         loss = lm_loss = None
         if labels is not None:
-            loss = lm_loss = language_loss(logits, labels, num_items_in_batch)
+            loss = lm_loss = language_loss(logits, labels, num_items_in_batch, label_positions)
             for aux_loss in outputs.aux_losses.values():
                 loss = loss + aux_loss.to(loss.device)
         return LlavaCompeteOutput(

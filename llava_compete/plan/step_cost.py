@@ -66,6 +66,8 @@ def simulate(
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
     mask = torch.zeros(1, 1, length, length, dtype=torch.bool, device="meta")
     pixels = None
+    # At most these tokens have a label, and the head runs for no others.
+    labelled = rows * length - images * (config.num_image_tokens if images else 0)
     if images:
         side = config.tower.image_size
         pixels = torch.empty(images, 3, side, side, device="meta", dtype=model.model.vision_tower_dtype)
@@ -75,6 +77,7 @@ def simulate(
             attention_mask=mask,
             pixel_values=pixels,
             labels=ids,
+            label_positions=torch.zeros(max(labelled, 1), dtype=torch.long, device="meta"),
             num_items_in_batch=1,
             output_routing=False,
         )

@@ -34,9 +34,11 @@ PEAK_BF16 = {
 
 
 class Flops(NamedTuple):
-    """Forward and backward operations of one text or image token in the language model, and of one image before it."""
+    """Forward and backward operations of one text or image token in the language model's layers, of one label in its
+    head, and of one image before it."""
 
     per_token: float
+    per_label: float
     per_image: float
 
 
@@ -47,9 +49,10 @@ class Utilisation(NamedTuple):
     peak: float
     devices: int
 
-    def mfu(self, tokens: int, images: int, seconds: float) -> float:
+    def mfu(self, tokens: int, labels: int, images: int, seconds: float) -> float:
         """Share of the devices' peak that went into the model in a window of `seconds`."""
-        done = self.flops.per_token * tokens + self.flops.per_image * images
+        flops = self.flops
+        done = flops.per_token * tokens + flops.per_label * labels + flops.per_image * images
         return done / (seconds * self.peak * self.devices)
 
 
@@ -75,14 +78,17 @@ def count_flops(model: Any, length: int, trainable: Mapping[Part, PartTraining] 
     # The math kernel: every torch version counts its products; in 2.11 a CPU's flash attention counts for nothing.
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         _fill_with_fakes(twin, trains)
+        # Training asks for logits where a label is, and nowhere else.
+        _backward(twin.language_head(torch.empty(1, 1, width, requires_grad=bool(trains)), twin.lm_head))
+        of_label = counter.get_total_flops()
         tokens = torch.empty(1, length, width, requires_grad=in_front)
-        _backward(twin(inputs_embeds=tokens, use_cache=False, output_routing=False).logits)
-        of_text = counter.get_total_flops()
+        _backward(twin.model(inputs_embeds=tokens, use_cache=False, output_routing=False).last_hidden_state)
+        of_text = counter.get_total_flops() - of_label
         if twin.vision_tower is not None:
             side = model.config.tower.image_size
             _backward(twin.get_image_features(torch.empty(1, 3, side, side)))
-        of_image = counter.get_total_flops() - of_text
-    return Flops(of_text / length, of_image)
+        of_image = counter.get_total_flops() - of_text - of_label
+    return Flops(of_text / length, of_label, of_image)
 
 
 def _fill_with_fakes(model: nn.Module, trains: set[str]) -> None:

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 def test_operations_are_six_a_parameter_and_token_and_four_where_frozen() -> None:
     model, _ = tiny_model(tower=None, language={"hidden_size": 256, "intermediate_size": 512, "vocab_size": 64})
-    used = sum(parameter.numel() for name, parameter in model.named_parameters() if "embed_tokens" not in name)
+    used = sum(parameter.numel() for name, parameter in model.named_parameters() if ".layers." in name)
     trained = count_flops(model, 32)
     assert trained.per_token == pytest.approx(6 * used, rel=0.15)
     assert trained.per_image == 0
@@ -33,7 +33,10 @@ def test_operations_are_six_a_parameter_and_token_and_four_where_frozen() -> Non
     frozen = count_flops(with_adapters(model, lora).get_base_model(), 32, lora)  # type: ignore[arg-type]
     assert frozen.per_token == pytest.approx(4 * used, rel=0.15)
     utilisation = Utilisation(trained, peak=trained.per_token * 1000, devices=2)
-    assert utilisation.mfu(1000, 0, seconds=2.0) == pytest.approx(0.25)
+    assert utilisation.mfu(1000, 0, 0, seconds=2.0) == pytest.approx(0.25)
+    head = model.get_output_embeddings().weight.numel()
+    assert trained.per_label == 6 * head
+    assert frozen.per_label == 4 * head
 
 
 def test_operations_of_images_and_of_chosen_experts_alone_count() -> None:
@@ -42,8 +45,8 @@ def test_operations_of_images_and_of_chosen_experts_alone_count() -> None:
     model, _ = tiny_model(moe, tower=wide, language={"hidden_size": 96, "intermediate_size": 256, "vocab_size": 64})
     active = {"language": 0, "image": 0}
     for name, parameter in model.named_parameters():
-        if "embed" not in name:
-            part = "language" if name.startswith("language_model.") else "image"
+        if "embed" not in name and "lm_head" not in name:
+            part = "language" if name.startswith("model.language_model.") else "image"
             active[part] += parameter.numel() // (2 if ".experts." in name else 1)
     found = count_flops(model, 16)
     assert found.per_token == pytest.approx(6 * active["language"], rel=0.15)

@@ -144,7 +144,9 @@ class StepCallback(TrainerCallback):
             "competition_layers": sorted(self._layers),
         }
         if self.utilisation is not None:
-            window["mfu"] = self.utilisation.mfu(self._window_tokens, self._window_images, seconds)
+            window["mfu"] = self.utilisation.mfu(
+                self._window_tokens, self._window_supervised, self._window_images, seconds
+            )
         for kind, times in self._times.items():
             window[f"time/{kind}"] = sum(times) / len(times)
         steps = {kind: len(times) for kind, times in self._times.items()}

@@ -24,7 +24,7 @@ from llava_compete.language.config import LanguageModelSection, TokenizerSection
 from llava_compete.language.interface import refuse_unusable
 from llava_compete.language.loading_report import refuse_wrong_keys
 from llava_compete.language.remote_code import register_remote_code
-from llava_compete.language.templates import ensure_generation_markers, set_chat_template
+from llava_compete.language.templates import TEMPLATES, ensure_generation_markers, set_chat_template
 from llava_compete.language.tokenizer import add_image_token
 
 
@@ -144,11 +144,7 @@ def load_tokenizer(
     elif trained is not None:
         tokenizer = trained
     else:
-        name = section.name if section is not None else language.name
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise UserError(f"tokenizer: {name}: {str(error).splitlines()[0]}") from error
+        tokenizer = _read_tokenizer(language, section, trust_remote_code)
     add_image_token(tokenizer)
     # What generation needs, also from a tokenizer loaded without the processor; training's collator pads by itself.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
@@ -157,3 +153,21 @@ def load_tokenizer(
     else:
         ensure_generation_markers(tokenizer, text_config.model_type)
     return tokenizer
+
+
+def missing_control_tokens(
+    language: LanguageModelSection, section: TokenizerSection | None, chat_template: str, trust_remote_code: bool
+) -> list[str]:
+    """Control tokens of a template that the tokenizer of a named model lacks: their embeddings will be random."""
+    if section is not None and section.name is None:  # trained on the data, with all that the template needs
+        return []
+    known = _read_tokenizer(language, section, trust_remote_code).get_vocab()
+    return [token for token in TEMPLATES.get(chat_template, ()) if token not in known]
+
+
+def _read_tokenizer(language: LanguageModelSection, section: TokenizerSection | None, trust_remote_code: bool) -> Any:
+    name = section.name if section is not None else language.name
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer: {name}: {str(error).splitlines()[0]}") from error

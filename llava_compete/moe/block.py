@@ -179,8 +179,9 @@ def moe_blocks(model: nn.Module) -> dict[str, SparseMoeBlock]:
 
 
 def competition_layers(model: nn.Module) -> list[str]:
-    """Names of the layers that a competition schedule covers."""
-    return [name for name, block in moe_blocks(model).items() if block.config.router == "competition"]
+    """Names of the layers that a competition schedule covers; a frozen one would learn nothing from it."""
+    blocks = moe_blocks(model).items()
+    return [name for name, block in blocks if block.config.router == "competition" and _trains(block)]
 
 
 def _trains(module: nn.Module) -> bool:

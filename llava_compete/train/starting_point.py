@@ -15,6 +15,7 @@ from llava_compete.data.tables import load_source
 from llava_compete.data.text.config import TextSection
 from llava_compete.data.text.sources import read_source
 from llava_compete.errors import UserError
+from llava_compete.language.sources import missing_control_tokens
 from llava_compete.language.tokenizer import train_byte_level_bpe
 from llava_compete.model.build import build_model
 from llava_compete.model.checkpoint import read_config
@@ -33,6 +34,7 @@ def start_model(config: TrainConfig, rank: Rank) -> tuple[Any, Any, MoeConfig | 
     Rank 0 must get here before the others: it trains the tokenizer, where the config asks for one, and they read it.
     """
     if config.model.checkpoint is None:
+        _refuse_untrained_tokens(config)
         moe = config.moe or None
         model, processor = build_model(config.model, moe, config.seed, _tokenizer(config, rank))
     else:
@@ -42,6 +44,22 @@ def start_model(config: TrainConfig, rank: Rank) -> tuple[Any, Any, MoeConfig | 
         model.config.parents = [*(stored.parents or []), stored.stage]
     model.config.stage = config.stage
     return model, processor, moe
+
+
+def _refuse_untrained_tokens(config: TrainConfig) -> None:
+    """New control tokens have random embeddings, which neither a frozen language model nor adapters would train."""
+    section, language = config.model, config.model.language_model
+    training = config.trainable.get("language")
+    mode = "frozen" if training is None else training.mode
+    if language is None or language.name is None or section.chat_template is None or mode == "full":
+        return
+    new = missing_control_tokens(language, section.tokenizer, section.chat_template, section.trust_remote_code)
+    if new:
+        raise UserError(
+            f"model.chat_template: {section.chat_template!r} needs {', '.join(new)}, which {language.name} does not "
+            f"know, and trainable.language is {mode}: their embeddings would stay random; choose a template without "
+            "new tokens (such as plain or vicuna_v1), or train the language model in full"
+        )
 
 
 def _tokenizer(config: TrainConfig, rank: Rank) -> Any:

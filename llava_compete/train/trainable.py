@@ -7,12 +7,14 @@ The stage's `trainable:` map names the parts (vision, projector, language); `app
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
 from llava_compete import parts
 from llava_compete.errors import UserError
+from llava_compete.moe.block import SparseMoeBlock, moe_blocks
+from llava_compete.moe.config import COMPETITION_COEFS, ROUTER_COEFS
 from llava_compete.parts import Part
 from llava_compete.train.config import PartTraining
 
@@ -38,16 +40,34 @@ def part_of(name: str) -> Part:
 def apply(model: nn.Module, trainable: Mapping[Part, PartTraining]) -> None:
     """Set `requires_grad` of every parameter; a part that is not named is frozen.
 
+    In a part that trains by LoRA the routers train in full: upcycling left them random, adapters would leave them so.
+
     Raises:
-        UserError: a named part has no parameters in this model.
+        UserError: a named part has no parameters in this model, or a frozen one has losses of its own.
     """
     found = {part_of(name) for name, _ in model.named_parameters()}
     for part in trainable:
         if part not in found:
             raise UserError(f"trainable.{part}: the model has no {part} part; it has {', '.join(sorted(found))}")
+    blocks = moe_blocks(model).values()
+    for block in blocks:
+        if _setting(trainable, cast(Part, block.part)).mode == "frozen":
+            _refuse_losses(block)
+    routers = {id(parameter) for block in blocks for parameter in block.router.parameters()}
     for name, parameter in model.named_parameters():
         mode = _setting(trainable, part_of(name)).mode
-        parameter.requires_grad_(mode == "full" or (mode == "lora" and "lora_" in name))
+        adapted = "lora_" in name or id(parameter) in routers
+        parameter.requires_grad_(mode == "full" or (mode == "lora" and adapted))
+
+
+def _refuse_losses(block: SparseMoeBlock) -> None:
+    """A loss whose own parameters are frozen is computed, paid for and trains nothing."""
+    set_keys = [key for key in (*ROUTER_COEFS, *COMPETITION_COEFS) if getattr(block.config, key)]
+    if set_keys:
+        raise UserError(
+            f"trainable.{block.part}: frozen, so that nothing learns from the losses of its routers; train the part, "
+            f"or set moe.{block.part}'s {', '.join(set_keys)} to 0"
+        )
 
 
 def optimizer_groups(

@@ -28,6 +28,7 @@ from transformers import Trainer
 from llava_compete.errors import UserError
 from llava_compete.model.build import save_checkpoint
 from llava_compete.model.lora import TRAINED_WEIGHTS, save_trained
+from llava_compete.moe.block import moe_blocks
 from llava_compete.train import checkpoints, trainable
 from llava_compete.train import resharding as universal
 from llava_compete.train import step_counts as counts
@@ -372,7 +373,10 @@ class StageTrainer(Trainer):
             )
 
     def _trained(self) -> set[str]:
-        return {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        """Names of what changes: trainable parameters, and buffers of routers, which some of these set each step."""
+        routers = {id(buffer) for block in moe_blocks(self.model).values() for buffer in block.router.buffers()}
+        buffers = {name for name, buffer in self.model.named_buffers() if id(buffer) in routers}
+        return buffers | {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
 
 def _has_adapters(model: Any) -> bool:

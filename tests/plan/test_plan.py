@@ -21,6 +21,7 @@ from llava_compete.config import read_yaml
 from llava_compete.errors import UserError
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.section import ModelSection
+from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.experts import PackedExperts
 from llava_compete.parts import PREFIXES
 from llava_compete.plan.plan import build_on_meta, plan, state_memory, weight_bytes
@@ -199,7 +200,8 @@ def test_adapters_quantisation_and_offload() -> None:
     for module in base.modules():
         if isinstance(module, PackedExperts):
             matrices += [(module.num_experts, parameter) for parameter in module.parameters()]
-    assert adapted.total.trainable == sum(4 * count * sum(matrix.shape[-2:]) for count, matrix in matrices)
+    routers = sum(p.numel() for block in moe_blocks(base).values() for p in block.router.parameters())
+    assert adapted.total.trainable == routers + sum(4 * count * sum(matrix.shape[-2:]) for count, matrix in matrices)
     assert adapted.states[0].weights - with_bits.states[0].weights == pytest.approx(linear * (2 - 0.52), rel=1e-3)
     assert (offloaded.states[2].gradients, offloaded.states[2].optimizer) == (0, 0)
     assert offloaded.states[1].optimizer > 0

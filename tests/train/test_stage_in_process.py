@@ -26,6 +26,7 @@ from llava_compete.evaluation.answerer import load_for_inference
 from llava_compete.model.build import load_checkpoint
 from llava_compete.model.lora import merge_adapters
 from llava_compete.model.upcycle import upcycle
+from llava_compete.moe.config import MoeConfig
 from llava_compete.parts import part_of
 from llava_compete.train import checkpoints, run, trainer
 from llava_compete.train.callbacks import between_steps as callbacks
@@ -303,13 +304,18 @@ def test_lora_stage_writes_a_plain_merged_checkpoint(
 def test_adapters_carry_what_trained_in_full_beside_them(data: Path, tmp_path: Path) -> None:
     """The final adapter and that of a checkpoint, merged or put on for an evaluation, are the stage's own result."""
     training = {"max_steps": 2, "save_steps": 1, "learning_rate": 0.01}
-    start = _run(stage_config("pretrain_align", data, tmp_path / "start", training={"max_steps": 1}, deepspeed=None))
+    dense = _run(stage_config("pretrain_align", data, tmp_path / "dense", training={"max_steps": 1}, deepspeed=None))
+    start = tmp_path / "start"
+    upcycle(dense, start, MoeConfig.model_validate({"language": {}}))
+    moe = {"competition_rate": 0.5, "competition_warmup_ratio": 0}
     trainable = {"projector": "full", "language": {"mode": "lora", "lora_rank": 2}}
-    config = stage_config("pft", data, tmp_path / "lora", trainable=trainable, training=training, deepspeed=None)
-    tuned = _run(config | {"model": {"checkpoint": str(start)}})
+    config = stage_config("sft", data, tmp_path / "lora", trainable=trainable, training=training, deepspeed=None)
+    tuned = _run(config | {"model": {"checkpoint": str(start)}, "moe": moe})
     expected, before = load_file(tuned / "model.safetensors"), load_file(start / "model.safetensors")
-    projector = next(name for name in expected if name.startswith("projector"))
-    assert not torch.allclose(expected[projector], before[projector], atol=1e-4)
+    in_full = [name for name in expected if "projector" in name or name.endswith(".router.weight")]
+    assert len(in_full) > 4
+    for name in in_full:
+        assert not torch.allclose(expected[name], before[name], atol=1e-4), name
     for adapter in (tuned / "adapter", tuned / "checkpoint-2"):
         merge_adapters(adapter, tmp_path / f"merged-{adapter.name}", start)
         merged = load_file(tmp_path / f"merged-{adapter.name}" / "model.safetensors")

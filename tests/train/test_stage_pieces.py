@@ -9,15 +9,21 @@ import numpy as np
 import pytest
 import torch
 from stage_kit import stage_config, write_data
+from tiny import TEXTS, tiny_model
 from torch import nn
 
 from llava_compete.config import parse_config
 from llava_compete.data.sampler import GlobalBatchSampler
 from llava_compete.errors import UserError
+from llava_compete.language.tokenizer import train_byte_level_bpe
+from llava_compete.moe.block import competition_layers, moe_blocks
 from llava_compete.train import checkpoints, trainable
 from llava_compete.train import resharding as universal
 from llava_compete.train import step_counts as counts
+from llava_compete.train.adapters import with_adapters
 from llava_compete.train.config import DEEPSPEED_DIR, PartTraining, TrainConfig
+from llava_compete.train.distributed import Rank
+from llava_compete.train.starting_point import start_model
 
 
 def _parse(**changes: object) -> TrainConfig:
@@ -102,6 +108,47 @@ def test_trainable_part_that_the_model_lacks_is_refused() -> None:
     for mode in ("full", "frozen"):
         with pytest.raises(UserError, match=r"trainable\.vision: the model has no vision part"):
             trainable.apply(model, {"vision": PartTraining(mode=mode)})  # type: ignore[arg-type]
+
+
+def test_routers_train_in_full_in_a_part_that_trains_by_lora() -> None:
+    model, _ = tiny_model(moe={"language": {"router": "xmoe"}, "projector": {}})
+    parts = {"projector": PartTraining(mode="full"), "language": PartTraining(mode="lora", lora_rank=2)}
+    adapted = with_adapters(model, parts)  # type: ignore[arg-type]
+    trainable.apply(adapted, parts)  # type: ignore[arg-type]
+    for name, block in moe_blocks(model).items():
+        assert all(parameter.requires_grad for parameter in block.router.parameters()), name
+    free = [name for name, p in adapted.named_parameters() if p.requires_grad and "language_model" in name]
+    assert {"router" if ".router." in name else "lora_" for name in free} == {"router", "lora_"}
+    assert all("lora_" in name or ".router." in name for name in free)
+
+
+def test_losses_of_a_frozen_part_are_refused() -> None:
+    zero = {"balance_coef": 0, "router_z_coef": 0}
+    none = {**zero, "distillation_coef": 0, "winner_distillation_coef": 0, "diversity_coef": 0}
+    parts = {"language": PartTraining(mode="full")}
+    for moe, message in (
+        ({}, "vision's balance_coef, router_z_coef, distillation_coef, .* competition_balance_coef to 0"),
+        ({**none}, r"frozen, so that nothing learns .* set moe\.vision's competition_balance_coef to 0"),
+        ({"router": "softmax", "balance_coef": 0}, r"set moe\.vision's router_z_coef to 0"),
+    ):
+        model, _ = tiny_model(moe={"vision": moe, "language": {}})
+        with pytest.raises(UserError, match=r"trainable\.vision: .*" + message):
+            trainable.apply(model, parts)  # type: ignore[arg-type]
+    model, _ = tiny_model(moe={"vision": {**none, "competition_balance_coef": 0}, "language": {}})
+    trainable.apply(model, parts)  # type: ignore[arg-type]
+    assert competition_layers(model) == ["language.0", "language.1"]
+
+
+def test_new_control_tokens_need_a_language_model_that_trains(tmp_path: Path) -> None:
+    plain = train_byte_level_bpe(TEXTS, vocab_size=320)
+    plain.save_pretrained(tmp_path / "lm")
+    model = {"language_model": {"name": str(tmp_path / "lm")}, "chat_template": "chatml"}
+    for part in ({"projector": "full"}, {"language": {"mode": "lora"}}):
+        config = _parse(stage="pretrain_align", model=model, trainable=part, moe=None)
+        with pytest.raises(
+            UserError, match=r"model\.chat_template: 'chatml' needs <\|im_start\|>, <\|im_end\|>, which"
+        ):
+            start_model(config, Rank(0, 0, 1, False))
 
 
 def test_the_data_of_the_launched_tests_has_a_step_with_text_alone_on_one_rank(tmp_path: Path) -> None:

@@ -215,8 +215,3 @@ def _heaviest_layers(model: LlavaCompeteForConditionalGeneration, config: LlavaC
     blocks = moe_blocks(model)
     names = sorted(competition_layers(model), key=lambda name: -sum(p.numel() for p in blocks[name].parameters()))
     return frozenset(names[: MoeConfig.model_validate(config.moe).max_competing_layers])
-
-
-def write_json(result: Plan, path: Path) -> None:
-    """Write the plan for another program."""
-    write_json(path, result.as_json())

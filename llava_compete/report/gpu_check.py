@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from llava_compete.files import read_json, read_json_lines, write_text
-from llava_compete.manifest import git_state, package_versions, write_json
+from llava_compete.files import read_json, read_json_lines, write_json, write_text
+from llava_compete.manifest import git_state, package_versions
 
 TESTS = {"parity": "parity", "waiting": "waiting", "nccl": "collectives"}
 BENCHMARKS = ("moe", "train", "generate")

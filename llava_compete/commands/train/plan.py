@@ -24,7 +24,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from llava_compete.console import setup_console
     from llava_compete.errors import UserError
-    from llava_compete.plan.plan import GIB, plan, write_json
+    from llava_compete.files import write_json
+    from llava_compete.plan.plan import GIB, plan
 
     setup_console()
     if arguments.gpus < 1:
@@ -63,5 +64,5 @@ def run(arguments: argparse.Namespace) -> int:
         soft_wrap=True,
     )
     if arguments.json is not None:
-        write_json(result, arguments.json)
+        write_json(arguments.json, result.as_json())
     return 0

@@ -155,21 +155,20 @@ def _image_problems(source: SourceSection, conversation: Conversation) -> Iterat
 def _length_problems(
     facts: RowFacts, conversation: Conversation, text_side: TextSide, max_length: int
 ) -> Iterator[tuple[str, str]]:
+    tokenizer, tokens_per_image, messages = text_side.tokenizer, text_side.num_image_tokens, conversation.messages
     try:
-        whole = encode_conversation(
-            text_side.tokenizer, conversation.messages, tokens_per_image=text_side.num_image_tokens
-        )
+        whole = encode_conversation(tokenizer, messages, tokens_per_image=tokens_per_image)
+        cut = cut_to_length(tokenizer, messages, whole, max_length, tokens_per_image)
     except UserError as error:
         yield "template_fails", str(error)
         return
     if _has_control_tokens(text_side.tokenizer, conversation):
         yield "control_token_in_text", PROBLEMS["control_token_in_text"][1]
-    cut = cut_to_length(whole, max_length)
     if cut is None or all(label == IGNORE_INDEX for label in cut.labels):
-        first = whole.turn_ends[0].position if whole.turn_ends else len(whole.input_ids)
+        first = whole.answers[0].end if whole.answers else len(whole.input_ids)
         yield "no_answer_in_limit", f"the first answer ends at token {first}, data.max_length is {max_length}"
         return
-    if cut.turn_ends[-1] != whole.turn_ends[-1]:
+    if len(cut.answers) < len(whole.answers):
         yield "cut_to_limit", f"{len(whole.input_ids)} tokens, {len(cut.input_ids)} kept"
     facts.tokens = len(cut.input_ids)
     facts.supervised = sum(label != IGNORE_INDEX for label in cut.labels)
@@ -177,6 +176,6 @@ def _length_problems(
 
 
 def _has_control_tokens(tokenizer: Any, conversation: Conversation) -> bool:
-    mark = piece_encoder(tokenizer).mark
+    hide = piece_encoder(tokenizer).hide
     texts = (text.replace(IMAGE_TOKEN, "") for text in message_texts(conversation.messages))
-    return any(mark(plain) != plain for plain in texts)
+    return any(hide(plain) != plain for plain in texts)

@@ -13,6 +13,7 @@ from llava_compete.data.config import DataSection
 from llava_compete.data.records import RecordError, message_texts, parse_row
 from llava_compete.data.source_files import SourceError, read_rows
 from llava_compete.language.sources import context_of, text_config_of
+from llava_compete.language.templates import set_chat_template
 from llava_compete.language.tokenizer import train_byte_level_bpe
 from llava_compete.model.build import build_processor
 from llava_compete.model.checkpoint import read_config
@@ -36,6 +37,8 @@ def text_side_of(model: dict[str, Any], section: DataSection, source: str) -> Te
         text_config = read_config(config.checkpoint, config.trust_remote_code).text_config
         section.check_context(context_of(text_config))
         processor = LlavaCompeteProcessor.from_pretrained(config.checkpoint)
+        if config.chat_template is not None:
+            set_chat_template(processor.tokenizer, config.chat_template)
     else:
         assert config.language_model is not None
         section.check_context(

@@ -159,8 +159,9 @@ def _increment(counter: Any) -> int:
 
 def encode_row(processor: Any, messages: list[dict[str, Any]], max_length: int) -> EncodedConversation | None:
     """Ids and labels, cut after the last answer that fits in `max_length` tokens; None if nothing to learn fits."""
-    encoded = encode_conversation(processor.tokenizer, messages, tokens_per_image=processor.num_image_tokens)
-    cut = cut_to_length(encoded, max_length)
+    tokenizer, tokens_per_image = processor.tokenizer, processor.num_image_tokens
+    encoded = encode_conversation(tokenizer, messages, tokens_per_image=tokens_per_image)
+    cut = cut_to_length(tokenizer, messages, encoded, max_length, tokens_per_image)
     return cut if cut is not None and any(label != IGNORE_INDEX for label in cut.labels) else None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from llava_compete.data.row_errors import RecordError, first_value, shown
 from llava_compete.errors import UserError
+from llava_compete.language.chat_encoding import images_before
 from llava_compete.parts import IMAGE_TOKEN
 from llava_compete.vision.image_inputs import data_url_bytes
 
@@ -87,23 +88,12 @@ def in_reading_order(messages: list[dict[str, Any]], images: list[Image]) -> tup
         return [images[index] for index in indices], False
     question = next((message for message in messages if message["role"] == "user"), None)
     if images and not places and question is not None:
-        question["content"] = put_in_front(len(images), question["content"])
+        question["content"] = images_before(len(images), question["content"])
         return images, True
     if len(places) != len(images):
         kind = "placeholder_without_image" if not images else "placeholders_do_not_match"
         raise RecordError(kind, f"{len(places)} placeholders {IMAGE_TOKEN} for {len(images)} images")
     return images, False
-
-
-def put_in_front(count: int, content: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Image parts before the other parts, each on a line of its own."""
-    parts: list[dict[str, Any]] = []
-    for _ in range(count):
-        parts += [{"type": "image"}, {"type": "text", "text": "\n"}]
-    if content and content[0]["type"] == "text":
-        parts[-1] = {"type": "text", "text": "\n" + content[0]["text"]}
-        return parts + content[1:]
-    return parts + content if content else parts[:-1]
 
 
 def images_first(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -116,6 +106,6 @@ def images_first(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         images = sum(part["type"] == "image" for part in message["content"])
         if images:
             text = "".join(part.get("text", "") for part in message["content"]).strip()
-            message = {**message, "content": put_in_front(images, [{"type": "text", "text": text}] if text else [])}
+            message = {**message, "content": images_before(images, [{"type": "text", "text": text}] if text else [])}
         moved.append(message)
     return moved

@@ -14,6 +14,7 @@ from typing import Any
 
 from llava_compete.data.row_errors import RecordError, first_value, shown
 from llava_compete.data.row_images import image_part
+from llava_compete.language.chat_encoding import on_lines_of_their_own
 from llava_compete.parts import IMAGE_TOKEN
 
 TURNS = ("conversations", "messages", "texts")
@@ -130,7 +131,7 @@ def _parts(role: str, content: Any, number: int) -> list[dict[str, Any]]:
             parts.append(image_part(part))
         else:
             raise RecordError("content_part_invalid", f"turn {number}: found {shown(part)}, expected text or image")
-    return parts
+    return on_lines_of_their_own(parts)
 
 
 def _split_placeholders(text: str) -> list[dict[str, Any]]:

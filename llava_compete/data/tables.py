@@ -34,7 +34,7 @@ from llava_compete.errors import UserError, and_more
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "3"  # part of a table's name: raise when the columns or the meaning of a row change
+_FORMAT = "4"  # part of a table's name: raise when the columns or the meaning of a row change
 _SCHEMA = pa.schema(
     {
         "id": pa.string(),

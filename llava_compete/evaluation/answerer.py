@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from llava_compete.evaluation.generation_settings import GenerationSettings, cut_at
-from llava_compete.language.chat_encoding import encode_conversation, stop_token_ids
+from llava_compete.language.chat_encoding import encode_answer, encode_conversation, images_before, stop_token_ids
 from llava_compete.model.build import load_checkpoint
 from llava_compete.model.lora import load_adapter
 
@@ -52,6 +52,7 @@ class _Loaded(NamedTuple):
     """A prompt ready for the model: token ids up to where the answer begins (images expanded), and its images."""
 
     name: str
+    messages: list[dict[str, Any]]
     input_ids: list[int]
     images: list[Image.Image]
 
@@ -111,17 +112,16 @@ class Answerer:
         with document_errors(prompt.name):
             images = prompt.images()
             images = [images[index] for index in reading_order(prompt.text, len(images))]
-            parts = content_parts(prompt.text, len(images))
+            messages = [{"role": "user", "content": content_parts(prompt.text, len(images))}]
             if not self.chat:
-                return _Loaded(prompt.name, self._plain_ids(prompt.text, images), images)
-            messages = [{"role": "user", "content": parts}]
+                return _Loaded(prompt.name, messages, self._plain_ids(prompt.text, images), images)
             encoded = encode_conversation(
                 self.tokenizer,
                 messages,
                 tokens_per_image=self.processor.num_image_tokens,
                 add_generation_prompt=True,
             )
-            return _Loaded(prompt.name, encoded.input_ids, images)
+            return _Loaded(prompt.name, messages, encoded.input_ids, images)
 
     def _load_choice(self, prompt: Prompt, continuation: str) -> _Choice:
         loaded = self._load(prompt)
@@ -131,11 +131,16 @@ class Answerer:
                 shared = _common_prefix(loaded.input_ids, whole)
                 shared = min(shared, len(whole) - 1)
                 return _Choice(prompt.name, loaded._replace(input_ids=whole[:shared]), whole[shared:])
-            # An answer is tokenised on its own, as in training; its leading space was meant for plain text.
-            ids = self.tokenizer.encode(continuation.lstrip(), add_special_tokens=False)
+            # As in training; a leading space was meant for plain text.
+            prompt_ids, ids = encode_answer(
+                self.tokenizer,
+                loaded.messages,
+                continuation.lstrip(),
+                tokens_per_image=self.processor.num_image_tokens,
+            )
             if not ids:
                 raise ValueError(f"continuation {continuation!r} has no tokens")
-            return _Choice(prompt.name, loaded, ids)
+            return _Choice(prompt.name, loaded._replace(input_ids=prompt_ids), ids)
 
     def _plain_ids(self, text: str, images: Sequence[Image.Image]) -> list[int]:
         """Ids for a language model without a chat template; such a model has no place for images."""
@@ -162,7 +167,8 @@ class Answerer:
             **dict(settings.options),
         )
         answers = self.tokenizer.batch_decode(output[:, prompt_length:], skip_special_tokens=True)
-        return [cut_at(answer, settings.until) for answer in answers]
+        # Some templates write a space before an answer, as SentencePiece spells a first word.
+        return [cut_at(answer.removeprefix(" "), settings.until) for answer in answers]
 
     @torch.inference_mode()
     def _likelihood_batch(self, batch: Sequence[_Choice]) -> list[LikelihoodResult]:
@@ -250,8 +256,8 @@ class document_errors:  # noqa: N801 - a context manager, used like a function
 def content_parts(text: str, num_images: int) -> list[dict[str, str]]:
     """The parts of a message about `num_images` images.
 
-    Images stand where the text names them (`<image>` or `<image 1>`, as many as there are images), else in front of it;
-    what separates them from the text is the template's business.
+    Images stand where the text names them (`<image>` or `<image 1>`, as many as there are images), else in front of it,
+    each on a line of its own, as in training.
     """
     pieces = _PLACEHOLDER.split(text)
     if num_images and len(pieces) == num_images + 1:
@@ -259,8 +265,7 @@ def content_parts(text: str, num_images: int) -> list[dict[str, str]]:
         for piece in pieces[1:]:
             parts += [{"type": "image"}, {"type": "text", "text": piece}]
         return [part for part in parts if part["type"] == "image" or part["text"]]
-    images = [{"type": "image"} for _ in range(num_images)]
-    return [*images, {"type": "text", "text": text}]
+    return images_before(num_images, [{"type": "text", "text": text}])
 
 
 def reading_order(text: str, num_images: int) -> list[int]:

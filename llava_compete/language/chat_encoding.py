@@ -1,14 +1,11 @@
-"""One conversation to token ids and labels, in one pass.
+"""One conversation to token ids and labels: the one owner of the ids of training, prompts and scored answers.
 
-The chat template is rendered once; its generation marks say which characters the model must learn. The text is cut
-there before it is tokenised, so a training row begins with exactly the ids of the prompt at generation time.
+The chat template is rendered once (`chat_rendering`), and the text is cut where the model begins and ends to write, so
+that a training row begins with exactly the ids of the prompt at generation time (`piece_ids`).
 
-- The string of a special token inside anybody's text stays text: it is marked before rendering and tokenised as plain
-  characters.
-- An image is a content part `{"type": "image"}`; the template writes one image token for it, which becomes
-  `tokens_per_image` ids. A literal "<image>" in a text is text like any other.
-
-Callers: `data.dataset`, `data.check`; anything that builds a prompt may call it with `add_generation_prompt`.
+- The string of a special token inside anybody's text stays text.
+- An image is a content part `{"type": "image"}`: one image token in the text, `tokens_per_image` ids. The white space
+  around it is that of the texts beside it. A literal "<image>" in a text is text like any other.
 """
 
 from __future__ import annotations
@@ -16,34 +13,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
+from llava_compete.language.chat_rendering import EncodingError, Message, content_parts, render_chat
+from llava_compete.language.piece_ids import piece_encoder
+from llava_compete.parts import IGNORE_INDEX, IMAGE_TOKEN
 
-from llava_compete.errors import UserError
-from llava_compete.language.piece_ids import PieceEncoder, piece_encoder
-from llava_compete.parts import IGNORE_INDEX
+__all__ = [
+    "EncodedAnswer",
+    "EncodedConversation",
+    "EncodingError",
+    "Message",
+    "content_parts",
+    "cut_to_length",
+    "encode_answer",
+    "encode_conversation",
+    "images_before",
+    "on_lines_of_their_own",
+    "stop_token_ids",
+]
 
-Message = dict[str, Any]
 
+class EncodedAnswer(NamedTuple):
+    """Tokens of an answer: written by the model from `start`, its own words to `answer_end`, its end token to `end`."""
 
-class TurnEnd(NamedTuple):
-    """A place where a conversation may be cut: after the end token of an answer."""
-
-    position: int  # tokens before the cut
-    num_images: int  # images before the cut
+    start: int
+    answer_end: int
+    end: int
+    num_images: int  # images before it
 
 
 class EncodedConversation(NamedTuple):
-    """Token ids with images expanded, labels of the same length (-100 outside answers), and where it may be cut."""
+    """Token ids with images expanded, labels of the same length (-100 outside answers), and where the answers are."""
 
     input_ids: list[int]
     labels: list[int]
-    turn_ends: list[TurnEnd]
+    answers: list[EncodedAnswer]
     num_images: int
-
-
-class EncodingError(UserError):
-    """A conversation that the tokenizer's chat template cannot express."""
 
 
 def encode_conversation(
@@ -51,98 +55,98 @@ def encode_conversation(
     messages: Sequence[Message],
     *,
     tokens_per_image: int = 0,
-    image_token: str = "<image>",
     add_generation_prompt: bool = False,
+    thinking: bool = False,
 ) -> EncodedConversation:
-    """Render `messages` with the tokenizer's template and tokenise once; see the module's docstring.
+    """Render `messages` with the tokenizer's template and tokenise; see the module's docstring.
 
-    `messages` have a role and a content: a string, or parts `{"type": "text", "text"}` and `{"type": "image"}`.
+    `messages` have a role and a content: a string, or parts `{"type": "text", "text"}` and `{"type": "image"}`. An
+    answer with `supervised: False` is not learnt; `reasoning_content` goes where the template writes it, and is learnt
+    with the answer. `thinking`: the template's own switch `enable_thinking`, where it has one.
     Raises `EncodingError` if the template cannot render them or does not write each image once.
     """
     encoder = piece_encoder(tokenizer)
-    text, spans = _render(tokenizer, encoder, messages, add_generation_prompt)
-    image_id = tokenizer.convert_tokens_to_ids(image_token)
+    chat = render_chat(tokenizer, encoder, messages, add_generation_prompt=add_generation_prompt, thinking=thinking)
+    cuts = [place for span in chat.answers for place in span]
+    pieces = encoder.encode(chat.text, cuts, soft={span.answer_end for span in chat.answers})
+    learnt = [message.get("supervised", True) for message in messages if message["role"] == "assistant"]
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     input_ids: list[int] = []
     labels: list[int] = []
-    turn_ends: list[TurnEnd] = []
-    images = position = 0
-
-    def add(start: int, end: int, learnt: bool) -> None:
-        nonlocal images
-        ids = encoder.encode(text[start:end], before=text[:start], answer=learnt)
-        if not learnt and image_id in ids:
-            images += ids.count(image_id)
-            ids = [same for token in ids for same in ([token] * tokens_per_image if token == image_id else [token])]
-        input_ids.extend(ids)
-        labels.extend(ids if learnt else [IGNORE_INDEX] * len(ids))
-
-    for start, end in spans:
-        add(position, start, learnt=False)
-        add(start, end, learnt=True)
-        turn_ends.append(TurnEnd(len(input_ids), images))
-        position = end
-    add(position, len(text), learnt=False)
+    answers: list[EncodedAnswer] = []
+    images = 0
+    for number, is_learnt in enumerate([*learnt, False]):
+        between = pieces[3 * number]
+        images += between.count(image_id)
+        input_ids += [same for token in between for same in [token] * (tokens_per_image if token == image_id else 1)]
+        labels += [IGNORE_INDEX] * (len(input_ids) - len(labels))
+        if number < len(learnt):
+            words, end = pieces[3 * number + 1 : 3 * number + 3]
+            start = len(input_ids)
+            input_ids += words + end
+            labels += words + end if is_learnt else [IGNORE_INDEX] * len(words + end)
+            answers.append(EncodedAnswer(start, start + len(words), len(input_ids), images))
     expected = sum(part["type"] == "image" for message in messages for part in content_parts(message))
     if images != expected:
-        raise EncodingError(f"the chat template writes {images} image tokens ({image_token}) for {expected} images")
-    return EncodedConversation(input_ids, labels, turn_ends, images)
+        raise EncodingError(f"the chat template writes {images} image tokens ({IMAGE_TOKEN}) for {expected} images")
+    return EncodedConversation(input_ids, labels, answers, images)
 
 
-def content_parts(message: Message) -> Sequence[dict[str, Any]]:
-    """The content of a message as parts."""
-    content = message["content"]
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+def encode_answer(
+    tokenizer: Any, messages: Sequence[Message], answer: str, *, tokens_per_image: int = 0
+) -> tuple[list[int], list[int]]:
+    """Ids of a prompt and of an answer to it, without the end of its turn, as training would have them."""
+    whole = encode_conversation(
+        tokenizer, [*messages, {"role": "assistant", "content": answer}], tokens_per_image=tokens_per_image
+    )
+    start, end = whole.answers[-1].start, whole.answers[-1].answer_end
+    return whole.input_ids[:start], whole.input_ids[start:end]
 
 
-def cut_to_length(encoded: EncodedConversation, max_length: int) -> EncodedConversation | None:
-    """Cut after the last answer that ends within `max_length` tokens; None if not even the first one does.
+def images_before(count: int, content: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Images in front of the other parts, each on a line of its own: how LLaVA puts images that have no place."""
+    return _on_lines([{"type": "image"} for _ in range(count)], content)
 
-    Image spans lie before an answer's end, so none is ever cut.
+
+def on_lines_of_their_own(content: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parts that begin with images and go on with a text, and no white space between: the form of `images_before`."""
+    count = next((number for number, part in enumerate(content) if part["type"] != "image"), 0)
+    if count and not content[count].get("text", " ")[:1].isspace():
+        return _on_lines(content[:count], content[count:])
+    return list(content)
+
+
+def _on_lines(images: Sequence[dict[str, Any]], content: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    parts = [part for image in images for part in (image, {"type": "text", "text": "\n"})]
+    if not content:
+        return parts[:-1]
+    if images and content[0]["type"] == "text":
+        return [*parts[:-1], {"type": "text", "text": "\n" + content[0]["text"]}, *content[1:]]
+    return [*parts, *content]
+
+
+def cut_to_length(
+    tokenizer: Any, messages: Sequence[Message], encoded: EncodedConversation, max_length: int, tokens_per_image: int
+) -> EncodedConversation | None:
+    """The longest beginning of a conversation, ending with an answer, of at most `max_length` tokens; None if none is.
+
+    It is encoded anew, since some templates write the last turn differently from the ones before it.
     """
-    fitting = [end for end in encoded.turn_ends if end.position <= max_length]
-    if not fitting:
-        return None
     if len(encoded.input_ids) <= max_length:
         return encoded
-    position, images = fitting[-1]
-    return EncodedConversation(encoded.input_ids[:position], encoded.labels[:position], fitting, images)
+    turns = [number for number, message in enumerate(messages, start=1) if message["role"] == "assistant"]
+    fitting = sum(answer.end <= max_length for answer in encoded.answers)
+    for end in reversed(turns[:fitting]):
+        shorter = encode_conversation(tokenizer, messages[:end], tokens_per_image=tokens_per_image)
+        # What follows an answer's end is not learnt, and may be left out to fit.
+        length = shorter.answers[-1].end
+        if length <= max_length:
+            return shorter._replace(input_ids=shorter.input_ids[:length], labels=shorter.labels[:length])
+    return None
 
 
 def stop_token_ids(tokenizer: Any) -> list[int]:
     """Ids that end an answer: the template's end-of-turn token, and the tokenizer's eos."""
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    encoded = encode_conversation(tokenizer, messages)
-    if not encoded.turn_ends:
-        raise UserError("the chat template has no generation markers around the assistant's turn")
-    last = encoded.input_ids[encoded.turn_ends[-1].position - 1]
+    encoded = encode_conversation(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    last = encoded.input_ids[encoded.answers[-1].end - 1]
     return sorted({last} | ({tokenizer.eos_token_id} - {None}))
-
-
-def _render(
-    tokenizer: Any, encoder: PieceEncoder, messages: Sequence[Message], add_generation_prompt: bool
-) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered text and the characters of it that the model learns, as (start, end)."""
-    marked = []
-    for message in messages:
-        content = message["content"]
-        if isinstance(content, str):
-            marked.append({**message, "content": encoder.mark(content)})
-            continue
-        parts = [
-            {"type": "text", "text": encoder.mark(part["text"])} if part["type"] == "text" else {"type": "image"}
-            for part in content
-        ]
-        marked.append({**message, "content": parts})
-    # A missing bos or eos is an empty string, so that a template can just write it.
-    special_tokens = {"bos_token": "", "eos_token": "", **tokenizer.special_tokens_map}
-    try:
-        texts, spans = render_jinja_template(
-            conversations=[marked],
-            chat_template=tokenizer.chat_template,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=add_generation_prompt,
-            **special_tokens,
-        )
-    except jinja2.TemplateError as error:
-        raise EncodingError(f"the chat template cannot render this conversation: {error}") from error
-    return texts[0], spans[0]

@@ -1,7 +1,7 @@
 """The families of language models: where each keeps the MLP that a MoE block replaces, and which chat template it has.
 
 A new family is one row of `FAMILIES`. A row is needed only for a MoE in the language model, and for a chat template
-where the tokenizer brings none with generation markers; otherwise a model of any family works without one.
+where the tokenizer brings none; otherwise a model of any family works without one.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class LanguageFamily:
     templates: tuple[str, ...] = ()
 
 
+_MISTRAL = ("mistral_tekken", "mistral_v3", "mistral_v1")
 FAMILIES: dict[str, LanguageFamily] = {
     "arcee": LanguageFamily(gated=False, bias="mlp_bias"),
     "cohere": LanguageFamily(),
@@ -48,27 +49,27 @@ FAMILIES: dict[str, LanguageFamily] = {
     "glm4": LanguageFamily(),
     "granite": LanguageFamily(bias="mlp_bias"),
     "hunyuan_v1_dense": LanguageFamily(),
-    # Llama 2, Vicuna, Llama 3 and SmolLM are all "llama"; a template without control tokens comes last.
-    "llama": LanguageFamily(bias="mlp_bias", templates=("llama3", "smollm", "vicuna_v1")),
-    "ministral": LanguageFamily(templates=("mistral",)),
-    "ministral3": LanguageFamily(templates=("mistral",)),
-    "mistral": LanguageFamily(templates=("mistral",)),
-    "mixtral": LanguageFamily(mlp=None, templates=("mistral",)),
+    # Llama 2, Vicuna, Llama 3 and models with ChatML are all "llama"; a template without control tokens comes last.
+    "llama": LanguageFamily(bias="mlp_bias", templates=("llama3", "chatml", "vicuna_v1")),
+    "ministral": LanguageFamily(templates=_MISTRAL),
+    "ministral3": LanguageFamily(templates=_MISTRAL),
+    "mistral": LanguageFamily(templates=_MISTRAL),
+    "mixtral": LanguageFamily(mlp=None, templates=_MISTRAL),
     "nemotron": LanguageFamily(gated=False, bias="mlp_bias"),
     "olmo": LanguageFamily(),
     "olmo2": LanguageFamily(),
     "olmo3": LanguageFamily(templates=("chatml",)),
     "phi3": LanguageFamily(templates=("phi3",)),
     "phimoe": LanguageFamily(mlp=None, templates=("phi3",)),
-    "qwen2": LanguageFamily(templates=("chatml",)),
-    "qwen2_moe": LanguageFamily(mlp=None, templates=("chatml",)),
-    "qwen3": LanguageFamily(templates=("chatml",)),
-    "qwen3_5_moe_text": LanguageFamily(mlp=None, templates=("chatml",)),
-    "qwen3_5_text": LanguageFamily(templates=("chatml",)),
-    "qwen3_moe": LanguageFamily(mlp=None, templates=("chatml",)),
-    "qwen3_next": LanguageFamily(mlp=None, templates=("chatml",)),
+    "qwen2": LanguageFamily(templates=("qwen2_5",)),
+    "qwen2_moe": LanguageFamily(mlp=None, templates=("qwen2_5",)),
+    "qwen3": LanguageFamily(templates=("qwen3", "chatml")),
+    "qwen3_5_moe_text": LanguageFamily(mlp=None, templates=("qwen3", "chatml")),
+    "qwen3_5_text": LanguageFamily(templates=("qwen3", "chatml")),
+    "qwen3_moe": LanguageFamily(mlp=None, templates=("qwen3", "chatml")),
+    "qwen3_next": LanguageFamily(mlp=None, templates=("qwen3", "chatml")),
     "seed_oss": LanguageFamily(bias="mlp_bias", dropout="residual_dropout"),
-    "smollm3": LanguageFamily(bias="mlp_bias", templates=("smollm",)),
+    "smollm3": LanguageFamily(bias="mlp_bias", templates=("smollm3",)),
     "stablelm": LanguageFamily(templates=("chatml",)),
     "starcoder2": LanguageFamily(gated=False, bias="use_bias", dropout="residual_dropout"),
 }

@@ -24,7 +24,8 @@ from llava_compete.language.config import LanguageModelSection, TokenizerSection
 from llava_compete.language.interface import refuse_unusable
 from llava_compete.language.loading_report import refuse_wrong_keys
 from llava_compete.language.remote_code import register_remote_code
-from llava_compete.language.templates import TEMPLATES, ensure_generation_markers, set_chat_template
+from llava_compete.language.sentencepiece_merges import order_merges_by_score
+from llava_compete.language.templates import TEMPLATES, choose_chat_template, set_chat_template
 from llava_compete.language.tokenizer import add_image_token
 
 
@@ -151,7 +152,7 @@ def load_tokenizer(
     if chat_template is not None:
         set_chat_template(tokenizer, chat_template)
     else:
-        ensure_generation_markers(tokenizer, text_config.model_type)
+        choose_chat_template(tokenizer, text_config.model_type)
     return tokenizer
 
 
@@ -168,6 +169,8 @@ def missing_control_tokens(
 def _read_tokenizer(language: LanguageModelSection, section: TokenizerSection | None, trust_remote_code: bool) -> Any:
     name = section.name if section is not None else language.name
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer: {name}: {str(error).splitlines()[0]}") from error
+    order_merges_by_score(tokenizer)
+    return tokenizer

@@ -58,6 +58,7 @@ def build_model(
         if section.chat_template is not None:
             _refuse_growth(set_chat_template(processor.tokenizer, section.chat_template), section)
             processor.chat_template = processor.tokenizer.chat_template
+            model.generation_config = _generation_config(processor.tokenizer, model.config)
         if moe is not None:
             apply_moe_settings(model, moe)
         return model.train(), processor

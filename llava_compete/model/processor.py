@@ -10,7 +10,7 @@ from transformers.image_processing_base import BatchFeature
 from transformers.utils import PROCESSOR_NAME
 
 from llava_compete.errors import UserError
-from llava_compete.language.chat_encoding import encode_conversation
+from llava_compete.language.chat_encoding import encode_conversation, on_lines_of_their_own
 from llava_compete.parts import IMAGE_TOKEN
 
 
@@ -85,9 +85,16 @@ class LlavaCompeteProcessor(ProcessorMixin):
         """As in transformers; with `tokenize`, ids are made as in training.
 
         So a literal "<image>" or another control token in somebody's text is text, and cannot stand for an image.
+        `enable_thinking` (a switch of some templates) is off unless it is given.
         """
+        kwargs.setdefault("enable_thinking", False)
         asked = {key for key, value in kwargs.items() if value}
-        if not tokenize or chat_template is not None or asked - {"padding"}:
+        if not tokenize or chat_template is not None or asked - {"padding", "enable_thinking"}:
+            if not tokenize and chat_template is None:
+                # A language model's own template takes texts alone.
+                conversations, is_batched = self._normalize_conversations(conversation)
+                texts = [[_as_text(message) for message in messages] for messages in conversations]
+                conversation = texts if is_batched else texts[0]
             return super().apply_chat_template(
                 conversation,
                 chat_template,
@@ -99,12 +106,14 @@ class LlavaCompeteProcessor(ProcessorMixin):
             )
         conversations, _ = self._normalize_conversations(conversation)
         rows, images = [], []
-        for messages in conversations:
+        for conversation in conversations:
+            messages = [_with_lines(message) for message in conversation]
             encoded = encode_conversation(
                 self.tokenizer,
                 messages,
                 tokens_per_image=self.num_image_tokens,
                 add_generation_prompt=add_generation_prompt,
+                thinking=bool(kwargs["enable_thinking"]),
             )
             given = [image for message in messages for image in _images_of(message)]
             if encoded.num_images != len(given):
@@ -126,6 +135,21 @@ class LlavaCompeteProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The text that one image's placeholder becomes."""
         return self.image_token * self.num_image_tokens
+
+
+def _with_lines(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as training has it: images in front of a text stand on lines of their own."""
+    content = message["content"]
+    return message if isinstance(content, str) else {**message, "content": on_lines_of_their_own(content)}
+
+
+def _as_text(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose content is one string, with a placeholder for each image."""
+    parts = message["content"] if isinstance(message["content"], list) else []
+    if not all(part.get("type") in ("text", "image") for part in parts):
+        return message
+    texts = [IMAGE_TOKEN if part["type"] == "image" else part["text"] for part in on_lines_of_their_own(parts)]
+    return {**message, "content": "".join(texts)} if parts else message
 
 
 def _images_of(message: dict[str, Any]) -> list[Any]:

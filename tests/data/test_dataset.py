@@ -88,6 +88,18 @@ def test_all_spellings_of_a_row_agree():
     assert parts.messages[2]["content"] == [{"type": "text", "text": "Two, an <image> each."}]
 
 
+def test_the_white_space_around_a_placeholder_is_the_files_own():
+    turns = [{"from": "human", "value": "Look at\n<image> and <image>\n\nnow."}, {"from": "gpt", "value": "red"}]
+    found = parse_row({"id": "1", "image": ["a", "b"], "conversations": turns}, "0").messages[0]["content"]
+    image, texts = {"type": "image"}, [part.get("text") for part in found]
+    assert texts == ["Look at\n", None, " and ", None, "\n\nnow."]
+    assert found[1] == found[3] == image
+    # An image without a place stands before the first question, on a line of its own, as LLaVA puts it.
+    turns[0] = {"from": "human", "value": "What is it?"}
+    found = parse_row({"id": "1", "image": "a", "conversations": turns}, "0").messages[0]["content"]
+    assert found == [image, {"type": "text", "text": "\nWhat is it?"}]
+
+
 def test_formats_give_the_same_rows(tmp_path, processor):
     (tmp_path / "a.png").write_bytes(png())
     rows = [row("0"), row("1", None), row("2")]

@@ -1,37 +1,44 @@
-"""Chat templates: Jinja files with generation markers, one table row each.
+"""Chat templates: Jinja files with generation marks, one table row each, for tokenizers that bring none.
 
 A template is stored in the checkpoint's tokenizer (`tokenizer.chat_template`); training, evaluation and chat render
-that one, so there is no template flag anywhere else. Every template puts `{% generation %}` around exactly the
-assistant's text and its end-of-turn token; `data.encoding` reads the labels off those marks.
+that one, so there is no template flag anywhere else. A tokenizer's own template is kept as it is, whatever the model's
+family: `language.chat_rendering` finds the answers in any.
 
-Callers: `model.build` (a recipe's `chat_template`), `data.encoding`, `data.check`.
+Sources: chatml, qwen2_5, qwen3, smollm2, smollm3, gemma, llama3, phi3: the templates that the models' authors publish;
+vicuna_v1, llava_llama_2, plain: LLaVA's conversations; mistral_*: mistral-common, versions 1, 3 and 3 with tekken.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
+
 from llava_compete.errors import UserError, did_you_mean
+from llava_compete.language.chat_encoding import stop_token_ids
 from llava_compete.language.families import FAMILIES, LanguageFamily
 
 log = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-
+_THOUGHT = ("<think>", "</think>")
 # Control tokens that a tokenizer must have for a template. Which model families use it is a matter of
 # `language.families`.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "smollm": ("<|im_start|>", "<|im_end|>"),
+    "qwen3": ("<|im_start|>", "<|im_end|>", *_THOUGHT),
+    "qwen2_5": ("<|im_start|>", "<|im_end|>"),
+    "smollm3": ("<|im_start|>", "<|im_end|>", *_THOUGHT),
+    "smollm2": ("<|im_start|>", "<|im_end|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "phi3": ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
     "gemma": ("<start_of_turn>", "<end_of_turn>"),
-    "mistral": (),
+    "mistral_tekken": ("[INST]", "[/INST]", "<SPECIAL_20>"),  # the last: version 3 has `[control_20]` in its place
+    "mistral_v3": ("[INST]", "[/INST]"),
+    "mistral_v1": (),
     "vicuna_v1": (),
     "llava_llama_2": (),
     "plain": (),
@@ -56,29 +63,35 @@ def set_chat_template(tokenizer: Any, name: str) -> int:
     text = read_template(name)
     known = tokenizer.get_vocab()
     missing = [token for token in TEMPLATES[name] if token not in known]
-    added = tokenizer.add_tokens(missing, special_tokens=True) if missing else 0
+    # A thought is text of an answer: its marks are tokens, but not special ones, which decoding would leave out.
+    thought = [AddedToken(token, special=False, normalized=False) for token in missing if token in _THOUGHT]
+    special = [token for token in missing if token not in _THOUGHT]
+    added = sum(tokenizer.add_tokens(tokens, special_tokens=tokens is special) for tokens in (special, thought))
     if "eos_token" in text and tokenizer.eos_token is None:
         raise UserError(f"chat template {name!r} ends turns with the eos token, and this tokenizer has none")
     tokenizer.chat_template = text
     return added
 
 
-def ensure_generation_markers(tokenizer: Any, model_type: str) -> int:
-    """Replace a chat template without generation markers by ours for the model's family, and say so.
+def choose_chat_template(tokenizer: Any, model_type: str) -> int:
+    """Keep the tokenizer's own chat template, or store the one of the model's family and say so.
 
-    Returns the number of new control tokens, as `set_chat_template`. A template that has the markers is kept.
+    Returns the number of new control tokens, as `set_chat_template`.
     """
-    if tokenizer.chat_template and has_generation_markers(tokenizer.chat_template):
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    if tokenizer.chat_template:
+        try:
+            stop_token_ids(tokenizer)
+        except UserError as error:
+            raise UserError(
+                f"the tokenizer's own chat template cannot be trained with: {error}; "
+                f"set `chat_template` to one of {', '.join(TEMPLATES)}"
+            ) from error
         return 0
     name = family_template(model_type, tokenizer)
-    had = "has no generation markers" if tokenizer.chat_template else "is missing"
-    log.warning("the tokenizer's chat template %s: using %r, ours for model type %r", had, name, model_type)
+    log.warning("the tokenizer has no chat template: using %r, ours for model type %r", name, model_type)
     return set_chat_template(tokenizer, name)
-
-
-def has_generation_markers(template: str) -> bool:
-    """Whether labels can be read off this Jinja text."""
-    return _GENERATION.search(template) is not None
 
 
 def family_template(model_type: str, tokenizer: Any) -> str:

@@ -234,7 +234,7 @@ def test_settings_of_other_models_are_named_once_and_ignored(caplog):
 
 def test_images_stand_where_the_text_names_them():
     image = {"type": "image"}
-    assert content_parts("what?", 1) == [image, {"type": "text", "text": "what?"}]
+    assert content_parts("what?", 1) == [image, {"type": "text", "text": "\nwhat?"}]
     assert content_parts("<image 1> or <image 2>?", 2) == [
         image,
         {"type": "text", "text": " or "},

@@ -11,7 +11,9 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from llava_compete.data.collator import label_positions
 from llava_compete.moe.config import ROUTERS
+from llava_compete.parts import IGNORE_INDEX
 
 pytestmark = pytest.mark.gpu
 
@@ -51,10 +53,12 @@ def test_a_training_step_never_waits(device: torch.device, router: str, competin
     ids = torch.randint(10, 300, (ROWS, LENGTH), device=device)
     ids[:, 1 : 1 + model.config.num_image_tokens] = model.config.image_token_id
     one = torch.ones((), device=device)
+    labels = ids.masked_fill(ids == model.config.image_token_id, IGNORE_INDEX)
     batch: dict[str, Any] = {
         "input_ids": ids,
-        "labels": ids,
-        "pixel_values": torch.randn(ROWS, 3, 28, 28, device=device),
+        "labels": labels,
+        "label_positions": label_positions(labels),
+        "pixel_values": torch.randint(0, 256, (ROWS, 3, 28, 28), dtype=torch.uint8, device=device),
         "num_items_in_batch": one,
         "num_sequences_in_batch": dict.fromkeys(PARTS, one),
     }

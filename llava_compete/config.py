@@ -8,13 +8,15 @@ validation errors into one readable `UserError` that names the file, the key and
 from __future__ import annotations
 
 import io
+import os
+import re
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -26,6 +28,14 @@ class StrictConfig(BaseModel):
     """Base of every config section: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_empty_path(cls, value: Any, info: ValidationInfo) -> Any:
+        """An empty text would become the current folder."""
+        if value == "" and info.field_name and Path in _alternatives(cls.model_fields[info.field_name].annotation):
+            raise ValueError("found '', expected a path")
+        return value
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
@@ -89,16 +99,70 @@ def load_config(cls: type[ConfigT], path: str | Path, overrides: Sequence[str] =
 
 
 def parse_config(cls: type[ConfigT], content: dict[str, Any], source: str) -> ConfigT:
-    """Validate plain data against `cls`; `source` names the file in error messages."""
+    """Validate plain data against `cls`; `source` names the file in error messages.
+
+    `~` at the beginning of a text and `${NAME}` anywhere in it are expanded, as a shell would.
+    """
+    content = _expanded(content, source, ())
     try:
         return cls.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(_explain(cls, item) for item in error.errors())) from error
+        raise UserError(f"{source}: " + "; ".join(_explanations(cls, content, error))) from error
 
 
-def _explain(cls: type[BaseModel], item: Any) -> str:
-    # Tags of discriminated unions are written <tag> and are no part of the key.
-    location = [str(part) for part in item["loc"] if not str(part).startswith("<")]
+def _expanded(value: Any, source: str, key: tuple[str, ...]) -> Any:
+    if isinstance(value, dict):
+        return {name: _expanded(item, source, (*key, str(name))) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_expanded(item, source, (*key, str(number))) for number, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def of_environment(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise UserError(f"{source}: {'.'.join(key)}: found {value!r}, but ${match[1]} is not set")
+        return os.environ[match[1]]
+
+    value = re.sub(r"\$\{(\w+)\}", of_environment, value)
+    return os.path.expanduser(value) if value == "~" or value.startswith("~/") else value
+
+
+# How pydantic calls the members of a union, which are no part of a key: <tag>, MoeConfig, literal[False], int.
+_MEMBER = re.compile(r"<|.*[\[A-Z]|(int|float|str|bool|none)$")
+
+
+def _explanations(cls: type[BaseModel], content: Any, error: ValidationError) -> list[str]:
+    """One phrase for each wrong key; of a union's members, those that say nothing of the value as a whole."""
+    phrases: dict[str, list[str]] = {}
+    for item in error.errors():
+        location = _location(content, item["loc"])
+        phrases.setdefault(".".join(location), []).append(_explain(cls, item, location))
+    whole = [key for key in phrases if not any(other.startswith(f"{key}.") for other in phrases)]
+    return [_either(list(dict.fromkeys(phrases[key]))) for key in whole]
+
+
+def _either(phrases: list[str]) -> str:
+    """`key: found 5: expected this` and `key: found 5: expected that` in one."""
+    first, *rest = phrases
+    return " or ".join([first, *(phrase.rpartition(": ")[2] for phrase in rest)])
+
+
+def _location(content: Any, parts: Sequence[str | int]) -> list[str]:
+    """The keys that lead to a wrong value."""
+    location: list[str] = []
+    for part in parts:
+        held = content if isinstance(content, dict) else dict(enumerate(content)) if isinstance(content, list) else {}
+        if part in held:
+            content = held[part]
+        elif _MEMBER.match(str(part)):
+            continue
+        else:  # missing, or written by a validator
+            content = None
+        location.append(str(part))
+    return location
+
+
+def _explain(cls: type[BaseModel], item: Any, location: Sequence[str]) -> str:
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
         valid = _keys_at(cls, location[:-1])
@@ -107,7 +171,7 @@ def _explain(cls: type[BaseModel], item: Any) -> str:
     if item["type"] == "missing":
         return f"missing key {key!r}"
     message = item["msg"].removeprefix("Value error, ")
-    if not key:
+    if not key or message.startswith((f"{key}.", f"{key}:")):
         return message
     if isinstance(item["input"], dict | list) or item["type"] == "value_error":
         return f"{key}: {message}"
@@ -119,7 +183,7 @@ def _keys_at(cls: type[BaseModel], location: Sequence[str]) -> list[str]:
     current: list[Any] = [cls]
     for part in location:
         found = [m for item in current for m in _models(item)]
-        # A location may contain the tag of a union member or a list index: those keep the current candidates.
+        # A list index keeps the current candidates.
         following = [model.model_fields[part].annotation for model in found if part in model.model_fields]
         current = following or current
     return sorted({name for item in current for model in _models(item) for name in model.model_fields})
@@ -130,6 +194,11 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return [annotation] if issubclass(annotation, BaseModel) else []
     return [model for argument in typing.get_args(annotation) for model in _models(argument)]
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the annotation alone."""
+    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
 
 
 def _copy(value: Any) -> Any:

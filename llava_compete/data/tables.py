@@ -109,6 +109,12 @@ class Rows:
         counts = [np.diff(chunk.offsets.to_numpy()) for chunk in chunks]
         return np.concatenate(counts) if counts else np.zeros(0, dtype=np.int32)
 
+    def image_paths(self) -> Iterator[str]:
+        """The path of each image that is not embedded, in the order of the rows."""
+        chunks = (chunk for table in self.tables for chunk in table.column("images").chunks)
+        paths = (path.as_py() for chunk in chunks for path in chunk.flatten().field("path"))
+        return (path for path in paths if path is not None)
+
 
 class SourceTable(NamedTuple):
     """Rows of one source, and the digest of the files they came from."""

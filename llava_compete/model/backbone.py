@@ -24,7 +24,7 @@ from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.losses import routing_losses
 from llava_compete.model.place_experts import install_language_experts, install_vision_experts, make_projector
 from llava_compete.model.placeholders import check_counts, place_features, sample_positions
-from llava_compete.moe.block import SparseMoeBlock, moe_blocks
+from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.moe.state import RoutingState, TokenGroups
 from llava_compete.vision.projector import Projector
@@ -64,13 +64,6 @@ class LlavaCompetePreTrainedModel(PreTrainedModel):
         """Tower, projector and MoE blocks are initialised where they are built; a load leaves only buffers to fill."""
         if isinstance(module, VisionTower):
             module.restore_buffers()
-
-    @property
-    def zero3_leaf_modules(self) -> list[type[nn.Module]]:
-        """Module classes whose parameters ZeRO-3 must gather together: packed experts, and torch's attention, which
-        uses its output projection's parameters without calling it."""
-        kinds = (SparseMoeBlock, nn.MultiheadAttention)
-        return [kind for kind in kinds if any(isinstance(module, kind) for module in self.modules())]
 
     def _activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any

@@ -50,13 +50,9 @@ def spread_rows(x_TH: Tensor, pairs: Pairs, weights_TK: Tensor) -> Tensor:
 
 
 def row_products(left_TO: Tensor, right_PO: Tensor, rows_TK: Tensor) -> Tensor:
-    """[T, K]: the inner product of row t of `left` with row `rows[t, k]` of `right`, summed in float32 or wider."""
-    if left_TO.dtype.itemsize == 2:
-        # The kernel below has no bfloat16 on a GPU (torch 2.11). The rows' copy is small beside the experts' products.
-        right_TKO = right_PO.index_select(0, rows_TK.reshape(-1)).unflatten(0, rows_TK.shape)
-        return torch.bmm(right_TKO, left_TO.unsqueeze(2)).squeeze(2)
+    """[T, K]: the inner product of row t of `left` with row `rows[t, k]` of `right`, without gathering those rows."""
     token_P = torch.arange(rows_TK.numel(), device=rows_TK.device) // rows_TK.shape[1]
-    # Without gathering those rows. Its offsets are read for their dtype alone: the bag (token) of every index is given.
+    # Its offsets are read for their dtype alone, since the bag (token) of every index is given.
     products_P = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         left_TO, right_PO, rows_TK.reshape(-1), token_P, token_P, 0
     )

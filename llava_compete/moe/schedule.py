@@ -8,6 +8,7 @@ with room, else to the nearest later one, so that a layer keeps its number of co
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class CompetitionSchedule:
     @classmethod
     def build(
         cls,
-        seed: int,
+        seed: int | tuple[int, int],
         total_steps: int,
         layer_names: Sequence[str],
         competition_rate: float,
@@ -61,6 +62,27 @@ class CompetitionSchedule:
             )
         competing = [()] * warmup + [tuple(sorted(layers)) for layers in steps]
         return cls(tuple(layer_names), tuple(competing))
+
+    @classmethod
+    def extended(
+        cls,
+        seed: int,
+        ends: Sequence[int],
+        layer_names: Sequence[str],
+        competition_rate: float,
+        competition_warmup_ratio: float,
+        max_competing_layers: int,
+    ) -> CompetitionSchedule:
+        """Of a run that was planned to end at step `ends[0]`, then made longer to end at `ends[1]`, and so on.
+
+        What was planned stays as it was; each extension has its own draws, and no warm-up.
+        """
+        first = (competition_rate, competition_warmup_ratio, max_competing_layers)
+        schedule = cls.build(seed, ends[0], layer_names, *first)
+        for start, end in itertools.pairwise(ends):
+            longer = cls.build((seed, start), end - start, layer_names, competition_rate, 0.0, max_competing_layers)
+            schedule = cls(schedule.layer_names, schedule.competing + longer.competing)
+        return schedule
 
     def layers_at(self, step: int) -> frozenset[str]:
         """Names of the layers that compete at optimizer step `step`; `IndexError` outside the run."""

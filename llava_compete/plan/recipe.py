@@ -59,7 +59,7 @@ def read_recipe(path: Path, overrides: list[str]) -> Recipe:
         check_moe_settings(config, moe)
         config = _with_moe(config, moe)
     training = stage.training
-    bf16 = training.get("bf16") or training.get("fp16") or stage.model.dtype != "float32"
+    bf16 = training.bf16 or training.fp16 or stage.model.dtype != "float32"
     length = stage.data.context if isinstance(stage.data, TextSection) else stage.data.max_length
     limit = getattr(config.text_config, "max_position_embeddings", length)
     zero_stage, offload = _zero_options(stage.deepspeed)
@@ -68,9 +68,9 @@ def read_recipe(path: Path, overrides: list[str]) -> Recipe:
         dtype=torch.bfloat16 if bf16 else torch.float32,
         trainable=stage.trainable,
         length=min(length, limit),
-        micro_batch=int(training.get("per_device_train_batch_size", 8)),
-        accumulation=int(training.get("gradient_accumulation_steps", 1)),
-        checkpointing=bool(training.get("gradient_checkpointing") or training.get("activation_checkpointing")),
+        micro_batch=training.per_device_train_batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        checkpointing=training.activation_checkpointing,
         zero_stage=zero_stage,
         offload=offload,
         quantization=stage.model.quantization,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import math
 import os
 import shutil
 import socket
@@ -63,6 +62,11 @@ def read_finished(output_dir: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+def clear_finished(output_dir: Path) -> None:
+    """A finished stage is made longer: it counts as finished only at its new end."""
+    (output_dir / FINISHED).unlink(missing_ok=True)
+
+
 def write_finished(output_dir: Path, content: dict[str, Any]) -> None:
     """Mark the stage as finished; called after everything else is on disk."""
     write_json(output_dir / FINISHED, content)
@@ -75,11 +79,11 @@ def clear_staging(output_dir: Path) -> None:
         shutil.rmtree(output_dir / STAGING)
 
 
-def publish(output_dir: Path, name: str, identity: dict[str, Any]) -> None:
-    """Mark `.saving/<name>` complete and move it into place; `identity` is what a resume compares."""
+def publish(output_dir: Path, name: str, record: dict[str, Any]) -> None:
+    """Mark `.saving/<name>` complete and move it into place; `record` is what a resume compares."""
     staged, target = output_dir / STAGING / name, output_dir / name
     files = {str(path.relative_to(staged)): path.stat().st_size for path in staged.rglob("*") if path.is_file()}
-    write_json(staged / COMPLETE, {"identity": identity, "bytes": files, "crc32": _checksums(staged, files)})
+    write_json(staged / COMPLETE, {**record, "bytes": files, "crc32": _checksums(staged, files)})
     _sync(staged)
     if target.exists():
         shutil.rmtree(target)
@@ -100,16 +104,16 @@ def list_complete(output_dir: Path) -> list[Path]:
     return found
 
 
-def last_sound(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint whose files are as they were written; a damaged one is named in a warning."""
+def sound(output_dir: Path) -> Iterator[Path]:
+    """Complete checkpoints whose files are as they were written, newest first; a damaged one is named in a warning."""
     for checkpoint in reversed(list_complete(output_dir)):
-        written = _mark(checkpoint)["crc32"]
+        written = mark(checkpoint)["crc32"]
         found = _checksums(checkpoint, written)
         damaged = [name for name, checksum in written.items() if found[name] != checksum]
-        if not damaged:
-            return checkpoint
-        logger.warning("%s: damaged checkpoint skipped (%s is not as it was written)", checkpoint, damaged[0])
-    return None
+        if damaged:
+            logger.warning("%s: damaged checkpoint skipped (%s is not as it was written)", checkpoint, damaged[0])
+        else:
+            yield checkpoint
 
 
 def _checksums(directory: Path, names: Iterable[str]) -> dict[str, int]:
@@ -130,7 +134,7 @@ def _checksums(directory: Path, names: Iterable[str]) -> dict[str, int]:
 def _torn(checkpoint: Path) -> str | None:
     """What is missing of a checkpoint, or None."""
     try:
-        sizes = _mark(checkpoint)["bytes"]
+        sizes = mark(checkpoint)["bytes"]
     except FileNotFoundError:
         return f"no {COMPLETE}"
     except (json.JSONDecodeError, UnicodeDecodeError):
@@ -142,54 +146,9 @@ def _torn(checkpoint: Path) -> str | None:
     return None
 
 
-def _mark(checkpoint: Path) -> dict[str, Any]:
+def mark(checkpoint: Path) -> dict[str, Any]:
+    """What was recorded when the checkpoint was complete."""
     return json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
-
-
-# The same global batch may be shared out to ranks and micro-batches anew.
-SPLIT = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps")
-
-
-def check_identity(checkpoint: Path, identity: dict[str, Any], *, allow_changed: bool) -> bool:
-    """Refuse to resume when data, seed or batch geometry changed, naming the keys, or when there is no state to resume.
-
-    Returns:
-        whether the number of ranks is another one (with the same global batch).
-    """
-    if not (checkpoint / "scheduler.pt").is_file():
-        raise UserError(
-            f"{checkpoint}: holds the model alone (training.save_only_model): no optimizer or schedule to go on from. "
-            "Choose another output_dir, and this as model.checkpoint to start from its weights"
-        )
-    saved = _mark(checkpoint)["identity"]
-    if saved["zero_stage"] != identity["zero_stage"]:
-        raise UserError(
-            f"{checkpoint}: written {_engine(saved)}, which a run {_engine(identity)} cannot read: "
-            "restore the key deepspeed, or choose another output_dir"
-        )
-    same_batch = _global_batch(saved) == _global_batch(identity)
-    ignored = SPLIT if same_batch and saved["world_size"] != identity["world_size"] else ()
-    changed = [
-        f"{key} was {saved.get(key)!r}, is {value!r}"
-        for key, value in identity.items()
-        if saved.get(key) != value and key not in ignored
-    ]
-    if changed and not allow_changed:
-        raise UserError(
-            f"{checkpoint}: cannot go on, the run has changed: {'; '.join(changed)}. "
-            "Restore it, pass --allow-changed, or choose another output_dir"
-        )
-    if changed:
-        logger.warning("%s: going on although %s", checkpoint, "; ".join(changed))
-    return bool(saved["world_size"] != identity["world_size"])
-
-
-def _engine(identity: dict[str, Any]) -> str:
-    return f"with ZeRO-{identity['zero_stage']}" if identity["zero_stage"] else "without DeepSpeed"
-
-
-def _global_batch(identity: dict[str, Any]) -> int:
-    return math.prod(identity[key] for key in SPLIT)
 
 
 def rotate(output_dir: Path, limit: int | None) -> None:

@@ -1,7 +1,7 @@
 """One training stage as a strict config: what to start from, what to train, on which data, how.
 
 Read by `llava-compete train`; one YAML per stage in configs/. Sections of other parts (model, moe, data) are typed
-next to their own code. `training` holds Hugging Face `TrainingArguments` under their own names.
+next to their own code, `training` in training_section.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llava_compete.data.text.config import TextSection
 from llava_compete.model.section import ModelSection
 from llava_compete.moe.config import MoeConfig
 from llava_compete.parts import Part
-from llava_compete.train.arguments import check_names
+from llava_compete.train.training_section import TrainingSection
 
 DEEPSPEED_DIR = Path(__file__).parents[2] / "configs" / "deepspeed"
 
@@ -68,7 +68,7 @@ class TrainConfig(StrictConfig):
     """Settings laid over the checkpoint's; `false` says that `sft` of a dense checkpoint is meant (a baseline)."""
     data: Data
     trainable: dict[Part, PartTraining]
-    training: dict[str, Any] = Field(default_factory=dict)
+    training: TrainingSection = TrainingSection()
     deepspeed: str | None = "zero2"
     seed: int = 0
     guards: Guards = Guards()
@@ -92,12 +92,6 @@ class TrainConfig(StrictConfig):
         if value not in (None, "none", *known):
             raise ValueError(f"found {value!r}, expected null or one of {', '.join(known)} (files of {DEEPSPEED_DIR})")
         return None if value == "none" else value
-
-    @field_validator("training")
-    @classmethod
-    def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
-        check_names(value)
-        return value
 
     @model_validator(mode="after")
     def _data_fits_the_stage(self) -> TrainConfig:

@@ -18,6 +18,7 @@ from llava_compete.data.text.rows import HeldOutRows, TextBatchSampler, TextColl
 from llava_compete.errors import UserError
 from llava_compete.train.config import TrainConfig
 from llava_compete.train.distributed import Rank
+from llava_compete.train.image_files import check_images_are_there
 
 
 class Feed(NamedTuple):
@@ -42,6 +43,7 @@ def build_feed(config: TrainConfig, rank: Rank, arguments: Any, processor: Any) 
     if isinstance(config.data, TextSection):
         return _text(config, config.data, rank, arguments.max_steps, global_batch, micro, processor.tokenizer)
     data = build_datasets(config.data, processor, config.seed)
+    check_images_are_there(data.train, may_skip=config.data.on_bad_image == "skip")
     sampler = GlobalBatchSampler(
         data.train.lengths,
         data.train.modalities,

@@ -8,35 +8,34 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from deepspeed.utils import set_z3_leaf_modules, z3_leaf_module
 from transformers import set_seed
 from transformers.integrations import TensorBoardCallback
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
 from llava_compete.console import setup_console
+from llava_compete.data.text.config import TextSection
 from llava_compete.errors import UserError
 from llava_compete.language.sources import context_of
 from llava_compete.manifest import write_manifest
 from llava_compete.model.checkpoint import read_config
 from llava_compete.moe.allocator import keep_freed_memory
-from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.train import checkpoints, trainable
 from llava_compete.train import resharding as universal
 from llava_compete.train.adapters import with_adapters
-from llava_compete.train.arguments import build_arguments
+from llava_compete.train.arguments import build_arguments, check_reports
 from llava_compete.train.callbacks.between_steps import CompetitionCallback, StepCallback
 from llava_compete.train.callbacks.progress import AnswersCallback, WatchCallback
 from llava_compete.train.callbacks.tensorboard import ResumedTensorBoardCallback
 from llava_compete.train.config import DEEPSPEED_DIR, TrainConfig
 from llava_compete.train.distributed import Rank, all_or_none, main_first, of_main, process_group, this_rank
+from llava_compete.train.identity import differences, settings
+from llava_compete.train.image_files import fingerprints
 from llava_compete.train.inputs import Feed, build_feed
 from llava_compete.train.mfu import Utilisation, count_flops, device_peak
 from llava_compete.train.preflight import (
@@ -47,7 +46,15 @@ from llava_compete.train.preflight import (
     comparable_settings,
     log_devices,
 )
-from llava_compete.train.starting_point import start_model
+from llava_compete.train.resume import Start, choose, total_steps
+from llava_compete.train.sharding import (
+    gather_attention_whole,
+    refuse_what_cannot_be_sharded,
+    sharding_of,
+    whole,
+    zero_stage,
+)
+from llava_compete.train.starting_point import moe_settings, start_model
 from llava_compete.train.stopping import StopOnSignal
 from llava_compete.train.trainer import StageTrainer
 from llava_compete.train.waiting import wait_for_all
@@ -69,17 +76,16 @@ def train(config: TrainConfig, *, allow_changed: bool = False) -> bool:
         store = stack.enter_context(process_group(rank))
         if not rank.on_gpu:
             keep_freed_memory()
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        setup_console(config.output_dir / "run" / "console.log", rank.number)
         disable_progress_bar()
         check_links(rank, store)
         check_same(rank, comparable_settings(config))
         log_devices(rank)
         finished = False
         with all_or_none(rank, "output directory"):
+            _open_output(config.output_dir, rank)
             if rank.is_main:
                 stack.enter_context(checkpoints.output_lock(config.output_dir))
-                finished = _already_finished(config)
+                finished = _already_finished(config, allow_changed)
         if of_main(finished):
             logger.info("%s: stage %s has finished already", config.output_dir, config.stage)
             return True
@@ -87,8 +93,22 @@ def train(config: TrainConfig, *, allow_changed: bool = False) -> bool:
         return _run(config, rank, allow_changed)
 
 
-def _already_finished(config: TrainConfig) -> bool:
-    """Whether nothing is left to do; a directory with the model of another stage is not written over."""
+def _open_output(output_dir: Path, rank: Rank) -> None:
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        setup_console(output_dir / "run" / "console.log", rank.number)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(path for path in (output_dir, *output_dir.parents) if path.is_file())
+        raise UserError(f"output_dir: {output_dir}: {file} is a file, expected a directory") from error
+    except OSError as error:
+        raise UserError(f"output_dir: {output_dir}: cannot write there: {error.strerror}") from error
+
+
+def _already_finished(config: TrainConfig, allow_changed: bool) -> bool:
+    """Whether nothing is left to do: the stage has finished with these settings, and has not been made longer.
+
+    A directory with the model of another stage is not written over.
+    """
     if (config.output_dir / "config.json").is_file():
         stage = read_config(config.output_dir).stage
         if stage != config.stage:
@@ -96,7 +116,20 @@ def _already_finished(config: TrainConfig) -> bool:
                 f"{config.output_dir}: holds the model of stage {stage!r}, found stage {config.stage!r}; "
                 "choose another output_dir"
             )
-    return checkpoints.read_finished(config.output_dir) is not None
+    finished = checkpoints.read_finished(config.output_dir)
+    if finished is None:
+        return False
+    changed = differences(finished["settings"], settings(config, moe_settings(config)))
+    if changed and not allow_changed:
+        raise UserError(
+            f"{config.output_dir}: stage {config.stage} has finished with other settings: "
+            f"{'; '.join(changed.values())}. Restore them, or choose another output_dir"
+        )
+    return not changed and finished["length"] == _length(config)
+
+
+def _length(config: TrainConfig) -> list[float | None]:
+    return [config.training.max_steps, config.training.num_train_epochs]
 
 
 def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
@@ -108,14 +141,17 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
             deepspeed=DEEPSPEED_DIR / f"{config.deepspeed}.json" if config.deepspeed else None,
             on_gpu=rank.on_gpu,
         )
+        if rank.is_main:
+            check_reports(arguments)
+        refuse_what_cannot_be_sharded(config)
     set_seed(config.seed)
     with all_or_none(rank, "model"), main_first(rank):
-        sharding = getattr(arguments, "hf_deepspeed_config", None)
-        with _whole(sharding):
+        sharding = sharding_of(arguments)
+        with whole(sharding):
             model, processor, moe = start_model(config, rank)
         config.data.check_context(context_of(model.config.text_config))
         if sharding is not None and sharding.is_zero3():
-            _gather_whole(model)
+            gather_attention_whole(model)
         model = with_adapters(model, config.trainable)
         trainable.apply(model, config.trainable)
     with all_or_none(rank, "data"), main_first(rank):
@@ -124,29 +160,36 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
             key = "sample_steps" if config.sample_steps else "training.eval_strategy"
             raise UserError(f"{key}: needs held-out rows; set data.validation_fraction")
     check_same(rank, {"data (digest)": data.digest})
-    trainer = _build_trainer(config, rank, arguments, model, processor, data)
+    trainer = _build_trainer(config, arguments, model, processor, data)
     competition = CompetitionCallback(trainer, moe)
-    with _whole(sharding):
+    with whole(sharding):
         utilisation = _utilisation(trainer, data)
     steps = StepCallback(trainer, competition, utilisation)
     watch = WatchCallback(trainer, config.output_dir / "run" / "metrics.jsonl")
     answers = AnswersCallback(trainer, config.output_dir / "run" / "answers.jsonl")
     for callback in (competition, steps, watch, answers):
         trainer.add_callback(callback)
-    checkpoint, resharded = None, False
+    start = None
     with all_or_none(rank, "checkpoint"):
         if rank.is_main:
-            checkpoint, resharded = _checkpoint_to_resume(config, trainer.identity, allow_changed)
+            identity = _identity(config, rank, arguments, moe, data)
+            total = total_steps(arguments, len(data.batch_sampler))
+            start = choose(config.output_dir, identity, arguments, total, allow_changed=allow_changed)
+            _check_start(config, start)
             rows = _trainable_rows(config, trainer)
             check_space(config.output_dir, sum(r.parameters for r in rows), sum(r.trainable_parameters for r in rows))
-    checkpoint, resharded = of_main((checkpoint, resharded))
-    if resharded and sharding is not None:
+            if start.checkpoint is not None and start.resharded and identity["zero_stage"]:
+                universal.convert(start.checkpoint)
+            trainer.mark = {"identity": identity, "plan": start.plan._asdict(), "changes": start.changes}
+            _describe(config, trainer, data, moe)
+    start = of_main(start)
+    assert start is not None
+    trainer.plan, arguments.warmup_steps = start.plan, start.plan.warmup_steps
+    if start.resharded and sharding is not None:
         universal.load_universal(sharding)
-    if rank.is_main:
-        _describe(config, trainer, data, moe)
     started = time.perf_counter()
     with StopOnSignal(trainer), closing(watch):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
     if trainer.state.global_step < trainer.state.max_steps:
         logger.info("stopped at step %d; the same command goes on from here", trainer.state.global_step)
         return False
@@ -162,56 +205,18 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
             "competition_overhead": steps.competition_overhead(),
         }
         watch.write_end(summary)
-        checkpoints.write_finished(config.output_dir, summary)
+        finished = {"settings": settings(config, moe), "length": _length(config)}
+        checkpoints.write_finished(config.output_dir, {**summary, **finished})
         if (overhead := summary["competition_overhead"]) is not None:
             logger.info("competitions added %.1f%% to the step time", 100 * overhead)
         logger.info("%s: wrote the %s model to %s", config.stage, config.stage, config.output_dir)
     return True
 
 
-@contextmanager
-def _whole(sharding: Any) -> Iterator[None]:
-    """Models are built whole inside, never under zero.Init: DeepSpeed shards afterwards (design rule 6)."""
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if sharding is not None:
-            set_hf_deepspeed_config(sharding)
-
-
-def _zero_stage(arguments: Any) -> int:
-    """1 to 3; 0 without DeepSpeed."""
-    sharding = getattr(arguments, "hf_deepspeed_config", None)  # set by TrainingArguments only with DeepSpeed
-    return sharding.get_value("zero_optimization.stage", 0) if sharding is not None else 0
-
-
-def _gather_whole(model: Any) -> None:
-    """Mark what ZeRO-3 must gather as one: it hangs where parameters are used outside their module."""
-    set_z3_leaf_modules(model, model.zero3_leaf_modules)
-    bare = [name for name, block in moe_blocks(model).items() if not z3_leaf_module(block)]
-    if bare:
-        raise RuntimeError(f"ZeRO-3 would gather these MoE blocks piece by piece: {', '.join(bare)}")
-
-
-def _build_trainer(
-    config: TrainConfig, rank: Rank, arguments: Any, model: Any, processor: Any, data: Feed
-) -> StageTrainer:
-    identity = {
-        "stage": config.stage,
-        "seed": config.seed,
-        "data_digest": data.digest,
-        "world_size": rank.world_size,
-        "zero_stage": _zero_stage(arguments),
-        "per_device_train_batch_size": arguments.per_device_train_batch_size,
-        "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
-        "max_steps": arguments.max_steps,
-        "num_train_epochs": arguments.num_train_epochs,
-    }
+def _build_trainer(config: TrainConfig, arguments: Any, model: Any, processor: Any, data: Feed) -> StageTrainer:
     trainer = StageTrainer(
         config=config,
         batch_sampler=data.batch_sampler,
-        identity=identity,
         model=model,
         args=arguments,
         data_collator=data.collator,
@@ -236,24 +241,32 @@ def _utilisation(trainer: StageTrainer, data: Feed) -> Utilisation | None:
     return Utilisation(flops, peak, trainer.args.world_size)
 
 
-def _checkpoint_to_resume(
-    config: TrainConfig, identity: dict[str, Any], allow_changed: bool
-) -> tuple[Path | None, bool]:
-    """The last complete checkpoint, if there is one, and whether another number of ranks wrote it; rank 0 only."""
-    checkpoints.clear_staging(config.output_dir)
-    checkpoint = checkpoints.last_sound(config.output_dir)
-    if checkpoint is None:
-        return None, False
-    resharded = checkpoints.check_identity(checkpoint, identity, allow_changed=allow_changed)
-    if resharded and identity["zero_stage"]:
-        universal.convert(checkpoint)
-    logger.info("%s: going on from %s", config.stage, checkpoint.name)
-    return checkpoint, resharded
+def _identity(config: TrainConfig, rank: Rank, arguments: Any, moe: MoeConfig | None, data: Feed) -> dict[str, Any]:
+    """What a resume compares; rank 0 only, which looks at every image file."""
+    images = {} if isinstance(config.data, TextSection) else fingerprints(data.train)
+    return {
+        **settings(config, moe),
+        **{f"data.{name}.images": digest for name, digest in images.items()},
+        "data": data.digest,
+        "world_size": rank.world_size,
+        "zero_stage": zero_stage(arguments),
+    }
+
+
+def _check_start(config: TrainConfig, start: Start) -> None:
+    if start.checkpoint is not None:
+        logger.info("%s: going on from %s", config.stage, start.checkpoint.name)
+    elif checkpoints.read_finished(config.output_dir) is not None:
+        raise UserError(
+            f"{config.output_dir}: stage {config.stage} has finished, and no checkpoint is left to go on from; "
+            "choose another output_dir"
+        )
+    checkpoints.clear_finished(config.output_dir)
 
 
 def _describe(config: TrainConfig, trainer: StageTrainer, data: Feed, moe: MoeConfig | None) -> None:
     arguments, rows = trainer.args, _trainable_rows(config, trainer)
-    identity = trainer.identity
+    identity = trainer.mark["identity"]
     logger.info(
         "%s: %d rows, global batch %d = %d x %d x %d (ranks x micro-batch x accumulation), %s",
         *(config.stage, len(data.train), trainer.batch_sampler.global_batch_size, identity["world_size"]),
@@ -267,7 +280,7 @@ def _describe(config: TrainConfig, trainer: StageTrainer, data: Feed, moe: MoeCo
         config,
         seeds={"seed": config.seed, **({"competition": moe.seed} if moe else {})},
         data_digest=data.digest,
-        extra={"identity": identity, "trainable": [row._asdict() for row in rows], "data": data.stats},
+        extra={**trainer.mark, "trainable": [row._asdict() for row in rows], "data": data.stats},
     )
 
 
@@ -280,11 +293,11 @@ def _trainable_rows(config: TrainConfig, trainer: StageTrainer) -> list[trainabl
 
 def _save_final(config: TrainConfig, trainer: StageTrainer, rank: Rank) -> None:
     staged = config.output_dir / checkpoints.STAGING / "final"
-    whole = config.model_copy(update={"model": config.model.model_copy(update={"quantization": None})})
+    unquantized = config.model_copy(update={"model": config.model.model_copy(update={"quantization": None})})
 
     def base() -> Any:
-        with _whole(getattr(trainer.args, "hf_deepspeed_config", None)):
-            return start_model(whole, rank)[0]
+        with whole(sharding_of(trainer.args)):
+            return start_model(unquantized, rank)[0]
 
     trainer.save_merged(staged, base=base)
     wait_for_all()

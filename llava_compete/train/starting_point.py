@@ -62,6 +62,13 @@ def _refuse_untrained_tokens(config: TrainConfig) -> None:
         )
 
 
+def moe_settings(config: TrainConfig) -> MoeConfig | None:
+    """The MoE settings in force, without the model."""
+    if config.model.checkpoint is None:
+        return config.moe or None
+    return moe_in_force(config, read_config(config.model.checkpoint, config.model.trust_remote_code).moe)
+
+
 def _tokenizer(config: TrainConfig, rank: Rank) -> Any:
     section = config.model.tokenizer
     if section is None or section.train_on is None:

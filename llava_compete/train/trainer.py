@@ -36,6 +36,7 @@ from llava_compete.train.adapters import save_merged
 from llava_compete.train.bad_layers import first_bad_gradient, first_bad_layer
 from llava_compete.train.config import TrainConfig
 from llava_compete.train.distributed import wait_for_all
+from llava_compete.train.extension import Plan, set_rates
 from llava_compete.train.held_out import validation_loss
 from llava_compete.train.metrics import StepMetrics, scalars
 from llava_compete.train.stopping import deaf_children
@@ -47,6 +48,8 @@ LAUNCHERS_PATIENCE = 30
 # With less than this left, a failed write is taken for a full disk.
 FULL_DISK_BYTES = 64 * 2**20
 # What a checkpoint of a LoRA stage holds beside peft's adapter: parts that train in full.
+# Settings of an optimizer's groups that a resume with --allow-changed obeys; the rest is the optimizer's own state.
+_OBEYED = ("weight_decay", "betas", "eps")
 # torch's kinds of running out of memory that are plain RuntimeErrors.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -69,16 +72,20 @@ class StageTrainer(Trainer):
     Args:
         config: the stage.
         batch_sampler: yields this rank's micro-batches of row numbers, with `set_epoch`.
-        identity: what must not change on resume; saved in each checkpoint.
+
+    Attributes to set before training:
+        mark: what a resume compares; saved in each checkpoint.
+        plan: the run's length, warm-up and competitions.
     """
 
-    def __init__(self, *, config: TrainConfig, batch_sampler: Any, identity: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(self, *, config: TrainConfig, batch_sampler: Any, **kwargs: Any) -> None:
         self.optimizer: Any = None
         self.control: Any = None
         super().__init__(**kwargs)
         self.config = config
         self.batch_sampler = batch_sampler
-        self.identity = identity
+        self.mark: dict[str, Any] = {}
+        self.plan = Plan(0, 0, (0,))
         self.step_metrics = StepMetrics(self.args.device)
         self.step_counts: counts.StepCounts | None = None
         self.stop_requested = False
@@ -130,6 +137,8 @@ class StageTrainer(Trainer):
         trained it begins none, and the stage goes straight to saving its model.
         """
         trained = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *rest)
+        # How often to log, save and evaluate is what the config says now, and not what the checkpoint was written with.
+        self.state.compute_steps(self.args, max_steps)
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else trained
 
     # ---- loss and optimizer ----
@@ -232,9 +241,14 @@ class StageTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.deepspeed is not None and self.deepspeed.load_universal_checkpoint():
-            rates = self.lr_scheduler.get_last_lr()
-            universal.mend_loaded_state(self.deepspeed.optimizer.optimizer, self._group_settings, rates)
+        if checkpoint is None:
+            return
+        optimizer = self.optimizer if self.deepspeed is None else self.deepspeed.optimizer.optimizer
+        rates = set_rates(self.lr_scheduler, [group["lr"] for group in self._group_settings])
+        for group, now, rate in zip(optimizer.param_groups, self._group_settings, rates, strict=True):
+            group.update({key: now[key] for key in _OBEYED if key in now}, lr=rate)
+        if self.deepspeed is not None and self.deepspeed.load_universal_checkpoint():
+            universal.mend_loaded_state(optimizer, self._group_settings, rates)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         """The step's gradient norm; a non-finite one marks the step as bad and keeps it from the weights."""
@@ -315,7 +329,7 @@ class StageTrainer(Trainer):
         wait_for_all()
         if self.args.should_save:
             output_dir = Path(self.args.output_dir)
-            checkpoints.publish(output_dir, f"checkpoint-{self.state.global_step}", self.identity)
+            checkpoints.publish(output_dir, f"checkpoint-{self.state.global_step}", self.mark)
             checkpoints.rotate(output_dir, self.args.save_total_limit)
         wait_for_all()
         self._tell_save_time(time.perf_counter() - began)

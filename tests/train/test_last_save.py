@@ -49,10 +49,10 @@ def straight(request: pytest.FixtureRequest, data: Path, start: Path, tmp_path_f
 def _before_publishing(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = checkpoints.publish
 
-    def publish(output_dir: Path, name: str, identity: Any) -> None:
+    def publish(output_dir: Path, name: str, record: Any) -> None:
         if name == "checkpoint-3":
             fail()
-        plain(output_dir, name, identity)
+        plain(output_dir, name, record)
 
     monkeypatch.setattr(checkpoints, "publish", publish)
 
@@ -137,7 +137,7 @@ def test_a_damaged_file_of_the_right_size_falls_back_to_the_checkpoint_before(
     assert "checkpoint-3: damaged checkpoint skipped (optimizer.pt is not as it was written)" in capsys.readouterr().err
     assert [line["step"] for line in read_metrics(out)] == [1, 2, 3]
     assert [path.name for path in checkpoints.list_complete(out)] == ["checkpoint-2", "checkpoint-3"]
-    assert checkpoints.last_sound(out) == out / "checkpoint-3"
+    assert next(checkpoints.sound(out)) == out / "checkpoint-3"
 
 
 def test_every_step_once_in_all_logs_after_a_resume(

@@ -23,6 +23,8 @@ from llava_compete.train import step_counts as counts
 from llava_compete.train.adapters import with_adapters
 from llava_compete.train.config import DEEPSPEED_DIR, PartTraining, TrainConfig
 from llava_compete.train.distributed import Rank
+from llava_compete.train.identity import SPLIT
+from llava_compete.train.resume import check_identity
 from llava_compete.train.starting_point import start_model
 
 
@@ -191,7 +193,7 @@ def _filler() -> dict[str, object]:
 def test_a_checkpoint_counts_only_when_published(tmp_path: Path) -> None:
     staged = _stage(tmp_path, "checkpoint-3")
     assert checkpoints.list_complete(tmp_path) == []
-    checkpoints.publish(tmp_path, "checkpoint-3", {"seed": 1, "data_digest": "a", **_identity(2, 4, 1)})
+    checkpoints.publish(tmp_path, "checkpoint-3", {"identity": _identity(2, 4, 1)})
     assert not staged.exists()
     for name in ("checkpoint-9", "checkpoint-3.old"):
         (tmp_path / name).mkdir()
@@ -204,7 +206,7 @@ def test_a_checkpoint_that_lost_a_file_is_skipped(
 ) -> None:
     for name in ("checkpoint-3", "checkpoint-6"):
         _stage(tmp_path, name)
-        checkpoints.publish(tmp_path, name, _identity(2, 4, 1))
+        checkpoints.publish(tmp_path, name, {"identity": _identity(2, 4, 1)})
     torn = tmp_path / "checkpoint-6" / "global_step6" / "weights"
     torn.write_text("w", encoding="utf-8") if damage == "cut" else torn.unlink()
     with caplog.at_level("WARNING"):
@@ -213,20 +215,24 @@ def test_a_checkpoint_that_lost_a_file_is_skipped(
 
 
 def test_what_changed_is_named_unless_allowed(tmp_path: Path) -> None:
-    saved = {"seed": 1, "data_digest": "a", **_identity(2, 4, 1)}
-    _stage(tmp_path, "checkpoint-3")
-    checkpoints.publish(tmp_path, "checkpoint-3", saved)
-    checkpoints.check_identity(tmp_path / "checkpoint-3", saved, allow_changed=False)
-    changed = {**saved, "seed": 2, "data_digest": "b"}
-    with pytest.raises(UserError, match=r"seed was 1, is 2; data_digest was 'a', is 'b'.*--allow-changed"):
-        checkpoints.check_identity(tmp_path / "checkpoint-3", changed, allow_changed=False)
-    checkpoints.check_identity(tmp_path / "checkpoint-3", changed, allow_changed=True)
+    saved = {"seed": 1, "data": "a", "trainable.vision.mode": "full", **_identity(2, 4, 1)}
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    (checkpoint / "scheduler.pt").touch()
+    assert check_identity(checkpoint, saved, saved, allow_changed=False) == {}
+    changed = {**saved, "seed": 2, "data": "b"}
+    with pytest.raises(UserError, match=r"data was 'a', is 'b'; seed was 1, is 2.*--allow-changed"):
+        check_identity(checkpoint, saved, changed, allow_changed=False)
+    assert set(check_identity(checkpoint, saved, changed, allow_changed=True)) == {"data", "seed"}
+    weights_only = r"another output_dir, and model\.checkpoint=.*checkpoint-3"
     for stage, engine in ((0, "without DeepSpeed"), (3, "with ZeRO-3")):
-        with pytest.raises(UserError, match=f"written with ZeRO-2, which a run {engine} cannot read"):
-            checkpoints.check_identity(tmp_path / "checkpoint-3", {**saved, "zero_stage": stage}, allow_changed=True)
-    (tmp_path / "checkpoint-3" / "scheduler.pt").unlink()
+        with pytest.raises(UserError, match=f"written with ZeRO-2, which a run {engine} cannot read.*{weights_only}"):
+            check_identity(checkpoint, saved, {**saved, "zero_stage": stage}, allow_changed=True)
+    with pytest.raises(UserError, match=rf"trainable\.vision\.mode was 'full', is 'lora'.*{weights_only}"):
+        check_identity(checkpoint, saved, {**saved, "trainable.vision.mode": "lora"}, allow_changed=True)
+    (checkpoint / "scheduler.pt").unlink()
     with pytest.raises(UserError, match="holds the model alone"):
-        checkpoints.check_identity(tmp_path / "checkpoint-3", saved, allow_changed=True)
+        check_identity(checkpoint, saved, saved, allow_changed=True)
 
 
 def _stage(output_dir: Path, name: str) -> Path:
@@ -239,19 +245,17 @@ def _stage(output_dir: Path, name: str) -> Path:
 
 
 def _identity(world: int, micro: int, accumulation: int, zero_stage: int = 2) -> dict[str, int]:
-    return {**dict(zip(checkpoints.SPLIT, (world, micro, accumulation), strict=True)), "zero_stage": zero_stage}
+    return {**dict(zip(SPLIT, (world, micro, accumulation), strict=True)), "zero_stage": zero_stage}
 
 
 def test_the_same_global_batch_may_be_split_over_another_number_of_ranks(tmp_path: Path) -> None:
-    _stage(tmp_path, "checkpoint-1")
-    checkpoints.publish(tmp_path, "checkpoint-1", _identity(2, 4, 1))
-    resharded = checkpoints.check_identity(tmp_path / "checkpoint-1", _identity(1, 4, 2), allow_changed=False)
-    assert resharded
-    assert not checkpoints.check_identity(tmp_path / "checkpoint-1", _identity(2, 4, 1), allow_changed=False)
+    (tmp_path / "scheduler.pt").touch()
+    saved = _identity(2, 4, 1)
+    assert check_identity(tmp_path, saved, _identity(1, 4, 2), allow_changed=False) == {}
     with pytest.raises(UserError, match="world_size was 2, is 1"):
-        checkpoints.check_identity(tmp_path / "checkpoint-1", _identity(1, 4, 1), allow_changed=False)
+        check_identity(tmp_path, saved, _identity(1, 4, 1), allow_changed=False)
     with pytest.raises(UserError, match="per_device_train_batch_size was 4, is 2"):
-        checkpoints.check_identity(tmp_path / "checkpoint-1", _identity(2, 2, 2), allow_changed=False)
+        check_identity(tmp_path, saved, _identity(2, 2, 2), allow_changed=False)
 
 
 def test_second_run_on_one_directory_is_refused(tmp_path: Path) -> None:

@@ -38,9 +38,9 @@ class CompetitionCallback(TrainerCallback):
         parts = self.moe.parts()
         names = [name for name in moe_blocks(self.trainer.core_model) if _competes(parts, name)]
         if names:
-            self.schedule = CompetitionSchedule.build(
+            self.schedule = CompetitionSchedule.extended(
                 self.moe.seed,
-                state.max_steps,
+                self.trainer.plan.ends,
                 names,
                 self.moe.competition_rate,
                 self.moe.competition_warmup_ratio,

@@ -1,0 +1,227 @@
+"""The grid of ZeRO stage x part x mode x experts: its cells, their configs, and a driver that launches many at once.
+
+A cell trains two SGD steps on two ranks through `train.run`; the change of every tensor must be that of one process
+without DeepSpeed, or the cell is refused before the model is loaded. `scripts/zero_grid.sh` runs the full grid.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from stage_kit import fresh_model, stage_config, tiny_moe, write_data
+
+WORKER = Path(__file__).with_name("zero_grid_worker.py")
+# Of a tensor's change, in norm, against the one-process run: float32 sums in another order.
+TOLERANCE = 1e-3
+SILENCE = 120  # seconds without a result after which a launch is taken to hang
+
+
+class Cell(NamedTuple):
+    """One point of the grid. `step` is what the MoE layers do in every step; dense cells have none."""
+
+    zero: str
+    vision: str
+    projector: str
+    language: str
+    experts: str
+    accumulation: int
+    checkpointing: bool
+
+    @property
+    def name(self) -> str:
+        return "-".join(str(value) for value in self)
+
+    @property
+    def reference(self) -> Cell:
+        """The same training in one process."""
+        return self._replace(zero="alone", accumulation=1, checkpointing=False)
+
+
+AXES: dict[str, Sequence[Any]] = {
+    "zero": ("none", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"),
+    "vision": ("frozen", "full", "lora"),
+    "projector": ("frozen", "full", "lora"),
+    "language": ("frozen", "full", "lora"),
+    "experts": ("dense", "router", "competition"),
+    "accumulation": (1, 2),
+    "checkpointing": (False, True),
+}
+
+
+def _possible(cell: Cell) -> bool:
+    return {cell.vision, cell.projector, cell.language} != {"frozen"}
+
+
+def all_cells() -> list[Cell]:
+    return [cell for cell in itertools.starmap(Cell, itertools.product(*AXES.values())) if _possible(cell)]
+
+
+def pairwise() -> list[Cell]:
+    """Few cells that hold every pair of values of every two axes: each is the one that adds the most new pairs."""
+    cells = all_cells()
+    missing = {pair for cell in cells for pair in _pairs(cell)}
+    chosen = []
+    while missing:
+        best = max(cells, key=lambda cell: len(missing & _pairs(cell)))
+        missing -= _pairs(best)
+        chosen.append(best)
+    return chosen
+
+
+def _pairs(cell: Cell) -> set[tuple[Any, ...]]:
+    return set(itertools.combinations(enumerate(cell), 2))
+
+
+def is_refused(cell: Cell) -> bool:
+    """peft adapts torch's attention of an open_clip tower by exchanging its parameters, which ZeRO-3 has sharded."""
+    return cell.zero.startswith("zero3") and cell.vision == "lora"
+
+
+class Grid:
+    """Start checkpoints, one-process references and results below one folder; what is there is not run again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.results = folder / "results.jsonl"
+
+    def config(self, cell: Cell) -> dict[str, Any]:
+        """The stage of a cell."""
+        modes = {"vision": cell.vision, "projector": cell.projector, "language": cell.language}
+        trainable = {part: {"mode": "lora", "lora_rank": 2} if mode == "lora" else mode for part, mode in modes.items()}
+        moe = cell.experts != "dense"
+        rate = {"competition_rate": float(cell.experts == "competition"), "max_competing_layers": 99}
+        ranks = 1 if cell.zero == "alone" else 2
+        training = {
+            "max_steps": 2,
+            "per_device_train_batch_size": 8 // ranks // cell.accumulation,
+            "gradient_accumulation_steps": cell.accumulation,
+            "activation_checkpointing": cell.checkpointing,
+            "optim": "sgd",
+            "learning_rate": 0.1,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 1e9,  # a norm, and no clipping that would hide a factor
+            "save_strategy": "no",
+        }
+        return stage_config(
+            "sft" if moe else "pft",
+            self.folder / "data" / "data.json",
+            self.folder / "cells" / cell.name,
+            model={"checkpoint": str(self.folder / ("moe" if moe else "dense"))},
+            trainable=trainable,
+            training=training,
+            deepspeed=None if cell.zero in ("none", "alone") else cell.zero,
+            **({"moe": rate} if moe else {}),
+        )
+
+    def prepare(self) -> None:
+        """Data, and the two models that cells start from."""
+        if not (self.folder / "data").exists():
+            write_data(self.folder / "data", rows=8)
+        starts = [("dense", "pretrain_align", {}), ("moe", "sft", {"moe": tiny_moe()})]
+        missing = [
+            stage_config(
+                stage, self.folder / "data" / "data.json", self.folder / name, model=fresh_model(), deepspeed=None,
+                training={"max_steps": 1, "save_strategy": "no", "per_device_train_batch_size": 8}, **moe,
+            )
+            for name, stage, moe in starts
+            if not (self.folder / name / "config.json").is_file()
+        ]  # fmt: skip
+        if missing:
+            path = self.folder / "starts.json"
+            path.write_text(json.dumps(missing), encoding="utf-8")
+            self._launch(1, ["--starts", str(path)], limit=300)
+
+    def run(self, cells: Iterable[Cell]) -> dict[Cell, dict[str, Any]]:
+        """Results of `cells`, those of earlier calls among them."""
+        cells = list(cells)
+        self.prepare()
+        references = {cell.reference for cell in cells if not is_refused(cell)}
+        self._run_all(sorted(references), ranks=1)
+        self._run_all(cells, ranks=2)
+        done = self.done()
+        return {cell: done[cell] for cell in cells}
+
+    def done(self) -> dict[Cell, dict[str, Any]]:
+        if not self.results.is_file():
+            return {}
+        lines = map(json.loads, self.results.read_text(encoding="utf-8").splitlines())
+        return {Cell(*line.pop("cell")): line for line in lines}
+
+    def _run_all(self, cells: Sequence[Cell], ranks: int) -> None:
+        while left := [cell for cell in cells if cell not in self.done()]:
+            path = self.folder / "todo.json"
+            path.write_text(json.dumps([(cell, self.config(cell)) for cell in left]), encoding="utf-8")
+            before = len(self.done())
+            said = self._launch(ranks, ["--cells", str(path)])
+            if len(self.done()) == before:  # the first of the launch took all down
+                self.note(left[0], "crash", said)
+
+    def note(self, cell: Cell, outcome: str, detail: str) -> None:
+        with self.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"cell": cell, "outcome": outcome, "detail": detail[-2000:]}) + "\n")
+
+    def _launch(self, ranks: int, arguments: list[str], limit: float = SILENCE) -> str:
+        """Run the worker's ranks until all are gone, one fails, or none has a result for `limit` seconds."""
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = str(probe.getsockname()[1])
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        logs = [self.folder / f"rank{rank}.log" for rank in range(ranks)]
+        processes = []
+        for rank, log in enumerate(logs):
+            with log.open("w", encoding="utf-8") as file:
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                command = [sys.executable, str(WORKER), str(self.folder), *arguments]
+                processes.append(subprocess.Popen(command, env=environment | own, stdout=file, stderr=file))
+        size, heard = -1, time.monotonic()
+        while any(process.poll() is None for process in processes):
+            time.sleep(0.2)
+            if (now := self.results.stat().st_size if self.results.is_file() else 0) != size:
+                size, heard = now, time.monotonic()
+            if any(process.poll() for process in processes) or time.monotonic() - heard > limit:
+                time.sleep(1)
+                for process in processes:
+                    process.send_signal(signal.SIGKILL)
+        for process in processes:
+            process.wait()
+        return "\n".join(log.read_text(encoding="utf-8")[-1000:] for log in logs)
+
+
+def _rows(results: dict[Cell, dict[str, Any]]) -> Iterator[str]:
+    """A line for each ZeRO setting and kind of block: what came out, and the largest difference."""
+    yield "| ZeRO | blocks | cells | equal | refused | other | largest difference |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for zero, experts in itertools.product(AXES["zero"], AXES["experts"]):
+        mine = [result for cell, result in results.items() if (cell.zero, cell.experts) == (zero, experts)]
+        if not mine:
+            continue
+        count = {outcome: sum(one["outcome"] == outcome for one in mine) for outcome in ("equal", "refused")}
+        worst = max((one["error"] for one in mine if "error" in one), default=float("nan"))
+        numbers = [len(mine), count["equal"], count["refused"], len(mine) - sum(count.values()), f"{worst:.1e}"]
+        yield f"| {zero} | {experts} | {' | '.join(map(str, numbers))} |"
+
+
+def report(results: dict[Cell, dict[str, Any]]) -> str:
+    odd = [
+        f"- `{cell.name}`: {result['outcome']}: {' '.join(result['detail'].split())[-300:]}"
+        for cell, result in results.items()
+        if result["outcome"] != ("refused" if is_refused(cell) else "equal")
+    ]
+    return "\n".join([*_rows(results), "", *(odd or ["No cell came out otherwise than expected."])]) + "\n"
+
+
+if __name__ == "__main__":
+    grid = Grid(Path(sys.argv[1]).resolve())
+    grid.folder.mkdir(parents=True, exist_ok=True)
+    found = grid.run(all_cells() if "--pairwise" not in sys.argv else pairwise())
+    sys.stdout.write(report(found))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,14 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """`write_bytes` of UTF-8 text, its line breaks as they are."""
     write_bytes(path, text.encode())
+
+
+def clear_left_over(folder: Path, older_than_s: float = 3600.0) -> None:
+    """Remove what writers that were killed have left in `folder`; a younger file may still be written to."""
+    for partial in folder.glob(".*.partial"):
+        with suppress(OSError):  # another process may clear it, too
+            if time.time() - partial.stat().st_mtime > older_than_s:
+                partial.unlink()
 
 
 def write_json(path: str | Path, content: Any) -> None:

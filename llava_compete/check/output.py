@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -63,7 +64,8 @@ def write_report(report: CheckReport, path: Path) -> None:
         "sources": {name: asdict(source) for name, source in report.sources.items()},
         "problems": problems,
     }
-    write_json(path, content)
+    with _one_line(path):
+        write_json(path, content)
 
 
 class RowWriter:
@@ -90,16 +92,21 @@ class RowWriter:
 
     def __enter__(self) -> RowWriter:
         for path in self._paths.values():
-            self._open[path] = _partial(path).open("w", encoding="utf-8", newline="\n")
+            with _one_line(path):
+                self._open[path] = _partial(path).open("w", encoding="utf-8", newline="\n")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        for path, file in self._open.items():
-            file.close()
-            if kind is None:
-                _partial(path).replace(path)
-            else:
-                _partial(path).unlink()
+        whole = kind is None
+        try:
+            for path, file in self._open.items():
+                with _one_line(path):
+                    file.close()  # writes the rest
+                    if whole:
+                        _partial(path).replace(path)
+        finally:
+            for path in self._open:
+                _partial(path).unlink(missing_ok=True)
 
     def __call__(self, source: SourceSection, raw: Any, problems: list[Problem]) -> None:
         """The sink of `check_data`."""
@@ -107,13 +114,11 @@ class RowWriter:
         path = self._paths.get(("bad" if reasons else "clean", source.name))
         if path is None:
             return
-        try:
+        with _one_line(path):
             row = raw.text if isinstance(raw, RecordError) else with_image_paths(raw, source, path)
             content = {"row": row, "reasons": reasons} if reasons else row
             # ASCII: a row with half a surrogate pair comes back as it was.
             self._open[path].write(json.dumps(content, default=str) + "\n")
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written: {error}") from error
 
 
 def prepare_outputs(targets: Iterable[Path], sources: list[SourceSection]) -> None:
@@ -133,6 +138,14 @@ def prepare_outputs(targets: Iterable[Path], sources: list[SourceSection]) -> No
             raise UserError(f"{path}: its folder cannot be made: {error.strerror}") from error
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             raise UserError(f"{path}: {'a folder' if path.is_dir() else 'its folder is not writable'}")
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}") from error
 
 
 def _partial(path: Path) -> Path:

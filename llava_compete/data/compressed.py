@@ -29,9 +29,11 @@ def open_bytes(file: Path) -> BinaryIO:
     return file.open("rb")
 
 
-def open_text(file: Path, encoding: str = "utf-8", errors: str = "strict") -> io.TextIOWrapper:
-    """The unpacked text of a file; lines end at "\\n" only."""
-    return io.TextIOWrapper(open_bytes(file), encoding=encoding, errors=errors, newline="\n")
+def open_text(
+    file: Path, encoding: str = "utf-8", errors: str = "strict", newline: str | None = "\n"
+) -> io.TextIOWrapper:
+    """The unpacked text of a file; lines end at "\\n" only, or with `newline=None` as in any text file."""
+    return io.TextIOWrapper(open_bytes(file), encoding=encoding, errors=errors, newline=newline)
 
 
 def plain_suffix(file: Path) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from llava_compete.data.readers import format_of, read_file, suffixes
 from llava_compete.errors import UserError, and_more
-from llava_compete.files import write_text
+from llava_compete.files import clear_left_over, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,7 @@ def file_digests(files: Sequence[Path], memory: Path) -> list[str]:
     Raises:
         SourceError: a file that cannot be read.
     """
+    clear_left_over(memory)
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashing leaves Python's lock
         return list(pool.map(lambda file: _file_digest(file, memory), files))
 

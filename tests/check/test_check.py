@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,10 @@ from llava_compete.check.output import RowWriter
 from llava_compete.check.row_checks import PROBLEMS, TextSide, check_row
 from llava_compete.cli import main
 from llava_compete.data.config import DataSection, SourceSection
+from llava_compete.data.dataset import build_datasets
+from llava_compete.data.tables import load_source
 from llava_compete.errors import UserError
+from llava_compete.vision.image_processing import LlavaCompeteImageProcessor
 
 
 def turns(question="<image>\nWhat?", answer="That."):
@@ -162,6 +166,28 @@ def test_each_broken_input_has_its_kind(kind, tmp_path, images, text_side):
     assert bool(report.num_errors) is is_error
 
 
+# What training takes and the check does not: a row that stands there twice, and a picture that is but a sliver.
+STRICTER = {"duplicate_row", "image_too_small"}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_the_check_and_training_agree(kind, tmp_path, images, text_side):
+    """Training reads every row that the check lets pass, and refuses the others."""
+    processor = SimpleNamespace(
+        tokenizer=text_side.tokenizer,
+        image_processor=LlavaCompeteImageProcessor(8),
+        num_image_tokens=text_side.num_image_tokens,
+    )
+    for number, item in enumerate(BROKEN[kind]):
+        section = section_of(tmp_path, images, [item])
+        report = check_data(section, text_side, workers=0)
+        if report.num_errors and kind not in STRICTER:
+            with pytest.raises(UserError):
+                _ = build_datasets(section, processor, 0).train[0]
+        else:
+            assert build_datasets(section, processor, 0).train[0]["length"] > 0, number
+
+
 def test_every_kind_of_problem_is_shown_here():
     assert set(PROBLEMS) - set(BROKEN) == {"file_unreadable", "not_json", "template_fails"}  # below
     assert len(PROBLEMS) >= 25
@@ -207,6 +233,11 @@ def test_broken_files_are_named_and_every_row_is_written(name, tmp_path, images,
     expected = {"not_json": not_json, "file_unreadable": unreadable, "not_unicode": not_unicode}
     assert dict(report.counts) == {kind: count for kind, count in expected.items() if count}
     assert report.sources["broken"].good_rows == good
+    if report.num_errors:
+        with pytest.raises(UserError):
+            load_source(section.sources[0], tmp_path / "cache")
+    else:
+        assert len(load_source(section.sources[0], tmp_path / "cache").rows) == good
     written = [[json.loads(line) for line in file.open()] for file in files]
     assert (len(written[0]), sum(map(len, written))) == (good, report.sources["broken"].rows)
     for items in report.first.values():

@@ -94,7 +94,14 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.Monke
         RowWriter(tmp_path / "clean.jsonl", None, section.sources) as writer,
     ):
         check_data(section, None, workers=0, sink=writer)
-    assert not (tmp_path / "clean.jsonl").exists()
+    assert not list(tmp_path.glob("*clean*"))
+    monkeypatch.undo()
+    with (
+        pytest.raises(UserError, match=r"clean\.jsonl: cannot be written: .*No space left"),
+        RowWriter(tmp_path / "clean.jsonl", None, section.sources) as writer,
+    ):
+        monkeypatch.setattr(Path, "replace", full)  # as closing the file may fail
+    assert not list(tmp_path.glob("*clean*"))
 
 
 def test_rows_longer_than_the_models_context_are_refused_before_the_start() -> None:

@@ -233,6 +233,15 @@ def test_an_empty_digest_file_is_no_digest(tmp_path: Path) -> None:
     assert sorted(file.read_text() for file in memory.iterdir()) == sorted(expected)
 
 
+def test_partial_files_of_killed_writers_are_cleared(tmp_path: Path) -> None:
+    memory = tmp_path / "digests"
+    old, young = write(memory / ".a.sha256.1.partial"), write(memory / ".b.sha256.2.partial")
+    os.utime(old, (0, 0))
+    file_digests([write(tmp_path / "a.jsonl")], memory)
+    assert not old.exists()
+    assert young.exists()
+
+
 def test_digests_need_no_place_to_write(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = write(tmp_path / "a.jsonl")
     (tmp_path / "taken").write_text("a file, not a folder")

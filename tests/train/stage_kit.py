@@ -20,7 +20,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), 
 def write_data(folder: Path, rows: int = 24, text_every: int = 4) -> Path:
     """LLaVA JSON with plain coloured images; every `text_every`-th row is text only (0: none). Returns its path.
 
-    The sampler sorts by modality: of 24 or 48 rows, global batches of 8 are all text, all images, and one of both.
+    The sampler sorts a global batch of 8 by modality, so that of two ranks one may get all of its text and no image.
     """
     generator = random.Random(0)
     (folder / "images").mkdir(parents=True)

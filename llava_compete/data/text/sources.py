@@ -155,9 +155,10 @@ def _read_file(file: Path, field: str, skip: int) -> Iterator[str | _Skipped]:
     if file.name.endswith(".parquet"):
         yield from _read_parquet(file, field, skip)
         return
-    with open_text(file) as stream:
+    is_json = ".jsonl" in file.suffixes
+    with open_text(file, newline="\n" if is_json else None) as stream:
         try:
-            if ".jsonl" in file.suffixes:
+            if is_json:
                 yield from _read_jsonl(file, stream, field, skip)
             else:
                 yield from _read_text(stream, skip)

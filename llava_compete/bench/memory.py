@@ -1,7 +1,4 @@
-"""Peak memory of CPU tensors, counted: resident memory of a process would also hold what the allocator keeps.
-
-Callers: the benchmarks of MoE blocks and of training steps.
-"""
+"""Peak memory of CPU tensors, counted: resident memory of a process would also hold what the allocator keeps."""
 
 from __future__ import annotations
 

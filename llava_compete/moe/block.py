@@ -152,15 +152,14 @@ class SparseMoeBlock(nn.Module):
             columns.append(used_TE.gather(1, choices_TC).mean(-1, keepdim=True))
         sums = groups.counted_T @ torch.cat(columns, 1)
         load_E, rest = sums[: self.config.num_experts], sums[self.config.num_experts :]
-        zero = torch.zeros_like(groups.num_counted)
         return RoutingMetrics(
             tokens=groups.num_counted,
             load_E=load_E,
             entropy_sum=rest[0],
             margin_sum=rest[1],
             dropped=rest[2],
-            recall_sum=zero if contest is None else rest[3],
-            competition_tokens=zero if contest is None else groups.num_counted,
+            recall_sum=groups.none if contest is None else rest[3],
+            competition_tokens=groups.none if contest is None else groups.num_counted,
         )
 
 

@@ -1,7 +1,7 @@
 """The chosen experts by grouped products: one kernel multiplies each expert's rows by that expert's matrix.
 
-`DispatchUp` and `DownCombine` are the two linear maps of the MLP with the passages around them; the activation between
-them is the caller's. Nothing waits for the device and the number of operators does not depend on E. Each is one
+`DispatchUp` and `DownCombine` are the two linear maps of the MLP with the passages around them, and the activation
+stands between them. Nothing waits for the device and the number of operators does not depend on E. Each is one
 autograd node for two reasons: it saves the packed parameter itself (a saved view would keep ZeRO-3's gathered weights
 alive), and biases need no row of their own for each pair. Suffixes: P pairs sorted by expert, T tokens, K choices, E
 experts, D in, M = I or 2 I hidden rows, I hidden, O out.
@@ -35,24 +35,22 @@ def aligned(weight: Tensor) -> Tensor:
 class DispatchUp(torch.autograd.Function):
     """Tokens x [T, D] -> pre-activations of each pair, [P, M].
 
-    A bias rides as one more input column, whose value is 1: it is then added in the product's float32 accumulator, and
-    its gradient, a sum over an expert's rows, is one column of the weight's gradient.
+    A bias rides as more input columns, as many as fill 16 bytes. Each has the value 1 over their number, a power of
+    two, so that their products add up to the bias, and exactly: in the float32 accumulator. The bias's gradient, a sum
+    over an expert's rows, then is a column of the weight's gradient, times their number.
     """
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_EMD: Tensor, bias_EM: Tensor | None, pairs: Pairs) -> Tensor:
-        width = x_TD.shape[1]
+        ctx.width, ctx.extra = x_TD.shape[1], ALIGNMENT_BYTES // x_TD.element_size()
         weight_EMH = weight_EMD
         if bias_EM is not None:
-            # Columns in whole 16 bytes: beside ones, the bias and zeros.
-            extra = ALIGNMENT_BYTES // x_TD.element_size()
-            ones_TX = x_TD.new_ones(1, 1).expand(x_TD.shape[0], extra)
-            zeros_EMX = weight_EMD.new_zeros(1, 1, 1).expand(*bias_EM.shape, extra - 1)
+            ones_TX = x_TD.new_full((1, 1), 1 / ctx.extra).expand(len(x_TD), ctx.extra)
             x_TD = torch.cat([x_TD, ones_TX], 1)
-            weight_EMH = torch.cat([weight_EMD, bias_EM[:, :, None], zeros_EMX], 2)
+            weight_EMH = torch.cat([weight_EMD, bias_EM[:, :, None].expand(*bias_EM.shape, ctx.extra)], 2)
         x_PH = x_TD.index_select(0, pairs.token_P)
         ctx.save_for_backward(x_PH, weight_EMD)
-        ctx.pairs, ctx.width = pairs, width
+        ctx.pairs = pairs
         return F.grouped_mm(x_PH, weight_EMH.transpose(1, 2), offs=pairs.ends_E)
 
     @staticmethod
@@ -66,7 +64,7 @@ class DispatchUp(torch.autograd.Function):
         if weight_wanted or bias_wanted:
             grad_EMH = F.grouped_mm(grad_PM.t(), x_PH, offs=ends_E)
             grad_weight_EMD = grad_EMH[:, :, : ctx.width].contiguous() if weight_wanted else None
-            grad_bias_EM = grad_EMH[:, :, ctx.width].contiguous() if bias_wanted else None
+            grad_bias_EM = grad_EMH[:, :, ctx.width] * ctx.extra if bias_wanted else None
         return grad_x_TD, grad_weight_EMD, grad_bias_EM, None
 
 
@@ -122,7 +120,7 @@ class DownCombine(torch.autograd.Function):
         if bias_wanted:
             grad_bias_EO = gates_TE.t() @ grad_TO
         if weights_wanted:
-            grad_weights_TK = row_products(grad_TO, y_PO, pairs.place_TK)
+            grad_weights_TK = row_products(grad_TO, y_PO, pairs)
             if bias_EO is not None:
                 grad_weights_TK = grad_weights_TK + (grad_TO @ bias_EO.t()).gather(1, selected_TK)
         return grad_h_PI, grad_weight_EOI, grad_bias_EO, grad_weights_TK, None, None

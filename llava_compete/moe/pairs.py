@@ -20,27 +20,31 @@ class Pairs(NamedTuple):
     expert_P: Tensor  # uint8, or int16 for more than 256 experts
     order_P: Tensor  # flat index t * K + k of each sorted pair
     token_P: Tensor
+    row_P: Tensor  # 0, 1, ...
+    first_T: Tensor  # t * K
     place_TK: Tensor  # where each pair went: the inverse of `order_P`
     ends_E: Tensor  # int32: expert e's rows are ends[e - 1]:ends[e]
 
     @classmethod
     def sort(cls, selected_TK: Tensor, num_experts: int) -> Pairs:
         """From `selected_TK`, int64 expert numbers."""
+        num_tokens, num_choices = selected_TK.shape
         # A GPU sorts by passes over the key's bytes: one for a byte, eight for an int64.
-        keys_P = selected_TK.reshape(-1).to(torch.uint8 if num_experts <= 256 else torch.int16)
+        keys_P = selected_TK.to(torch.uint8 if num_experts <= 256 else torch.int16).reshape(-1)
         expert_P, order_P = torch.sort(keys_P, stable=True)
-        positions_P = torch.arange(order_P.shape[0], device=order_P.device)
-        place_P = torch.empty_like(order_P).scatter_(0, order_P, positions_P)
+        row_P = torch.arange(len(order_P), device=order_P.device)
+        place_TK = torch.empty_like(order_P).scatter_(0, order_P, row_P).view(num_tokens, num_choices)
         experts_E = torch.arange(num_experts, device=order_P.device, dtype=keys_P.dtype)
         # Ends by bisection: counting (bincount, unique) would read the number of experts' rows on the host.
         ends_E = torch.searchsorted(expert_P, experts_E, right=True, out_int32=True)
-        token_P = order_P // selected_TK.shape[1]
-        return cls(expert_P, order_P, token_P, place_P.view(selected_TK.shape), ends_E)
+        first_T = torch.arange(0, len(order_P), num_choices, device=order_P.device)
+        return cls(expert_P, order_P, order_P // num_choices, row_P, first_T, place_TK, ends_E)
 
 
 def sum_rows(rows_PH: Tensor, pairs: Pairs, weights_TK: Tensor | None = None) -> Tensor:
     """[T, H]: for each token the sum of its rows, weighted or not; one kernel, which adds in float32."""
-    return F.embedding_bag(pairs.place_TK, rows_PH, per_sample_weights=weights_TK, mode="sum")
+    weights_P = None if weights_TK is None else weights_TK.flatten()
+    return F.embedding_bag(pairs.place_TK.flatten(), rows_PH, pairs.first_T, per_sample_weights=weights_P, mode="sum")
 
 
 def spread_rows(x_TH: Tensor, pairs: Pairs, weights_TK: Tensor) -> Tensor:
@@ -49,14 +53,18 @@ def spread_rows(x_TH: Tensor, pairs: Pairs, weights_TK: Tensor) -> Tensor:
     return x_TH.index_select(0, pairs.token_P).mul_(weights_P1)
 
 
-def row_products(left_TO: Tensor, right_PO: Tensor, rows_TK: Tensor) -> Tensor:
-    """[T, K]: the inner product of row t of `left` with row `rows[t, k]` of `right`, without gathering those rows."""
-    token_P = torch.arange(rows_TK.numel(), device=rows_TK.device) // rows_TK.shape[1]
-    # Its offsets are read for their dtype alone, since the bag (token) of every index is given.
+def row_products(left_TO: Tensor, right_PO: Tensor, pairs: Pairs) -> Tensor:
+    """[T, K]: the inner product of each pair's row of `right` with its token's row of `left`, summed in float32."""
+    if left_TO.dtype.itemsize == 2:
+        # The kernel below has no bfloat16 on a GPU (torch 2.11). The rows' copy is small beside the experts' products.
+        right_TKO = right_PO.index_select(0, pairs.place_TK.flatten()).unflatten(0, pairs.place_TK.shape)
+        return torch.bmm(right_TKO, left_TO.unsqueeze(2)).squeeze(2)
+    # Neither side's rows are gathered. Of the two last tensors, the bags' offsets and each row's bag, the kernel reads
+    # the second alone.
     products_P = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        left_TO, right_PO, rows_TK.reshape(-1), token_P, token_P, 0
+        left_TO, right_PO, pairs.row_P, pairs.token_P, pairs.token_P, 0
     )
-    return products_P.view(rows_TK.shape)
+    return products_P.index_select(0, pairs.place_TK.flatten()).view(pairs.place_TK.shape)
 
 
 class Dispatch(torch.autograd.Function):
@@ -87,6 +95,6 @@ class Combine(torch.autograd.Function):
         grad_TO = grad_TO.contiguous()
         return (
             spread_rows(grad_TO, ctx.pairs, weights_TK),
-            row_products(grad_TO, y_PO, ctx.pairs.place_TK),
+            row_products(grad_TO, y_PO, ctx.pairs),
             None,
         )

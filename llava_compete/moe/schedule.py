@@ -3,7 +3,7 @@
 Warm-up steps have no competition. After them every layer draws with probability `competition_rate` at each step; at
 most `max_competing_layers` compete in one step, and a draw that finds its step full moves to the nearest earlier step
 with room, else to the nearest later one, so that a layer keeps its number of competitions. CompeteSMoE, arXiv
-2505.13380, section 3.3. Called by the trainer's callback; nothing of it is saved with the weights.
+2505.13380, section 3.3. Nothing of it is saved with the weights.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ class TokenGroups:
     global_weights_ST: the same weights over `num_sequences`.
     token_weights_T: [T], their sum over sequences. A mean of x_T over sequences' means is
         `(token_weights_T * x_T).sum()`; the sum of it over micro-batches and ranks is the global mean.
-    counted_T: [T], 1 for a token that takes part in statistics, else 0; `num_counted`: 0-dim, their number.
+    counted_T: [T], 1 for a token that takes part in statistics, else 0.
+    num_counted, none: 0-dim, the number of these, and 0.
 
     All are made here, once a forward: each of a part's layers reads them several times.
     """
@@ -38,6 +39,7 @@ class TokenGroups:
         self.token_weights_T = self.global_weights_ST.sum(0)
         self.counted_T = (self.token_weights_T > 0).float()
         self.num_counted = self.counted_T.sum()
+        self.none = torch.zeros_like(self.num_counted)
 
     @classmethod
     def from_mask(cls, mask_BN: Tensor, num_sequences: int | Tensor | None = None) -> TokenGroups:
@@ -126,7 +128,7 @@ class RoutingState:
         self.recording_gradients = False
 
     def join(self, name: str) -> None:
-        """Called by each block when it is built, under its name."""
+        """Make a layer known under its name; each block does when it is built."""
         self._competes.setdefault(name, False)
 
     @property

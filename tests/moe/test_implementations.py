@@ -109,6 +109,7 @@ def test_the_choice_of_an_implementation() -> None:
     assert chosen(make_block(sizes=odd, **explicit), 5) is eager
     assert chosen(make_block(sizes=even, **explicit), 5) is grouped
     with torch.no_grad():
+        assert chosen(make_block(sizes=even), 5) is grouped
         for device, implementation in itertools.product(("cpu", "cuda"), ("auto", *FUNCTIONS)):
             block = make_block(sizes=even, experts_implementation=implementation)
             assert chosen(block, 1, device, bf16) is one_token

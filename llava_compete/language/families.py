@@ -47,6 +47,7 @@ FAMILIES: dict[str, LanguageFamily] = {
     "gemma3_text": LanguageFamily(activation="hidden_activation", templates=("gemma",)),
     "glm": LanguageFamily(),
     "glm4": LanguageFamily(),
+    "gpt_neox": LanguageFamily(gated=False, bias=True),
     "granite": LanguageFamily(bias="mlp_bias"),
     "hunyuan_v1_dense": LanguageFamily(),
     # Llama 2, Vicuna, Llama 3 and models with ChatML are all "llama"; a template without control tokens comes last.

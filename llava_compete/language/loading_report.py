@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from safetensors import SafetensorError
+
 from llava_compete.errors import UserError, and_more
+
+
+@contextmanager
+def damage_named(path: str) -> Iterator[None]:
+    """Turn what transformers' loader raises for the files of `path` into a `UserError` of one line."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise UserError(f"{path}: truncated or damaged weights ({error})") from error
+    except RuntimeError as error:
+        if "automatic conversion" not in str(error):
+            raise
+        raise UserError(
+            f"{path}: weights do not fit config.json: missing or misshapen tensors among those that the language "
+            "model's own experts are made of (transformers' report above names them)"
+        ) from error
 
 
 def refuse_wrong_keys(path: str, info: dict[str, Any]) -> None:

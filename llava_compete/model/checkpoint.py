@@ -11,13 +11,29 @@ from safetensors import SafetensorError, safe_open
 
 from llava_compete.errors import UserError
 from llava_compete.files import mode_by_umask
+from llava_compete.language.loading_report import damage_named, refuse_wrong_keys
 from llava_compete.language.remote_code import copy_remote_code, register_remote_code
 from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
-from llava_compete.model.parameter_names import current_name
+from llava_compete.model.parameter_names import OLD_NAMES, are_old, current_name
 from llava_compete.model.processor import LlavaCompeteProcessor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# safetensors' names of what torch can hold.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class TensorFacts(NamedTuple):
@@ -25,7 +41,7 @@ class TensorFacts(NamedTuple):
 
     file: Path
     shape: tuple[int, ...]
-    dtype: str
+    dtype: torch.dtype
     stored_name: str
 
 
@@ -67,7 +83,10 @@ def read_weight_headers(directory: str | Path) -> dict[str, TensorFacts]:
             with safe_open(file, framework="pt") as shard:
                 for key in shard.keys():  # noqa: SIM118 (a safetensors handle is no dict)
                     tensor = shard.get_slice(key)
-                    facts[current_name(key)] = TensorFacts(file, tuple(tensor.get_shape()), tensor.get_dtype(), key)
+                    dtype = DTYPES.get(tensor.get_dtype())
+                    if dtype is None:
+                        raise UserError(f"{file}: {key} has dtype {tensor.get_dtype()}, expected one that torch has")
+                    facts[current_name(key)] = TensorFacts(file, tuple(tensor.get_shape()), dtype, key)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: truncated or damaged weights ({error})") from error
     return facts
@@ -84,6 +103,39 @@ def _weight_files(directory: Path) -> list[Path]:
     if not (directory / WEIGHTS).is_file():
         raise UserError(f"{directory}: no weights (neither {WEIGHTS} nor {INDEX})")
     return [directory / WEIGHTS]
+
+
+def model_on_meta(
+    source: str | Path, config: LlavaCompeteConfig, headers: dict[str, TensorFacts]
+) -> LlavaCompeteForConditionalGeneration:
+    """The model that the weights of `headers` make, without memory for them; `source` is where they are from.
+
+    transformers' own loader puts tensors of those names and shapes in their places: files may hold a language model's
+    tensors in its original form, such as experts one by one.
+
+    Raises:
+        UserError: weights that a load would refuse.
+    """
+    if getattr(config, "quantization_config", None) is not None:  # stored packed, under more names
+        with torch.device("meta"):
+            return LlavaCompeteForConditionalGeneration(config)
+    stored = {
+        facts.stored_name: torch.empty(facts.shape, dtype=facts.dtype, device="meta") for facts in headers.values()
+    }
+    # Not our own `from_pretrained`, which says where the weights are from by the name that is not given here.
+    load = super(LlavaCompeteForConditionalGeneration, LlavaCompeteForConditionalGeneration).from_pretrained
+    with damage_named(str(source)):
+        model, info = load(
+            None,
+            config=config,
+            state_dict=stored,
+            key_mapping=OLD_NAMES if are_old(stored) else None,
+            device_map={"": "meta"},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with the other wrong keys
+        )
+    refuse_wrong_keys(str(source), info)
+    return model
 
 
 def load_checkpoint(

@@ -19,7 +19,7 @@ from llava_compete.errors import UserError
 class _Done(nn.Module):
     """Stands where the causal LM has its layers, which have run: hands on what it is given as hidden states."""
 
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> MoeModelOutputWithPast:
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> MoeModelOutputWithPast:
         return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 

@@ -7,15 +7,13 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 
-from llava_compete.errors import UserError
-from llava_compete.language.loading_report import refuse_wrong_keys
+from llava_compete.language.loading_report import damage_named, refuse_wrong_keys
 from llava_compete.model.backbone import LlavaCompeteModel, LlavaCompetePreTrainedModel
 from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.generation import ImageGenerationMixin
@@ -127,10 +125,8 @@ class LlavaCompeteForConditionalGeneration(LlavaCompetePreTrainedModel, ImageGen
         # Mismatched shapes are not ignored: collected with the other wrong keys, and refused below.
         kwargs.update(output_loading_info=True, ignore_mismatched_sizes=True)
         kwargs.setdefault("key_mapping", old_names_mapping(path))
-        try:
+        with damage_named(path):
             model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except SafetensorError as error:
-            raise UserError(f"{path}: truncated or damaged weights ({error})") from error
         refuse_wrong_keys(path, info)
         if model.vision_tower is not None:
             refuse_offloaded_tower(getattr(model, "hf_device_map", {}))

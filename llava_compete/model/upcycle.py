@@ -24,7 +24,14 @@ from tqdm import tqdm
 from llava_compete.config import StrictConfig
 from llava_compete.errors import UserError, and_more
 from llava_compete.files import mode_by_umask
-from llava_compete.model.checkpoint import INDEX, WEIGHTS, TensorFacts, read_config, read_weight_headers
+from llava_compete.model.checkpoint import (
+    INDEX,
+    WEIGHTS,
+    TensorFacts,
+    model_on_meta,
+    read_config,
+    read_weight_headers,
+)
 from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.section import ModelSection
@@ -36,8 +43,8 @@ logger = logging.getLogger(__name__)
 # Names of the dense layers whose weights a packed parameter is made of, in order of its rows.
 DENSE_NAMES = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("gate_up_proj",)),
-    "up_proj": (("c_fc",), ("fc1",), ("up_proj",)),
-    "down_proj": (("down_proj",), ("c_proj",), ("fc2",)),
+    "up_proj": (("c_fc",), ("fc1",), ("up_proj",), ("dense_h_to_4h",)),
+    "down_proj": (("down_proj",), ("c_proj",), ("fc2",), ("dense_4h_to_h",)),
 }
 SHARD_BYTES = 2 * 1024**3
 # What a checkpoint directory holds besides config and weights, and what of it belongs to the parent's run only.
@@ -78,7 +85,8 @@ class _Source(NamedTuple):
     """How a tensor of the new checkpoint is made: dense tensors joined by rows, then `copies` times; or a router."""
 
     keys: tuple[str, ...]
-    copies: int | None
+    shape: tuple[int, ...]
+    copies: int | None = None
     router: SparseMoeBlock | None = None
 
 
@@ -93,16 +101,19 @@ def upcycle(
     if not moe.parts():
         raise UserError("moe: no part given; expected at least one of vision, projector, language")
     headers = read_weight_headers(parent)
+    tied = model_on_meta(parent, config, headers).all_tied_weights_keys
     new_config = _new_config(config, moe)
     with torch.device("meta"):
         model = LlavaCompeteForConditionalGeneration(new_config)
     blocks = {path: module for path, module in model.named_modules() if isinstance(module, SparseMoeBlock)}
-    sources = _plan(model, blocks, headers, parent)
+    # A tied tensor is one with its source, also where a checkpoint stores it a second time.
+    kept = {key: facts for key, facts in headers.items() if tied.get(key) not in headers}
+    sources = _plan(blocks, kept, parent)
     partial = output_dir.with_name(output_dir.name + ".partial")
     _prepare(parent, output_dir, partial)
     _copy_other_files(parent, partial)
     new_config.save_pretrained(partial)
-    _write_shards(partial, sources, headers, model, seed, shard_bytes)
+    _write_shards(partial, sources, headers, seed, shard_bytes)
     if output_dir.exists():
         shutil.rmtree(output_dir)
     partial.rename(output_dir)
@@ -117,38 +128,23 @@ def _new_config(config: LlavaCompeteConfig, moe: MoeConfig) -> LlavaCompeteConfi
     return new_config
 
 
-def _plan(
-    model: LlavaCompeteForConditionalGeneration,
-    blocks: dict[str, SparseMoeBlock],
-    headers: dict[str, TensorFacts],
-    parent: Path,
-) -> dict[str, _Source]:
-    """A source for each tensor of the new model, checked against the parent's tensors for names and shapes."""
-    # A tied tensor is one with its source, also where a checkpoint stores it a second time.
-    tied = {key for key, source in model.all_tied_weights_keys.items() if key not in headers or source in headers}
-    sources = {key: _Source((key,), None) for key in model.state_dict() if key not in tied}
+def _plan(blocks: dict[str, SparseMoeBlock], headers: dict[str, TensorFacts], parent: Path) -> dict[str, _Source]:
+    """A source for each tensor of the new checkpoint: all as they are stored, but for the MLPs that become experts."""
+    sources: dict[str, _Source] = {}
     for path, block in blocks.items():
-        for key in [key for key in sources if key.startswith(f"{path}.")]:
-            child, _, name = key.removeprefix(f"{path}.").partition(".")
+        for key, tensor in block.state_dict().items():
+            child, _, name = key.partition(".")
             if child == "router":
-                sources[key] = _Source((), None, block)
+                sources[f"{path}.{key}"] = _Source((), tuple(tensor.shape), None, block)
             else:
-                sources[key] = _Source(_dense_keys(path, name, headers, parent), block.config.num_experts)
-    used = {key for source in sources.values() for key in source.keys}
-    problems = [f"missing {key}" for key in sorted(used - set(headers))]
-    problems += [f"unexpected {key}" for key in sorted(set(headers) - used - set(model.all_tied_weights_keys))]
-    for key, parameter in model.state_dict().items():
-        source = sources.get(key)
-        if source is None or source.router is not None or any(part not in headers for part in source.keys):
-            continue
-        shapes = [headers[part].shape for part in source.keys]
-        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
-        expected = tuple(parameter.shape) if source.copies is None else tuple(parameter.shape[1:])
-        if shape != expected:
-            problems.append(f"{key} is made of shape {list(shape)}, expected {list(expected)}")
-    if problems:
-        raise UserError(f"{parent}: weights do not fit config.json: {and_more(problems)}")
-    return sources
+                dense = _dense_keys(path, name, headers, parent)
+                sources[f"{path}.{key}"] = _Source(dense, tuple(tensor.shape), block.config.num_experts)
+    dense_tensors = {key for source in sources.values() for key in source.keys}
+    copies = {key: _Source((key,), facts.shape) for key, facts in headers.items() if key not in dense_tensors}
+    unexpected = sorted(key for key in copies if key.startswith(tuple(f"{path}." for path in blocks)))
+    if unexpected:
+        raise UserError(f"{parent}: tensors of an MLP that experts have no place for: {and_more(unexpected)}")
+    return copies | sources
 
 
 def _dense_keys(path: str, name: str, headers: dict[str, TensorFacts], parent: Path) -> tuple[str, ...]:
@@ -187,13 +183,11 @@ def _write_shards(
     directory: Path,
     sources: dict[str, _Source],
     headers: dict[str, TensorFacts],
-    model: LlavaCompeteForConditionalGeneration,
     seed: int,
     shard_bytes: int,
 ) -> None:
-    shapes = model.state_dict()
     dtype_of = {key: _dtype(source, headers) for key, source in sources.items()}
-    sizes = {key: shapes[key].numel() * dtype_of[key].itemsize for key in sources}
+    sizes = {key: _numel(source.shape) * dtype_of[key].itemsize for key, source in sources.items()}
     shards = list(_group(sizes, shard_bytes))
     weight_map = {}
     with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="upcycle", leave=False) as bar:
@@ -240,18 +234,15 @@ def _router_tensor(key: str, block: SparseMoeBlock, seed: int) -> Tensor:
     """The router's parameter, drawn from (seed, layer) alone, so that no other layer's choice moves it."""
     router = type(block.router)(block.config, block.experts.up.shape[2])
     router.reset_parameters(torch.Generator().manual_seed(zlib.crc32(f"{seed}/{block.name}".encode())))
-    return router.get_parameter(key.rpartition(".router.")[2]).detach()
+    return router.state_dict()[key.rpartition(".router.")[2]]
 
 
 def _dtype(source: _Source, headers: dict[str, TensorFacts]) -> torch.dtype:
     """Stored precision; routers are kept in float32, in which they are computed, unless the parent is all narrower."""
     if source.router is not None:
-        names = {facts.dtype for facts in headers.values()}
-        return torch.float32 if "F32" in names or len(names) != 1 else _DTYPES[names.pop()]
-    return _DTYPES[headers[source.keys[0]].dtype]
-
-
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I64": torch.int64}
+        stored = {facts.dtype for facts in headers.values() if facts.dtype.is_floating_point}
+        return torch.float32 if torch.float32 in stored or len(stored) != 1 else stored.pop()
+    return headers[source.keys[0]].dtype
 
 
 def _report(

@@ -155,7 +155,7 @@ def test_refusals(dense: Path, tmp_path: Path) -> None:
     weights = load_file(dense / "model.safetensors")
     del weights["model.language_model.layers.0.mlp.down_proj.weight"]
     save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"no dense weight for model\.language_model\.layers\.0\.mlp"):
+    with pytest.raises(UserError, match=r"missing model\.language_model\.layers\.0\.mlp\.down_proj\.weight"):
         upcycle(dense, tmp_path / "none", moe)
     assert not (tmp_path / "none").exists()
 

@@ -101,7 +101,8 @@ class PackedExperts(nn.Module):
             x_TD = x_TD.to(weights.down.dtype)
             if selected_experts_TK is None or routing_weights_TK is None:
                 return self._compete(weights, x_TD)
-            function = choose(self.implementation, weights, x_TD.shape[0], x_TD.device)
+            num_tokens, num_choices = selected_experts_TK.shape
+            function = choose(self.implementation, weights, num_tokens, num_choices, x_TD.device)
             return ExpertsOutput(function(weights, x_TD, selected_experts_TK, routing_weights_TK), None)
 
     def _weights(self, dtype: torch.dtype) -> ExpertWeights:

@@ -22,6 +22,8 @@ from llava_compete.moe.pairs import Combine, Dispatch, Pairs
 
 # Up to so many bytes of the chosen experts' weights a GPU copies them in about the time of one kernel's launch.
 COPIED_WEIGHT_BYTES = 2**25
+# A GPU multiplies so many tokens with a matrix in the time that it takes to read it (H100: 295 operations a byte).
+TOKENS_OF_A_READ = 128
 
 
 class ExpertWeights:
@@ -69,23 +71,33 @@ class ExpertWeights:
 Function = Callable[[ExpertWeights, Tensor, Tensor, Tensor], Tensor]
 
 
-def choose(requested: str, weights: ExpertWeights, num_tokens: int, device: torch.device) -> Function:
-    """The function for a call. One token at inference has a way of its own; `grouped_mm` falls back where rows do not
-    begin at multiples of 16 bytes: to `dense` on CUDA, which does not wait for the device, and to `eager` elsewhere.
+def choose(requested: str, weights: ExpertWeights, num_tokens: int, num_choices: int, device: torch.device) -> Function:
+    """The function for a call.
 
     `auto` is `grouped_mm` in bfloat16 on CUDA; on a CPU `eager` with gradients and `grouped_mm` without (2 to 16% less
-    time from 4 tokens to 32). Float32 and float16 are `dense`
-    on CUDA: torch's grouped_mm has no kernel for them and would read every expert's number of rows on the host.
+    time from 4 tokens to 32). Few tokens without gradients, as in decoding, have ways of their own. `grouped_mm` falls
+    back where rows do not begin at multiples of 16 bytes: on CUDA to `dense`, which does not wait for the device, and
+    elsewhere to `eager`. So it does on CUDA in float32 and float16: torch's grouped_mm has no kernel for them and would
+    read every expert's number of rows on the host.
     """
-    on_cuda = device.type == "cuda"
-    if num_tokens == 1 and not torch.is_grad_enabled() and requested in ("auto", *FUNCTIONS):
+    on_cuda, infers = device.type == "cuda", not torch.is_grad_enabled()
+    if infers and requested == "auto" and on_cuda and _reads_all_anyway(weights.num_experts, num_tokens, num_choices):
+        return dense
+    if infers and num_tokens == 1 and requested in ("auto", *FUNCTIONS):
         return one_token
     fits = weights.fit_grouped_mm() and not (on_cuda and weights.up.dtype != torch.bfloat16)
     if requested == "auto":
-        requested = "grouped_mm" if on_cuda or not torch.is_grad_enabled() else "eager"
+        requested = "grouped_mm" if on_cuda or infers else "eager"
     if requested == "grouped_mm" and not fits:
         requested = "dense" if on_cuda else "eager"
     return FUNCTIONS[requested] if requested in FUNCTIONS else _of_transformers(requested)
+
+
+def _reads_all_anyway(num_experts: int, num_tokens: int, num_choices: int) -> bool:
+    """Whether decoding by `dense`, a third of the launches, reads hardly more weights: where the tokens' choices touch
+    nearly all experts, or, for a copy of the chosen ones is written and read again, one token's a third of them."""
+    few = num_tokens <= TOKENS_OF_A_READ
+    return few and (num_tokens * num_choices >= 2 * num_experts or 3 * num_choices >= num_experts)
 
 
 def eager(weights: ExpertWeights, x_TD: Tensor, selected_TK: Tensor, routing_TK: Tensor) -> Tensor:
@@ -106,10 +118,12 @@ def grouped(weights: ExpertWeights, x_TD: Tensor, selected_TK: Tensor, routing_T
 
 def dense(weights: ExpertWeights, x_TD: Tensor, selected_TK: Tensor, routing_TK: Tensor) -> Tensor:
     """Every expert on every token, and weights of 0 where it was not chosen: E / K of the arithmetic, any width."""
-    gates_TE = routing_TK.new_zeros(x_TD.shape[0], weights.num_experts).scatter(1, selected_TK, routing_TK)
     h_TEI = weights.activate(AllExpertsUp.apply(x_TD, weights.up, weights.up_bias))
     y_ETO = AllExpertsDown.apply(h_TEI, weights.down, weights.down_bias)
-    return (y_ETO * gates_TE.to(y_ETO.dtype).t()[:, :, None]).sum(0)
+    gates_TE = y_ETO.new_zeros(x_TD.shape[0], weights.num_experts).scatter(1, selected_TK, routing_TK.to(y_ETO.dtype))
+    if not torch.is_grad_enabled():
+        return (gates_TE[:, None] @ y_ETO.transpose(0, 1))[:, 0]
+    return (y_ETO * gates_TE.t()[:, :, None]).sum(0)
 
 
 def one_token(weights: ExpertWeights, x_1D: Tensor, selected_1K: Tensor, routing_1K: Tensor) -> Tensor:

@@ -93,26 +93,34 @@ def test_without_gradients_few_tokens_equal_rows_of_many(output_size: int, bias:
                     torch.testing.assert_close(block(x[row : row + 1]), expected[row : row + 1])
 
 
-def chosen(block: SparseMoeBlock, tokens: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Function:
+def chosen(block: SparseMoeBlock, tokens: int, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Function:
     """The function that a call of the block's experts takes."""
-    return choose(block.experts.implementation, block.experts._weights(dtype), tokens, torch.device(device))
+    experts = block.experts
+    num_choices = block.config.num_experts_per_tok
+    return choose(experts.implementation, experts._weights(dtype), tokens, num_choices, torch.device(device))
 
 
 def test_the_choice_of_an_implementation() -> None:
     odd, even = {"hidden_size": 20, "intermediate_size": 30}, {**SIZES, "output_size": 24}
-    bf16 = torch.bfloat16
     assert chosen(make_block(sizes=even), 5) is eager
-    assert chosen(make_block(sizes=even), 5, "cuda", bf16) is grouped
-    assert chosen(make_block(sizes=odd), 5, "cuda", bf16) is dense
-    assert chosen(make_block(sizes=even), 5, "cuda") is dense, "torch has no grouped kernel for float32"
+    assert chosen(make_block(sizes=even), 5, "cuda") is grouped
+    assert chosen(make_block(sizes=odd), 5, "cuda") is dense
+    assert chosen(make_block(sizes=even), 5, "cuda", torch.float32) is dense, "torch has no grouped kernel for float32"
     explicit = {"experts_implementation": "grouped_mm"}
     assert chosen(make_block(sizes=odd, **explicit), 5) is eager
     assert chosen(make_block(sizes=even, **explicit), 5) is grouped
-    with torch.no_grad():
-        assert chosen(make_block(sizes=even), 5) is grouped
-        for device, implementation in itertools.product(("cpu", "cuda"), ("auto", *FUNCTIONS)):
-            block = make_block(sizes=even, experts_implementation=implementation)
-            assert chosen(block, 1, device, bf16) is one_token
+
+
+@torch.no_grad()
+def test_the_choice_of_an_implementation_at_inference() -> None:
+    few, many = make_block(sizes=SIZES), make_block(num_experts=64, sizes=SIZES)
+    assert chosen(few, 5) is chosen(few, 500) is chosen(few, 500, "cuda") is grouped
+    assert chosen(few, 1, "cuda") is chosen(few, 32, "cuda") is dense, "nearly all experts are read"
+    assert chosen(many, 64, "cuda") is dense
+    assert chosen(many, 63, "cuda") is grouped
+    assert chosen(many, 1, "cuda") is one_token
+    for implementation in ("auto", *FUNCTIONS):
+        assert chosen(make_block(experts_implementation=implementation, sizes=SIZES), 1) is one_token
 
 
 def test_weights_between_multiples_of_16_bytes_take_the_grouped_products_too() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from block_kit import make_block
+from fake_gpu import fake_gpu, move_to_fake_gpu
 from operator_kit import Operators, RepeatedRowsError
 from torch import Tensor
 
@@ -68,6 +69,17 @@ def test_inference_computes_nothing_for_statistics() -> None:
             block(x)
         assert operators.total <= most, operators.counts
         assert operators.counts["sort"] == (1 if tokens == 1 else 2), "the router's, and the tokens' by expert"
+
+
+@pytest.mark.parametrize("experts", [4, 64])
+@pytest.mark.parametrize("tokens", [1, 3, 64, 300])
+def test_inference_never_waits_for_the_gpu(tokens: int, experts: int) -> None:
+    block = make_block(num_experts=experts, sizes={**SIZES, "output_size": 24}).bfloat16()
+    with fake_gpu(), torch.no_grad():
+        move_to_fake_gpu(block)
+        output = block(torch.empty(1, tokens, 16, dtype=torch.bfloat16, device="cuda"))
+    assert output.shape == (1, tokens, 24)
+    assert output.device.type == "cuda"
 
 
 @pytest.mark.parametrize(

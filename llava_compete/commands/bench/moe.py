@@ -54,19 +54,21 @@ def run(arguments: argparse.Namespace) -> None:
     tokens = arguments.tokens or (8192 if on_gpu else 2048)
     machine = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
     logger.info("%s, %s, %d tokens", machine, "bfloat16" if on_gpu else "float32", tokens)
-    shapes = [moe.Shape(*sizes) for sizes in arguments.shape or []]
-    rows = moe.measure(
-        shapes or (moe.GPU_SHAPES if on_gpu else moe.CPU_SHAPES),
-        tokens=tokens,
-        rounds=arguments.rounds,
-        device=device,
-        dtype=torch.bfloat16 if on_gpu else torch.float32,
-        progress=logger.info,
-    )
-    for line in moe.table(rows):
-        logger.info("%s", line)
     for path in filter(None, (arguments.figure, arguments.json)):
         path.parent.mkdir(parents=True, exist_ok=True)
+    shapes = [moe.Shape(*sizes) for sizes in arguments.shape or []]
+    rows: list[moe.Row] = []
+    for shape in shapes or (moe.GPU_SHAPES if on_gpu else moe.CPU_SHAPES):
+        rows += moe.measure(
+            [shape],
+            tokens=tokens,
+            rounds=arguments.rounds,
+            device=device,
+            dtype=torch.bfloat16 if on_gpu else torch.float32,
+            progress=logger.info,
+        )
+        if arguments.json:  # after each shape, so that what was measured stays if the time runs out
+            moe.write_json(rows, arguments.json)
+    for line in moe.table(rows):
+        logger.info("%s", line)
     moe.write_figure(rows, arguments.figure)
-    if arguments.json:
-        moe.write_json(rows, arguments.json)

@@ -17,6 +17,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/study.sh"
 
 steps=250 seeds=3 limit=null SUITE=demo OUT=outputs/compare_routers CONFIG=configs/demo/sft.yaml
 UPCYCLE=configs/demo/upcycle.yaml overrides=()
+# Experts of each token, one of them shared with the shared_* routers: with 2 their router would get no gradient from the
+# task, and with another number than the rest they would have other active sizes.
+CHOSEN=3
 while [ $# -gt 0 ]; do
   case "$1" in
     --quick) steps=60 seeds=1 limit=200 OUT=outputs/compare_routers_quick ;;
@@ -40,7 +43,7 @@ if [ "$gpus" -eq 0 ]; then
   export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
 
-study_settings "$OUT" "parent ${PARENT:-trained here}, $CONFIG, $UPCYCLE, suite $SUITE, $steps steps, limit $limit ${overrides[*]}"
+study_settings "$OUT" "parent ${PARENT:-trained here}, $CONFIG, $UPCYCLE, suite $SUITE, $steps steps, $CHOSEN experts a token, limit $limit ${overrides[*]}"
 if [ -z "${PARENT:-}" ]; then
   PARENT=$OUT/parent
   [ -f playground/data/demo/eval/meta.json ] || llava-compete data demo --out playground/data/demo
@@ -57,7 +60,7 @@ run_one() {
   if [ "$method" != dense ]; then
     start=$directory/upcycle moe=()
     [ -f "$start/config.json" ] || llava-compete upcycle --config "$UPCYCLE" model.checkpoint="$PARENT" \
-      output_dir="$start" moe.language.router="$method" seed="$seed"
+      output_dir="$start" moe.language.router="$method" moe.language.num_experts_per_tok="$CHOSEN" seed="$seed"
   fi
   [ -f "$directory/sft/config.json" ] || llava-compete train "$CONFIG" --stage sft model.checkpoint="$start" \
     output_dir="$directory/sft" seed="$seed" deepspeed=none training.per_device_train_batch_size=16 \

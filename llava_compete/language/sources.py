@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -16,11 +17,13 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
     PreTrainedConfig,
 )
 
 from llava_compete.errors import UserError, did_you_mean, nearest
 from llava_compete.language.config import LanguageModelSection, TokenizerSection
+from llava_compete.language.gguf import gguf_options, set_pre_tokenizer
 from llava_compete.language.interface import refuse_unusable
 from llava_compete.language.loading_report import refuse_wrong_keys
 from llava_compete.language.remote_code import register_remote_code
@@ -40,9 +43,10 @@ def text_config_of(
     if language.config is not None and (language.name is None or offline):
         return _inline_config(dict(language.config))
     try:
-        stored, _ = PreTrainedConfig.get_config_dict(language.name)
+        gguf = gguf_options(language.name)
+        stored, _ = PreTrainedConfig.get_config_dict(language.name, **gguf)
         register_remote_code(str(language.name), stored, trust_remote_code)
-        whole = AutoConfig.from_pretrained(language.name)
+        whole = AutoConfig.from_pretrained(language.name, **gguf)
     except (OSError, ValueError) as error:
         raise UserError(f"language_model.name: {language.name}: {str(error).splitlines()[0]}") from error
     config = whole.get_text_config(decoder=True)
@@ -107,7 +111,10 @@ def load_language_model(
 ) -> Any:
     """The named causal LM, or the text part of the named multimodal model, every weight of it read from its files."""
     name, config = str(language.name), text_config_of(language, trust_remote_code=trust_remote_code)
-    multimodal = PreTrainedConfig.get_config_dict(name)[0].get("model_type") != config.model_type
+    gguf = gguf_options(name)
+    multimodal = PreTrainedConfig.get_config_dict(name, **gguf)[0].get("model_type") != config.model_type
+    if gguf:  # left in GGUF's blocks, the weights could neither be trained nor saved
+        gguf["quantization_config"] = GgufConfig(dequantize=True)
     try:
         language_model, info = AutoModelForCausalLM.from_pretrained(
             name,
@@ -116,8 +123,9 @@ def load_language_model(
             key_mapping=_TEXT_PART_NAMES if multimodal else None,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with the other wrong keys
+            **gguf,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, NotImplementedError, SafetensorError) as error:
         raise UserError(f"language_model.name: {name}: {str(error).splitlines()[0]}") from error
     if multimodal:  # the other parts' weights are not wanted
         info = {**info, "unexpected_keys": set()}
@@ -169,8 +177,11 @@ def missing_control_tokens(
 def _read_tokenizer(language: LanguageModelSection, section: TokenizerSection | None, trust_remote_code: bool) -> Any:
     name = section.name if section is not None else language.name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        gguf = gguf_options(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **gguf)
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer: {name}: {str(error).splitlines()[0]}") from error
     order_merges_by_score(tokenizer)
+    if gguf:
+        set_pre_tokenizer(tokenizer, Path(str(name)) / gguf["gguf_file"])
     return tokenizer

@@ -6,12 +6,15 @@ be refused without a model is refused here, naming the key. CompeteSMoE: arXiv 2
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any, Literal, get_args
 
 from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
 
 from llava_compete.config import StrictConfig
+
+log = logging.getLogger(__name__)
 
 RouterName = Literal[
     "softmax", "sigmoid", "xmoe", "perturbed_cosine", "shared_softmax", "shared_sigmoid", "competition"
@@ -188,6 +191,20 @@ class MoeConfig(StrictConfig):
         """The parts that have MoE layers, in forward order."""
         parts = {"vision": self.vision, "projector": self.projector, "language": self.language}
         return {name: part for name, part in parts.items() if part is not None}
+
+    def warn_of_untaught_routers(self) -> None:
+        """Name the parts whose router learns nothing from the task: one routed choice beside the shared expert.
+
+        Its weight is normalised over the choices, so it is 1 whatever the router says (SharedE-V2 and V3 at K = 2).
+        """
+        for name, part in self.parts().items():
+            if part.router in SHARED_ROUTERS and part.num_experts_per_tok == 2:
+                log.warning(
+                    "moe.%s: router %s with num_experts_per_tok 2 routes one expert, of weight 1, beside its shared "
+                    "one: the task gives this router no gradient; 3 would",
+                    name,
+                    part.router,
+                )
 
 
 def _set(coef: float | None) -> float:

@@ -43,6 +43,8 @@ def start_model(config: TrainConfig, rank: Rank) -> tuple[Any, Any, MoeConfig | 
         model, processor = build_model(config.model, moe, config.seed)
         model.config.parents = [*(stored.parents or []), stored.stage]
     model.config.stage = config.stage
+    if moe is not None and rank.is_main:
+        moe.warn_of_untaught_routers()
     return model, processor, moe
 
 

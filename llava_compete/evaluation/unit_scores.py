@@ -189,4 +189,12 @@ def _answer(sample: Sample) -> str:
     answer = sample.get("filtered_resps", "")
     while isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
+    if isinstance(answer, list) and all(map(_is_likelihood, answer)):
+        # The option that lmms-eval takes for chosen, by number as in `target`: it compares negative logarithms.
+        return str(min(range(len(answer)), key=lambda option: float(answer[option][0])))
     return answer if isinstance(answer, str) else str(answer)
+
+
+def _is_likelihood(response: Any) -> bool:
+    """A pair of a summed negative log-likelihood and whether it is greedy; strings in lmms-eval's files."""
+    return isinstance(response, list | tuple) and len(response) == 2 and str(response[1]) in ("True", "False")

@@ -22,6 +22,7 @@ from llava_compete.evaluation.lmms import benchmark_run as runner
 from llava_compete.evaluation.lmms.launcher import command
 from llava_compete.evaluation.lmms.output_files import read_run
 from llava_compete.evaluation.lmms.suites import check_local_data, find_local_tasks
+from llava_compete.evaluation.unit_scores import read_units
 
 TASKS = ["local_generate", "local_choice", "local_rounds"]
 
@@ -127,6 +128,9 @@ def test_samples_say_which_questions_are_about_one_image(config, finished):
         assert len(set(others)) == len(others)
         assert all(group is None for index, group in enumerate(groups) if index % 3 == 0)  # no image: on its own
     assert "until" not in finished["tasks"]["local_rounds"]["generation"]
+    choices = read_units(config.directory, "local_choice")
+    assert {unit.answer for unit in choices} <= {"0", "1", "2"}
+    assert all(unit.score == float(unit.answer == unit.target) for unit in choices)
 
 
 def test_a_benchmark_that_fails_does_not_stop_the_others(config, finished, monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ config=configs/demo/eval.yaml
 case "${1:-}" in
   "" | *=*) ;;
   *)
-    config=$1
+    config=$(from_caller "$1")
     shift
     ;;
 esac

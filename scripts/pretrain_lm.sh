@@ -6,7 +6,7 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/launch.sh"
 if [ $# -eq 0 ] || [[ $1 == *=* || $1 == -* ]]; then set -- configs/lm/tiny.yaml "$@"; fi
-config=$1
+config=$(from_caller "$1")
 [ -f "$config" ] || die "$config: no such config file"
 output=$(sed -n 's/^output_dir: *//p' "$config")
 for word in "$@"; do [[ $word != output_dir=* ]] || output=${word#output_dir=}; done

@@ -6,11 +6,11 @@
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
-if [ $# -lt 1 ] || [ ! -d "$1" ]; then die "scripts/train_all.sh: expected a directory with stage YAMLs, found '${1:-nothing}'"; fi
+configs=$(from_caller "${1:-}")
+if [ $# -lt 1 ] || [ ! -d "$configs" ]; then die "scripts/train_all.sh: expected a directory with stage YAMLs, found '${1:-nothing}'"; fi
 if [ "${NNODES:-1}" -gt 1 ]; then
   die "scripts/train_all.sh: NNODES=$NNODES: run the stage scripts one by one on each machine, upcycle.sh on one; or set HOSTFILE"
 fi
-configs=$1
 shift
 
 # Runs a stage so that a signal to this script reaches it: it saves, and no further stage starts.

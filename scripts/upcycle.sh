@@ -7,7 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
 ensure_venv
 config=configs/demo/upcycle.yaml
 if [ $# -gt 0 ] && [[ $1 != *=* && $1 != -* ]]; then
-  config=$1
+  config=$(from_caller "$1")
   shift
 fi
 exec "$VENV/bin/llava-compete" upcycle --config "$config" "$@"

@@ -3,12 +3,18 @@
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 VENV=${VENV:-$ROOT/.venv}
+CALLER=$PWD
 cd "$ROOT" || exit 1
 
 say() { printf '\n== %s\n' "$*" >&2; }
 die() {
   printf 'error: %s\n' "$*" >&2
   exit 2
+}
+
+# from_caller PATH: a file or folder that the user named from where the user is; else as it is, relative to the repository.
+from_caller() {
+  if [[ $1 != /* && -e $CALLER/$1 ]]; then printf '%s\n' "$CALLER/$1"; else printf '%s\n' "$1"; fi
 }
 
 # Makes .venv once, and again when pyproject.toml or constraints.txt have changed.

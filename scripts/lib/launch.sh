@@ -28,7 +28,7 @@ run_stage() {
   local stage=$1 config=configs/demo/$1.yaml
   shift
   if [ $# -gt 0 ] && [[ $1 != *=* && $1 != -* ]]; then
-    config=$1
+    config=$(from_caller "$1")
     shift
   fi
   # A reader of our messages that is gone (`| tee` after Ctrl-C) is no reason to leave before the ranks have saved.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from in_process_kit import run_stage_here
-from stage_kit import stage_config, tiny_moe, write_data
+from stage_kit import ROOT, stage_config, stage_environment, tiny_moe, write_data
 from transformers import TrainingArguments
 
 from llava_compete.config import dump_yaml, load_config, parse_config
@@ -199,3 +200,24 @@ def test_a_wrong_image_folder_is_found_at_the_start(tmp_path: Path, skip: bool) 
         return
     with pytest.raises(UserError, match="1 of 9 sampled images are not there"):
         run_stage_here(stage)
+
+
+@pytest.mark.parametrize("name", ["mine.yaml", "sub/mine.yaml"])
+def test_a_relative_config_is_looked_for_where_the_user_is(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    names = f"{name} configs/demo/sft.yaml {tmp_path / name} nowhere.yaml"
+    script = f'source {ROOT}/scripts/lib/common.sh; for path in {names}; do from_caller "$path"; done'
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    own = str(tmp_path / name)
+    assert done.stdout.split() == [own, "configs/demo/sft.yaml", own, "nowhere.yaml"]
+
+
+@pytest.mark.slow
+def test_a_stage_script_reads_a_relative_config_from_any_folder(tmp_path: Path) -> None:
+    dump_yaml({**stage_config("sft", Path("d.json"), tmp_path / "out"), "wrong_key": 1}, tmp_path / "mine.yaml")
+    command = ["bash", str(ROOT / "scripts" / "sft.sh"), "mine.yaml"]
+    environment = {**os.environ, **stage_environment(1)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"error: {tmp_path}/mine.yaml: unknown key 'wrong_key'" in done.stderr

@@ -10,8 +10,8 @@ _IGNORED = str.maketrans("", "", string.punctuation)
 
 
 def image(doc):
-    """The document's one image, as a list of PIL images."""
-    return [doc["image"].convert("RGB")]
+    """The document's one image, as a list of PIL images; the model's own processor makes it RGB, as in training."""
+    return [doc["image"]]
 
 
 def exact_match(doc, results):

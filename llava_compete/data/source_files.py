@@ -52,11 +52,16 @@ def source_files(path: SourcePath) -> list[Path]:
         return [_known(path)]
     if not has_magic(str(path)):
         raise SourceError(f"{path}: no such file")
-    base = _fixed_part(path)
-    found = sorted(base.glob(str(path.relative_to(base))))
+    return [_known(file) for file in matching_files(path)]
+
+
+def matching_files(pattern: Path) -> list[Path]:
+    """The files of a glob, sorted; none, or those of several splits, are a `SourceError`."""
+    base = _fixed_part(pattern)
+    found = sorted(base.glob(str(pattern.relative_to(base))))
     if not found:
-        raise SourceError(f"{path}: no file of this pattern")
-    return _one_split(path, base, [_known(file) for file in found])
+        raise SourceError(f"{pattern}: no file of this pattern")
+    return one_split(pattern, base, found)
 
 
 def base_folder(path: SourcePath) -> Path:
@@ -129,7 +134,7 @@ def _of_folder(folder: Path) -> list[Path]:
             kinds = sorted({known.kind for file in files if (known := format_of(file)) is not None})
             if len(kinds) > 1:
                 raise SourceError(f"{folder}: both {' and '.join(kinds)} files in this folder; name those that count")
-            return _one_split(folder, folder, [_known(file) for file in files])
+            return one_split(folder, folder, [_known(file) for file in files])
     raise SourceError(f"{folder}: no file of {', '.join(suffixes())} in this folder or one level down")
 
 
@@ -138,8 +143,11 @@ def _holds_rows(file: Path) -> bool:
     return not (hidden or file.name in _NO_ROWS or file.is_dir()) and format_of(file) is not None
 
 
-def _one_split(path: Path, base: Path, files: list[Path]) -> list[Path]:
-    """Refuse files of several splits: training would run on the test rows, too."""
+def one_split(path: Path, base: Path, files: list[Path]) -> list[Path]:
+    """The files as they are, relative to `base`; those of several splits are a `SourceError`.
+
+    Training would run on the test rows, too.
+    """
     by_split: dict[str, Path] = {}
     for file in files:
         if (split := _split_of(file.relative_to(base))) is not None:

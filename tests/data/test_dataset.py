@@ -266,6 +266,34 @@ def test_a_replacement_never_comes_from_the_held_out_rows(tmp_path, source, proc
     assert not used & held_out
 
 
+def test_only_answers_that_the_row_wants_learnt_have_labels(tmp_path, source, processor):
+    """`loss: false`, system, reasoning and image order of a row reach the ids and labels of its item."""
+    turns = [
+        {"from": "human", "value": "1+1?"},
+        {"from": "gpt", "value": "Three.", "loss": False},
+        {"from": "human", "value": "Sure? <image>"},
+        {"from": "gpt", "value": "Two."},
+    ]
+    rows = [{"id": "0", "image": "a.png", "system": "Be a pirate.", "conversations": turns}]
+    texts = []
+    for first in (False, True):
+        data = section(tmp_path, {**source(rows), "images_first": first})
+        item = build_datasets(data, processor, 0).train[0]
+        decode = processor.tokenizer.decode
+        learnt = decode(item["labels"][item["labels"] != IGNORE_INDEX])
+        assert "Two." in learnt
+        assert "Three." not in learnt
+        texts.append(decode(item["input_ids"]).replace("<image>" * 6, "<image>"))
+    assert "Be a pirate." in texts[0]
+    assert "Three." in texts[0]
+    assert ["Sure? <image>" in text for text in texts] == [True, False]
+    assert "<image>\nSure?" in texts[1]
+    # Cut down to the answer that is context only, nothing is left to learn.
+    data = section(tmp_path, source(rows), max_length=len(processor.tokenizer(texts[0])["input_ids"]) - 20)
+    with pytest.raises(UserError, match="no row can be used"):
+        build_datasets(data, processor, 0).train[0]
+
+
 def test_rows_beyond_the_limit_are_counted_and_stop_the_run(tmp_path, source, processor):
     rows = [row("0", None), row("1", None, answer="long " * 100), row("2", None)]
     bundle = build_datasets(section(tmp_path, source(rows), max_length=60), processor, 0)

@@ -11,12 +11,15 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
+from glob import has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from llava_compete.data.compressed import open_text
+from llava_compete.data.json_rows import UNDECODABLE
+from llava_compete.data.source_files import matching_files, one_split
 from llava_compete.data.text.config import TextSection, TextSource
 from llava_compete.errors import UserError
 
@@ -36,16 +39,17 @@ class Document(NamedTuple):
 
 
 def list_files(source: TextSource) -> list[Path]:
-    """The local files of a source, sorted; a missing or unknown one is a `UserError`."""
+    """The local files of a source, sorted; a missing or unknown one, or several splits at once, is a `UserError`."""
     assert source.path is not None
     found: list[Path] = []
     for path in source.path if isinstance(source.path, list) else [source.path]:
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.name.endswith(_SUFFIXES))
+            found_here = sorted(file for file in path.rglob("*") if file.name.endswith(_SUFFIXES))
+            files = one_split(path, path, found_here)
         elif path.is_file():
             files = [path]
         else:
-            files = sorted(path.parent.glob(path.name)) if "*" in path.name else []
+            files = matching_files(path) if has_magic(str(path)) else []
         if not files:
             raise UserError(f"{path}: no text file found; expected a file, directory or glob of {', '.join(_SUFFIXES)}")
         found += files
@@ -181,7 +185,7 @@ def _read_jsonl(file: Path, stream: io.TextIOBase, field: str, skip: int) -> Ite
 def _text_of(line: str, field: str, place: str) -> str:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except UNDECODABLE as error:
         raise UserError(f"{place}: not valid JSON: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__

@@ -130,6 +130,24 @@ def test_broken_files_are_named(tmp_path, name, content, message):
     assert name in str(error.value)
 
 
+@pytest.mark.parametrize("row", [b"[" * 100_000, b'{"text": "a", "n": ' + b"1" * 5000 + b"}"])
+def test_json_that_python_cannot_hold_is_named(tmp_path, row):
+    (tmp_path / "a.jsonl").write_bytes(row + b"\n")
+    with pytest.raises(UserError, match="line 1: not valid JSON"):
+        list(read_source(TextSource(path=tmp_path / "a.jsonl")))
+
+
+def test_a_folder_of_several_splits_is_refused(tmp_path):
+    for name in ("train-00000-of-00001", "test-00000-of-00001"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": [name]}), tmp_path / f"{name}.parquet")
+    for path in (tmp_path, tmp_path / "*.parquet"):
+        with pytest.raises(UserError, match="holds the splits test, train"):
+            list(read_source(TextSource(path=path)))
+    assert list(read_source(TextSource(path=tmp_path / "train-*.parquet"))) == ["train-00000-of-00001"]
+    with pytest.raises(UserError, match="no file of this pattern"):
+        list(read_source(TextSource(path=tmp_path / "dev-*.parquet")))
+
+
 @pytest.mark.parametrize("value", [None, 3])
 def test_parquet_rows_without_text_are_named(tmp_path, value):
     path = tmp_path / "a.parquet"

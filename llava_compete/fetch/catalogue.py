@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from llava_compete.fetch import dinov2, smollm2, tokenizer_files
+from llava_compete.fetch import dinov2, emoji, smollm2, tokenizer_files
 from llava_compete.fetch.target import Target
 
 TARGETS: dict[str, Target] = {
     "smollm2": smollm2.TARGET,
     "dinov2": dinov2.TARGET,
+    "emoji": emoji.TARGET,
     "tokenizers": tokenizer_files.TARGET,
 }

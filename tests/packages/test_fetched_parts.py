@@ -82,3 +82,22 @@ def test_a_gguf_folder_is_the_language_model_that_fetch_makes_of_it(smollm2_fold
     (folder / "model.gguf").write_bytes(content.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0lambo", 1))
     with pytest.raises(UserError, match=r"language_model\.name: .*gguf"):
         text_config_of(section)
+
+
+def test_emoji_are_the_same_in_four_styles():
+    import json
+
+    from conftest import fetched
+    from PIL import Image
+
+    folder = fetched("emoji")
+    entries = json.loads((folder / "emoji.json").read_text())
+    assert len(entries) == 1376
+    assert {entry["name"]: entry["group"] for entry in entries}["grinning face"] == "smileys-emotion"
+    pictures = [folder / path for entry in entries for path in entry["images"].values()]
+    assert len(set(pictures)) == 5504
+    for path in pictures[::50]:
+        with Image.open(path) as picture:
+            assert picture.size == (64, 64)
+            assert picture.convert("RGBA").getchannel("A").getextrema()[1] == 255
+    assert "CC-BY-SA 4.0" in (folder / "ATTRIBUTION.md").read_text()

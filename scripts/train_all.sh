@@ -16,6 +16,7 @@ shift
 # Runs a stage so that a signal to this script reaches it: it saves, and no further stage starts.
 run() {
   local status=0
+  [ "$told" = no ] || exit 143 # between two stages
   bash "$@" &
   wait_for $! "kill -TERM $! 2>/dev/null || true" || status=$?
   if [ "$told" = yes ] && [ "$status" -eq 0 ]; then status=143; fi # it had just finished

@@ -51,6 +51,7 @@ run_on_hosts() {
   told=no
   trap 'told=yes; tell_hosts' TERM USR1 INT HUP
   wait_for_hosts || status=$?
+  trap - TERM USR1 INT HUP
   if [ "$told" = yes ] && [ "$status" -gt 128 ]; then status=143; fi # 255: the connections were ended too
   return "$status"
 }

@@ -13,7 +13,7 @@ list_ranks() {
   mapfile -t marked < <(grep -lsz '^RANK=' "${marked[@]}")
   [ ${#marked[@]} -gt 0 ] || return 0
   # Not what a library started in a rank (its own helpers end with it).
-  grep -lszF 'llava_compete.cli' "${marked[@]/%environ/cmdline}" | cut -d/ -f3
+  grep -lszF 'llava_compete.cli' "${marked[@]/%environ/cmdline}" | cut -d/ -f3 || true
 }
 
 # stop_ranks LAUNCHER: the ranks alone are told, so that they save first; the launcher sees them leave, and leaves too.
@@ -47,6 +47,7 @@ run_ranks() {
     wait_for_orphans "$pid"
     if [ "$status" -eq 0 ]; then status=137; fi # `deepspeed` says 0 when the process that it started was killed
   fi
+  trap - TERM USR1 INT HUP
   if [ "$told" = yes ] && [ "$status" -gt 128 ]; then status=143; fi
   return "$status"
 }

@@ -21,7 +21,7 @@ run_step() {
   done
   # 143: stopped, and saved. 138: ended by USR1, before there was anything to save. A job that was cancelled (or whose
   # time is over) no longer counts as running, and stays away.
-  if { [ "$status" -eq 143 ] || [ "$status" -eq 138 ]; } && scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; then
+  if [[ $status =~ ^(143|138)$ && $(scontrol show job "$SLURM_JOB_ID") == *JobState=RUNNING* ]]; then
     echo "stopped before its end: the job queues itself again" >&2
     scontrol requeue "$SLURM_JOB_ID"
   fi

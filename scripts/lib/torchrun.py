@@ -8,7 +8,6 @@ the status is that of the rank that left first: 143 for a stage that was stopped
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -28,8 +27,9 @@ def main(words: Sequence[str]) -> int:
             # A function, not SIG_IGN: that would be passed on to the ranks, which must hear these signals.
             signal.signal(number, lambda *_: None)
     logging.disable(logging.ERROR)  # its report of a failed rank, which has said by itself what was wrong
+    arguments = parse_args(["--signals_to_handle", "SIGQUIT", *words])
     try:
-        run(parse_args(["--signals_to_handle", "SIGQUIT", *words]))
+        run(arguments)
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
         status = int(first.exitcode)
@@ -37,8 +37,12 @@ def main(words: Sequence[str]) -> int:
             sys.stderr.write(f"error: rank {rank} was ended by {signal.Signals(-status).name}\n")
         return status if status >= 0 else 128 - status
     except (dist.DistError, RendezvousError, RuntimeError, ValueError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        sys.stderr.write(f"error: {os.environ.get('MASTER_ADDR', 'launcher')}: {lines[0]}\n")
+        address = f"{arguments.master_addr}:{arguments.master_port}"
+        if "EADDRINUSE" in str(error):
+            sys.stderr.write(f"error: port in use: {address}; set MASTER_PORT to a free port\n")
+        else:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            sys.stderr.write(f"error: the machines do not meet at {address}: {lines[0]}\n")
         return 2
     return 0
 

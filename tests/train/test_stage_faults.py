@@ -165,9 +165,14 @@ def test_mistakes_end_with_one_line(data: Path, tmp_path: Path) -> None:
     unknown = run_script("sft", tmp_path / "c.yaml", "sed=1")
     assert unknown.returncode == 2
     assert error_lines(unknown) == [f"error: {tmp_path / 'c.yaml'}: unknown key 'sed'; did you mean 'seed'?"]
-    if not torch.cuda.is_available():
-        no_gpu = run_script("sft", tmp_path / "c.yaml", NUM_GPUS="2")
-        assert no_gpu.returncode == 2
-        (error,) = error_lines(no_gpu)
-        assert "NUM_GPUS is 2, found no usable GPU" in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path, data: Path) -> None:
+    dump_yaml(launch_config(data, tmp_path / "out", 4, 1), tmp_path / "c.yaml")
+    for environment in ({"NUM_GPUS": "2"}, {"NUM_GPUS": "1", "CUDA_VISIBLE_DEVICES": "GPU-3f2a1b"}):
+        refused = run_script("sft", tmp_path / "c.yaml", **environment)
+        assert refused.returncode == 2
+        (error,) = error_lines(refused)
+        assert f"NUM_GPUS is {environment['NUM_GPUS']}, found no usable GPU" in error
         assert not (tmp_path / "out").exists()

@@ -16,6 +16,7 @@ from llava_compete.errors import UserError
 # (words typed by the user) -> (module in llava_compete.commands, one line of help)
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("train",): ("train.train", "run one training stage from a YAML config"),
+    ("recipes",): ("train.recipes", "list the recipes (YAML files) of the package, or copy one"),
     ("upcycle",): ("checkpoint.upcycle", "turn the dense MLPs of a checkpoint into mixtures of experts"),
     ("merge",): ("checkpoint.merge", "merge LoRA adapters into a plain checkpoint"),
     ("plan",): ("train.plan", "parameters, memory and FLOPs of a recipe, without running it"),

@@ -7,9 +7,10 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from llava_compete import shipped
 from llava_compete.config import StrictConfig
 
-EVAL_ROOT = Path(__file__).resolve().parents[2] / "eval"
+EVAL_ROOT = shipped.folder("eval")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = get_args(Dtype)
 

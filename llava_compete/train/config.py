@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from llava_compete import shipped
 from llava_compete.config import StrictConfig
 from llava_compete.data.config import DataSection
 from llava_compete.data.text.config import TextSection
@@ -19,7 +20,7 @@ from llava_compete.moe.config import MoeConfig
 from llava_compete.parts import Part
 from llava_compete.train.training_section import TrainingSection
 
-DEEPSPEED_DIR = Path(__file__).parents[2] / "configs" / "deepspeed"
+DEEPSPEED_DIR = shipped.folder("configs") / "deepspeed"
 
 
 class PartTraining(StrictConfig):

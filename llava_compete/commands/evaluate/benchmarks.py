@@ -95,14 +95,14 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from llava_compete.console import setup_console
     from llava_compete.evaluation.config import EVAL_ROOT
     from llava_compete.evaluation.lmms.prepare import prepare
-    from llava_compete.evaluation.lmms.suites import load_suite
+    from llava_compete.evaluation.lmms.suites import beside_their_data, load_suite
 
     others = (arguments.config, arguments.output_dir, arguments.batch_size, arguments.limit, arguments.processes)
     if not (arguments.suite or arguments.tasks) or arguments.overrides or any(value is not None for value in others):
         raise UserError("expected: llava-compete eval prepare --suite NAME or --tasks A,B")
     setup_console()
     tasks = _names(arguments.tasks) if arguments.tasks else load_suite(arguments.suite).tasks
-    failed = [result for result in prepare(tasks, EVAL_ROOT / "tasks") if result.error]
+    failed = [result for result in prepare(tasks, beside_their_data(EVAL_ROOT / "tasks")) if result.error]
     for result in failed:
         sys.stderr.write(f"error: {result.task}: {result.error}\n")
     return 1 if failed else 0

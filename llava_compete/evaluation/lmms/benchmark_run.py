@@ -30,6 +30,7 @@ from llava_compete.evaluation.lmms.output_files import finished, read_run, write
 from llava_compete.evaluation.lmms.plugin import check_registered
 from llava_compete.evaluation.lmms.suites import (
     LocalTask,
+    beside_their_data,
     check_judges,
     check_local_data,
     find_local_tasks,
@@ -57,7 +58,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     none is left.
     """
     started = time.perf_counter()
-    include_path = Path(config.include_path)
+    include_path = beside_their_data(Path(config.include_path))
+    config = config.model_copy(update={"include_path": str(include_path)})
     checkpoint = checkpoint_facts(Path(config.checkpoint), Path(config.adapter) if config.adapter else None)
     tasks = list(dict.fromkeys(config.tasks or load_suite(config.suite or "").tasks))
     local = find_local_tasks(include_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import Field
 
+from llava_compete import shipped
 from llava_compete.config import StrictConfig, load_config
 from llava_compete.errors import UserError, did_you_mean
 from llava_compete.evaluation.config import EVAL_ROOT
@@ -71,6 +73,20 @@ def check_judges(tasks: Iterable[str]) -> None:
     for task, left_out in judged_tasks().items():
         if task in tasks and not os.environ.get(left_out.judge_key or ""):
             raise UserError(f"task {task!r}: {left_out.why}; {left_out.judge_key} is not set")
+
+
+def beside_their_data(include_path: Path) -> Path:
+    """The folder whose task YAMLs to run: `include_path`, but of an installed wheel's own tasks a copy.
+
+    They name their data as ../../playground/data/...; from outputs/eval_tasks of the working directory these paths lead
+    to its own playground, where `llava-compete data` puts the files.
+    """
+    own = EVAL_ROOT / "tasks"
+    if not shipped.is_copy() or include_path.resolve() != own.resolve():
+        return include_path
+    copy = Path("outputs") / "eval_tasks"
+    shutil.copytree(own, copy, dirs_exist_ok=True)
+    return copy
 
 
 def find_local_tasks(include_path: Path) -> dict[str, LocalTask]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from llava_compete import shipped
 from llava_compete.config import StrictConfig, load_config
 from llava_compete.errors import UserError
 from llava_compete.evaluation.checkpoint_facts import checkpoint_facts
@@ -23,7 +24,7 @@ from llava_compete.manifest import package_versions
 
 logger = logging.getLogger(__name__)
 
-SUITES = Path(__file__).parents[3] / "eval" / "lm_suites"
+SUITES = shipped.folder("eval") / "lm_suites"
 # Per-sample metrics that say how right an answer was, the best suited to compare first; then a task's own order.
 _FIRST = ("acc_norm", "acc", "exact_match", "f1")
 

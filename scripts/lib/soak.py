@@ -140,7 +140,7 @@ class Soak:
         if out not in self.references.values():
             shutil.rmtree(out, ignore_errors=True)
             out.with_suffix(".log").unlink(missing_ok=True)
-            if self.run(Setting(setting.deepspeed, "deepspeed", 0), out) != 0:
+            if self.run(Setting(setting.deepspeed, "torchrun", 0), out) != 0:
                 sys.exit(f"error: the run that was to be left alone failed: {out.with_suffix('.log')}")
             self.references[setting.deepspeed] = out
         return out
@@ -152,7 +152,7 @@ class Soak:
         out.with_suffix(".log").unlink(missing_ok=True)
         process = self.start(setting, out)
         while process.poll() is None and not kill.reached(out):
-            time.sleep(0.002)
+            time.sleep(0.01)
         time.sleep(kill.delay)
         was_running = process.poll() is None
         everything = below(process)
@@ -162,10 +162,9 @@ class Soak:
         except subprocess.TimeoutExpired:
             status = -1
         # Orphaned loader workers look for their rank every 5 seconds.
-        _, left = psutil.wait_procs(everything, timeout=10)
+        left = [one for one in psutil.wait_procs(everything, timeout=10)[1] if is_alive(one)]
         end(left)
-        lost = last_step(out) - last_checkpoint(out)
-        going_on = last_checkpoint(out)
+        lost, going_on = last_step(out) - last_checkpoint(out), last_checkpoint(out)
         again = self.run(setting, out)
         equal = again == 0
         return {
@@ -189,6 +188,14 @@ def below(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
         return [script, *script.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def is_alive(one: psutil.Process) -> bool:
+    """Not a zombie, which the process that adopted it has yet to fetch."""
+    try:
+        return bool(one.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def strike(process: subprocess.Popen[bytes], everything: list[psutil.Process], victim: str) -> None:

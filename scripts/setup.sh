@@ -17,9 +17,8 @@ esac
 
 stamp=$VENV/.installed
 fingerprint=$(cat pyproject.toml constraints.txt 2>/dev/null | sha256sum | cut -d' ' -f1)
-if [ "$refresh" = no ] && [ -x "$VENV/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$fingerprint" ]; then
-  exit 0
-fi
+installed() { [ "$refresh" = no ] && [ -x "$VENV/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$fingerprint" ]; }
+if installed; then exit 0; fi
 
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 python=""
@@ -40,6 +39,12 @@ if [ ! -x "$VENV/bin/python" ]; then
     die "$ROOT has $((free_kib / 1024 / 1024)) GiB free; installing needs about $NEEDED_GIB GiB"
   fi
 fi
+
+# The machines of a run start at the same time, and may share this folder: one installs, the others wait for it.
+mkdir -p "$VENV"
+exec 9>"$VENV/.setup.lock"
+flock 9
+if installed; then exit 0; fi
 
 say "Installing into $VENV with $("$python" --version) (a few minutes, about 7 GB, once)"
 "$python" -m venv "$VENV"

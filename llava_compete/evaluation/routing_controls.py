@@ -2,7 +2,8 @@
 
 Each control takes the place of the router in all layers at once, when the checkpoint is run on answers that it should
 give. Where a control does as well as the router, the experts are alike on these data or the choice among them does not
-matter, and no comparison of routers will show a difference. Suffixes: T tokens, R routed experts, K chosen, C choices.
+matter, and no comparison of routers will show a difference. Suffixes: T tokens, R routed experts, K chosen, C choices,
+M positions before a label.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llava_compete.moe.block import SparseMoeBlock, competition_layers, moe_blocks
 from llava_compete.moe.routers import Routing
-from llava_compete.parts import IGNORE_INDEX
 
 Batch = dict[str, Tensor]
 # What takes the place of a block's routing.
@@ -86,19 +87,15 @@ def score(model: Any, batches: Sequence[Batch]) -> Score:
     """Loss and exact answers over all batches, tokens weighing alike."""
     nats, tokens, exact, rows = 0.0, 0, 0, 0
     for batch in batches:
+        labels_BN, positions_M = batch["labels"], batch["label_positions"]
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        following_BN = batch["labels"][:, 1:]
-        answered_BN = following_BN != IGNORE_INDEX
-        columns_A = answered_BN.any(0).nonzero()[:, 0]  # logits of a whole vocabulary, only where an answer is
-        logits_BAV = model(**inputs, logits_to_keep=columns_A).logits.float()
-        expected_BA, answered_BA = following_BN[:, columns_A], answered_BN[:, columns_A]
-        log_probs_BAV = logits_BAV.log_softmax(-1)
-        chosen_BA = log_probs_BAV.gather(2, expected_BA.clamp(min=0)[:, :, None])[:, :, 0]
-        nats -= float(chosen_BA[answered_BA].sum())
-        tokens += int(answered_BA.sum())
-        right_BA = logits_BAV.argmax(-1) == expected_BA
-        exact += int((right_BA | ~answered_BA).all(1).sum())
-        rows += len(following_BN)
+        logits_MV = model(**inputs).logits[0].float()  # at the labels' positions alone
+        expected_M = labels_BN.flatten()[positions_M + 1]
+        nats += float(F.cross_entropy(logits_MV, expected_M, reduction="sum"))
+        tokens += len(expected_M)
+        wrong_M = logits_MV.argmax(-1) != expected_M
+        rows += len(labels_BN)
+        exact += len(labels_BN) - len((positions_M[wrong_M] // labels_BN.shape[1]).unique())
     return Score(nats / tokens, exact / rows)
 
 

@@ -128,7 +128,8 @@ def test_controls_are_what_a_slow_mixture_says(table, tmp_path):
         with torch.inference_mode():
             for _, batch in _batches(config_for(checkpoint, table, batch_size=1), processor):
                 labels = batch["labels"][0, 1:]
-                logits = model(**{k: v for k, v in batch.items() if k not in ("sample_ids", "labels")}).logits[0, :-1]
+                inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+                logits = model(**inputs).logits[0, :-1]
                 kept = labels != -100
                 nats += float(torch.nn.functional.cross_entropy(logits[kept], labels[kept], reduction="sum"))
                 tokens += int(kept.sum())

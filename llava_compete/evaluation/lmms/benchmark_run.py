@@ -98,6 +98,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
                 summaries[task] = finished(directory, task, states[task])
         except UserError as error:
             if len(group) > 1:  # which of them fails shows when each has a start of its own
+                log.info("not finished together, so each on its own: %s", error)
                 groups = [[task] for task in group if summaries[task] is None] + groups
             else:
                 failures[group[0]] = str(error)

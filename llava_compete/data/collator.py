@@ -1,8 +1,8 @@
 """Rows of a micro-batch to padded tensors.
 
-Caller: the trainer's data loader. Right padding, attention and labels go by length, never by token id (pad may be
-eos). An empty micro-batch (a rank without rows in the last, smaller global batch) becomes one filler token that is
-part of no sequence, so that every rank runs the same collectives.
+Right padding, attention and labels go by length, never by token id (pad may be eos). An empty micro-batch (a rank
+without rows in the last, smaller global batch) becomes one filler token that is part of no sequence, so that every rank
+runs the same collectives.
 """
 
 from __future__ import annotations

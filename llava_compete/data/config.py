@@ -15,13 +15,32 @@ from llava_compete.errors import UserError, and_more
 class SourceSection(StrictConfig):
     """One source of a mixture; metrics keep sources apart by `name`."""
 
-    name: str = Field(pattern=r"^[^/\s]+$")  # part of metrics' and files' names
-    path: Path | list[Path]  # a file, a folder, a glob, or a list of these
-    image_folder: Path | None = None  # images are named relative to it; default: `path` or its folder
-    # LLaVA's own rule: a placeholder anywhere in a question is moved to its front, with a line break behind.
-    images_first: bool = False
-    weight: float = Field(default=1.0, gt=0)  # share of the rows shown in an epoch; 2 = each row twice
-    max_rows: int | None = Field(default=None, ge=1)
+    name: str = Field(
+        pattern=r"^[^/\s]+$", description="Stands before the ids of its rows, and in the names of metrics and files."
+    )
+    path: Path | list[Path] = Field(
+        description="A file, a folder of files (in it or one level down), a glob, or a list of these; the formats are "
+        "in playground/README.md."
+    )
+    image_folder: Path | None = Field(
+        default=None, description="Folder that image paths are relative to; by default `path` or the folder it lies in."
+    )
+    images_first: bool = Field(
+        default=False,
+        description="Put the images of a question before its text, each on a line of its own, wherever the file has "
+        "them: LLaVA's rule (`preprocess_multimodal`). Without it the text stays as it is in the file.",
+    )
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        description="Times that each row is shown in an epoch. 0.5 shows one half of the rows in an epoch and the "
+        "other half in the next.",
+    )
+    max_rows: int | None = Field(
+        default=None,
+        ge=1,
+        description="At most so many rows, drawn by the seed and the same in each epoch; by default all.",
+    )
 
     @field_validator("path")
     @classmethod
@@ -43,14 +62,47 @@ class SourceSection(StrictConfig):
 class DataSection(StrictConfig):
     """What a stage trains on. `sources` may name a mixture: a YAML file with the one key `sources`."""
 
-    sources: list[SourceSection] = Field(min_length=1)
-    max_length: int = Field(default=2048, ge=1)  # tokens, expanded image tokens included
-    packing: bool = False
-    on_bad_image: Literal["error", "skip"] = "error"
-    max_bad_images: int = Field(default=100, ge=0)  # with "skip": more than this stops the run
-    max_rejected_share: float = Field(default=0.01, ge=0, le=1)  # rows without a supervised turn in `max_length`
-    validation_fraction: float = Field(default=0.0, ge=0, lt=1)
-    cache_dir: Path | None = None  # of the Arrow tables; default: below the cache of `datasets`
+    sources: list[SourceSection] = Field(
+        min_length=1, description="The data sets of the mixture, or the name of a YAML file with the one key `sources`."
+    )
+    max_length: int = Field(
+        default=2048,
+        ge=1,
+        description="Tokens of a row at most, image tokens included; a longer one is cut behind its last whole "
+        "answer. At most the language model's context.",
+    )
+    packing: bool = Field(
+        default=False,
+        description="Put several rows into one sequence of at most `max_length` tokens, each with positions and "
+        "attention of its own; all losses stay what they were.",
+    )
+    on_bad_image: Literal["error", "skip"] = Field(
+        default="error",
+        description="What a picture that cannot be decoded does: end the run, or put the next row of its source in "
+        "the row's place (counted as `data/bad_images`).",
+    )
+    max_bad_images: int = Field(
+        default=100, ge=0, description="With `on_bad_image: skip`, more bad pictures than this end the run."
+    )
+    max_rejected_share: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Share of the rows read that may hold no answer to learn within `max_length`; more end the run. "
+        "Such a row is replaced by the next of its source (counted as `data/rejected`).",
+    )
+    validation_fraction: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the rows that is held out, chosen by a hash of the row's id: a row stays on its side "
+        "when others come or go.",
+    )
+    cache_dir: Path | None = Field(
+        default=None,
+        description="Folder of the converted tables, which training maps into memory; by default below the cache of "
+        "Hugging Face `datasets`.",
+    )
 
     @field_validator("sources", mode="before")
     @classmethod

@@ -192,6 +192,11 @@ def build_datasets(section: DataSection, processor: Any, seed: int) -> DataBundl
     mixture = Mixture(train_index[:, 0], weights, seed)
     if len(mixture) == 0:
         raise UserError("data: no row is left for training")
+    for number, (source, part) in enumerate(zip(section.sources, train, strict=True)):
+        if len(part) and not mixture.rows_of(number):
+            raise UserError(
+                f"data source {source.name!r}: weight {source.weight} of {len(part)} rows is less than half a row"
+            )
     train_set = ConversationDataset(tables, train_index, processor, section)
     stats = {
         "rows": {source.name: mixture.rows_of(number) for number, source in enumerate(section.sources)},

@@ -220,6 +220,8 @@ def test_mixture_weights_caps_and_names(tmp_path, source, processor):
     assert sum(name.startswith("second/") for name in shown) == len({*shown[60:]}) == 7
     again, other = build_datasets(data, processor, 0), build_datasets(data, processor, 1)
     assert bundle.digest == again.digest != other.digest
+    with pytest.raises(UserError, match=r"source 'first': weight 0\.01 of 40 rows is less than half a row"):
+        build_datasets(section(tmp_path, {**first, "weight": 0.01}, second), processor, 0)
     with pytest.raises(UserError, match="two sources are called 'first'"):
         parse_config(DataSection, {"sources": [first, first]}, "config.yaml")
     with pytest.raises(UserError, match=r"sources\.0\.name: found 'a/b'"):

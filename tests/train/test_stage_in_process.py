@@ -408,6 +408,13 @@ def test_router_collapse_is_a_warning(
     assert warning == "warning: step 3: router collapse in language.1: expert 3 got 0.80% of tokens for 3 logging steps"
 
 
+def test_rows_longer_than_the_models_context_are_refused_before_the_first_step(data: Path, tmp_path: Path) -> None:
+    content = stage_config("sft", data, tmp_path / "out", **FRESH)
+    content["data"]["max_length"] = 257
+    with pytest.raises(UserError, match=r"data\.max_length: found 257, but the language model's context is 256"):
+        _run(content)
+
+
 @pytest.mark.parametrize("where", ["forward", "optimizer step"])
 def test_out_of_memory_says_what_did_not_fit(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str

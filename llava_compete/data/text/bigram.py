@@ -1,7 +1,7 @@
 """An interpolated bigram model: the yardstick that a language model must beat.
 
 Absolute discounting with continuation counts below it (Kneser and Ney's bigram), over any integer symbols: the run's
-own tokens, or bytes. Caller: `study.perplexity`.
+own tokens, or bytes.
 """
 
 from __future__ import annotations

@@ -3,10 +3,8 @@
 Row r of the endless training sequence comes from packing stream r mod `shards`; document d belongs to one stream.
 So row r is a pure function of (documents, tokenizer, seed, r): global batch t holds the rows [tB, (t + 1)B) on any
 number of ranks, and a rank tokenises only the streams that its rows come from. A row's position in the documents is
-written down now and then (`bookmarks.py`-like files below the run directory), so that a resumed run starts reading
-where it stopped and tokenises nothing twice but the rows since the last mark.
-
-Callers: `train.run` for stage `pretrain_lm`; `study.perplexity` for the held-out rows.
+written down now and then (JSON lines below the run directory), so that a resumed run starts reading where it stopped
+and tokenises nothing twice but the rows since the last mark.
 """
 
 from __future__ import annotations

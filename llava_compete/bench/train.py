@@ -169,7 +169,8 @@ def make_step(
     """One optimizer step as a function of the competing layers; returns seconds."""
     optimizer = _Optimizer(list(model.parameters()))
     ids = torch.randint(1, shape.vocabulary, (shape.rows, shape.length), device=device)
-    batch, labels = {"input_ids": ids}, ids
+    batch: dict[str, Any] = {"input_ids": ids, "right_padded": True}
+    labels = ids
     if shape.tower is not None:
         labels = ids.clone()
         ids[:, : shape.tower.num_patches] = model.config.image_token_id

@@ -23,6 +23,7 @@ class Collator:
     Keys: input_ids, attention_mask, labels (int64 [B, N]), sample_ids (a string for each item), and pixel_values
     ([images, 3, H, W] in reading order over the batch) only if the micro-batch has images. sequence_ids (int64
     [B, N]: number of the item that a token belongs to, -1 = none) only when packed, and for a filler.
+    right_padded (True): the model needs no mask.
     label_positions (int64 [M]): where in [B, N] flattened the next token has a label, at least one. Found here, for
     on a device the search would wait for the host.
 
@@ -45,6 +46,7 @@ class Collator:
             "attention_mask": _pad([torch.ones(_length(row), dtype=torch.int64) for row in rows], 0),
             "labels": _pad([torch.cat([_targets(item) for item in row]) for row in rows], IGNORE_INDEX),
             "sample_ids": [item["sample_id"] for item in ordered],
+            "right_padded": True,
         }
         batch["label_positions"] = label_positions(batch["labels"])
         images = [item["pixel_values"] for item in ordered if item["pixel_values"] is not None]
@@ -66,6 +68,7 @@ class Collator:
             "label_positions": label_positions(labels),
             "sequence_ids": torch.full_like(filler, -1),
             "sample_ids": [],
+            "right_padded": True,
         }
 
 

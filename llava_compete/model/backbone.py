@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 
 from llava_compete.errors import UserError
+from llava_compete.model.attention_masks import AttentionInputs, KeepsNothing, without_waiting
 from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.losses import routing_losses
 from llava_compete.model.place_experts import install_language_experts, install_vision_experts, make_projector
@@ -86,6 +88,9 @@ class LlavaCompetePreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, VisionTower):
                 module.set_grad_checkpointing(enable)
+            elif isinstance(module, GradientCheckpointingLayer):
+                # In training the one cache that layers are given keeps nothing (`attention_masks`).
+                module._can_checkpoint_with_cache = enable
 
 
 class LlavaCompeteModel(LlavaCompetePreTrainedModel):
@@ -209,6 +214,7 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         sequence_ids: Tensor | None = None,
+        right_padded: bool = False,
         num_sequences_in_batch: dict[str, Tensor] | None = None,
         use_cache: bool | None = None,
         output_routing: bool | None = None,
@@ -221,6 +227,7 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
         pixel_values: [images, 3, S, S] at the largest scale, images in reading order over the batch; as the image
             processor made them, uint8 or normalised.
         sequence_ids: [B, N] for packed rows: which sample of the batch (0, 1, ...) a token belongs to, -1 padding.
+        right_padded: all padding stands at the rows' ends, as `Collator` puts it; a training step then needs no mask.
         num_sequences_in_batch: images ("vision", "projector") and samples ("language") of the whole optimizer step.
         num_local_sequences: samples in this micro-batch, for packed rows; read off `sequence_ids` if not given, which
             waits for the device.
@@ -235,23 +242,25 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
             if self.routing.is_recording:
                 count = (num_sequences_in_batch or {}).get("language")
                 self._begin_language(attention_mask, sequence_ids, inputs_embeds, count, num_local_sequences)
-            if use_cache is None and (self.training or sequence_ids is not None):
+            if use_cache is None and (self.training or right_padded or sequence_ids is not None):
                 use_cache = False  # a cache would be waste, and it hides packed rows from transformers' masks
             if position_ids is None and past_key_values is None:
                 position_ids = sample_positions(attention_mask, sequence_ids)
+            # Packed rows are told apart by position ids that start again; a mask would hide that.
+            attention = AttentionInputs(None if sequence_ids is not None else attention_mask, past_key_values)
+            if use_cache is False and past_key_values is None and (right_padded or sequence_ids is not None):
+                attention = without_waiting(self.language_model.config, inputs_embeds, attention, sequence_ids)
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
-                # Packed rows are told apart by position ids that start again; a mask would hide that.
-                attention_mask=None if sequence_ids is not None else attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **attention._asdict(),
                 **kwargs,
             )
         aux_losses, loss_terms = routing_losses(self.routing.records) if record else ({}, {})
         return LlavaCompeteModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            past_key_values=None if isinstance(outputs.past_key_values, KeepsNothing) else outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             aux_losses=aux_losses,

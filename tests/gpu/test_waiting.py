@@ -68,7 +68,7 @@ def test_a_training_step_never_waits(device: torch.device, router: str, competin
             "num_local_sequences": ROWS,
         }
     else:
-        batch["attention_mask"] = torch.ones_like(ids)
+        batch |= {"attention_mask": torch.ones_like(ids), "right_padded": True}
     if competing:
         model.routing.competing = frozenset(f"{part}.0" for part in PARTS)
     _step(model, batch)  # libraries set themselves up, and may wait

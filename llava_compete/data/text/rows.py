@@ -276,6 +276,7 @@ class TextCollator:
             "attention_mask": torch.ones_like(input_ids),
             "labels": torch.stack([item["labels"] for item in items]),
             "sample_ids": [item["sample_id"] for item in items],
+            "right_padded": True,
         }
         if self.separate_documents:
             ids: list[Tensor] = []

@@ -1,9 +1,8 @@
-"""Joins the per-sample results of several evaluations and says which differences are more than luck.
+"""Which differences between the scores of several methods are more than luck. The first method is the baseline.
 
-All runs must have answered the same questions with the same prompts and scoring. The first method is the baseline.
 With several training seeds a method is judged over them; with one, only these very models can be, over questions. The
 verdict is of one named row (`primary`), corrected over its methods by Holm's method; the other rows are there to look
-at. Units that share a group (questions about one image) are resampled together.
+at.
 """
 
 from __future__ import annotations
@@ -16,21 +15,18 @@ import numpy as np
 
 from llava_compete.errors import UserError
 from llava_compete.evaluation.compare.evaluation_dirs import SETTINGS, Method, Run, check_distinct, pair_by_seed
+from llava_compete.evaluation.compare.joining import join
 from llava_compete.evaluation.compare.questions import Benchmark, permutation_p, question_intervals
 from llava_compete.evaluation.compare.statistics import (
     LEVEL,
-    Array,
     Interval,
     detectable_effect,
     equivalence,
     holm,
     paired_t,
 )
-from llava_compete.evaluation.unit_scores import Unit
 
 MEAN = "mean"
-# What a task's entry in summary.json must have in common for its scores to be comparable.
-_SAME = ("generation", "task_version", "metric", "data")
 _PACKAGES = ("llava_compete", "lmms-eval", "lm-eval", "torch", "transformers")
 # Numbers of seeds that the power table asks about.
 _SEEDS = (3, 5, 10, 20, 30)
@@ -180,7 +176,7 @@ def compare_methods(
         raise UserError(
             f"resamples: found {resamples}, too few for {len(names) - 1} differences to be told from chance"
         )
-    joined = {task: _join(task, methods) for task in tasks}
+    joined = {task: join(task, methods) for task in tasks}
     rows = {label: _row(names, [joined[task] for task in parts], margin, resamples) for label, parts in members.items()}
     judged = rows[primary].differences
     columns = {name: {task: scores[task] for task in tasks if task in scores} for name, scores in published.items()}
@@ -213,44 +209,6 @@ def _check_methods(methods: Sequence[Method]) -> None:
 def _corrected(p_values: dict[str, float | None]) -> dict[str, float]:
     found = {name: p for name, p in p_values.items() if p is not None}
     return dict(zip(found, holm(list(found.values())), strict=True))
-
-
-def _join(task: str, methods: Sequence[Method]) -> Benchmark:
-    """Scores in percent of all runs on one benchmark, unit by unit, groups of units put together."""
-    first = methods[0].runs[0]
-    reference = _by_id(task, first)
-    scores = []
-    for method in methods:
-        for run in method.runs:
-            units = _by_id(task, run)
-            _check_same(task, _SAME, first, run)
-            if units.keys() != reference.keys():
-                raise UserError(
-                    f"task {task!r}: {method.name!r} answered {len(units)} questions and {methods[0].name!r} "
-                    f"{len(reference)}, {len(units.keys() & reference.keys())} of them the same; evaluate both alike"
-                )
-            for key in ("target", "weight"):
-                wrong = next((n for n in reference if getattr(units[n], key) != getattr(reference[n], key)), None)
-                if wrong is not None:
-                    raise UserError(
-                        f"task {task!r}, question {wrong}: {key} {getattr(units[wrong], key)!r} in {method.name!r} but "
-                        f"{getattr(reference[wrong], key)!r} in {methods[0].name!r}; the data differ"
-                    )
-            _check_same(task, ("asked",), first, run)
-            scores.append([100 * units[name].score for name in reference])
-    scores_MSU = np.array(scores).reshape(len(methods), len(methods[0].runs), len(reference))
-    weights_U = np.array([unit.weight for unit in reference.values()])
-    groups = [f"unit {unit.id}" if unit.group is None else f"group {unit.group}" for unit in reference.values()]
-    return _grouped(scores_MSU, weights_U, groups)
-
-
-def _grouped(scores_MSU: Array, weights_U: Array, groups: Sequence[str]) -> Benchmark:
-    """Units of one group become one, with their weighted mean as its score and the sum of their weights."""
-    _, group_U = np.unique(groups, return_inverse=True)
-    weights_G: Array = np.bincount(group_U, weights=weights_U).astype(np.float64)
-    methods, seeds, units = scores_MSU.shape
-    sums = [np.bincount(group_U, weights=scores_U * weights_U) for scores_U in scores_MSU.reshape(-1, units)]
-    return Benchmark((np.array(sums) / weights_G).reshape(methods, seeds, -1), weights_G)
 
 
 def _row(names: Sequence[str], joined: Sequence[Benchmark], margin: float | None, resamples: int) -> Row:
@@ -288,21 +246,3 @@ def _notes(runs: Sequence[Run], tasks: Sequence[str]) -> Iterator[str]:
             values = sorted({str(run.summary[section].get(key)) for run in runs if section in run.summary})
             if len(values) > 1:
                 yield f"The runs differ in {key}: {', '.join(values)}."
-
-
-def _check_same(task: str, keys: Sequence[str], first: Run, second: Run) -> None:
-    """Runs whose task had other generation settings, scoring or data cannot be compared."""
-    one, other = first.summary["tasks"][task], second.summary["tasks"][task]
-    for key in keys:
-        if one.get(key) != other.get(key):
-            raise UserError(
-                f"task {task!r}: {key} is {other.get(key)!r} in {second.directory} and {one.get(key)!r} in "
-                f"{first.directory}; evaluate both alike"
-            )
-
-
-def _by_id(task: str, run: Run) -> dict[str, Unit]:
-    units = {unit.id: unit for unit in run.units[task]}
-    if len(units) < len(run.units[task]):
-        raise UserError(f"{run.directory}: task {task!r}: ids of its samples are not unique")
-    return units

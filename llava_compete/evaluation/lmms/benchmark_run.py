@@ -19,7 +19,7 @@ import logging
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llava_compete.errors import UserError
 from llava_compete.evaluation.checkpoint_facts import checkpoint_facts
@@ -51,6 +51,16 @@ class EvaluationError(Exception):
         self.failures = failures
 
 
+class _Plan(NamedTuple):
+    """tasks: in the order of the suite; local: those with data on this disk; digests: of local data and of our task
+    YAMLs; states: by task all that a finished one must have in common with this run."""
+
+    tasks: list[str]
+    local: dict[str, LocalTask]
+    digests: dict[str, str]
+    states: dict[str, dict[str, Any]]
+
+
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Evaluate and return what summary.json holds.
 
@@ -58,9 +68,30 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     none is left.
     """
     started = time.perf_counter()
-    include_path = beside_their_data(Path(config.include_path))
-    config = config.model_copy(update={"include_path": str(include_path)})
+    config = config.model_copy(update={"include_path": str(beside_their_data(Path(config.include_path)))})
     checkpoint = checkpoint_facts(Path(config.checkpoint), Path(config.adapter) if config.adapter else None)
+    plan = _checked_plan(config, checkpoint)
+    digest = _combined(plan.digests)
+    extra = {"tasks": plan.digests}
+    write_manifest(config.directory, config, seeds={"lmms_eval": 0}, data_digest=digest, extra=extra)
+    summaries, failures = _run_missing(config, plan)
+    if not summaries:
+        raise EvaluationError(failures)
+    summary = {
+        "tasks": summaries,
+        "failures": failures,
+        "seconds": round(time.perf_counter() - started, 1),
+        "checkpoint": checkpoint,
+        "settings": config.model_dump(mode="json"),
+        "versions": package_versions(),
+    }
+    write_json(config.directory / "summary.json", summary)
+    return summary
+
+
+def _checked_plan(config: EvalConfig, checkpoint: dict[str, Any]) -> _Plan:
+    """What to run; names, judges and data that would fail later are a `UserError` now."""
+    include_path = Path(config.include_path)
     tasks = list(dict.fromkeys(config.tasks or load_suite(config.suite or "").tasks))
     local = find_local_tasks(include_path)
     check_names(tasks, include_path)
@@ -69,66 +100,55 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         if task in local:
             check_local_data(local[task])
     check_on_disk(tasks, include_path)
-    directory = config.directory
     own = names_in(sorted(include_path.rglob("*.yaml")))
     digests = {task: local[task].digest if task in local else task_digest(own[task]) for task in tasks if task in own}
-    write_manifest(directory, config, seeds={"lmms_eval": 0}, data_digest=_combined(digests), extra={"tasks": digests})
-
     weights = {key: checkpoint[key] for key in ("sha256", "adapter_sha256")}
     settings = {"checkpoint": weights, **_settings(config), "versions": _versions()}
-    states = {task: {**settings, "task": digests.get(task, task)} for task in tasks}
-    summaries = {task: finished(directory, task, states[task]) for task in tasks}
-    remaining = [task for task in tasks if summaries[task] is None]
-    if len(remaining) < len(tasks):
-        log.info("finished before, not run again: %s", ", ".join(task for task in tasks if task not in remaining))
+    return _Plan(tasks, local, digests, {task: {**settings, "task": digests.get(task, task)} for task in tasks})
+
+
+def _run_missing(config: EvalConfig, plan: _Plan) -> tuple[dict[str, Any], dict[str, str]]:
+    """Run what is not finished; summaries by finished task in the plan's order, and reasons by task that failed."""
+    directory = config.directory
+    remaining = [task for task in plan.tasks if finished(directory, task, plan.states[task]) is None]
+    if len(remaining) < len(plan.tasks):
+        log.info("finished before, not run again: %s", ", ".join(task for task in plan.tasks if task not in remaining))
     if remaining:
         check_registered()
         # A summary of other results must not stand beside half-made new ones.
         (directory / "summary.json").unlink(missing_ok=True)
     failures: dict[str, str] = {}
-    groups = _groups(remaining, local)
+    groups = _groups(remaining, plan.local)
     while groups:
         group = groups.pop(0)
-        # `datasets` knows a converted local table by file name and time: one that was rebuilt gets a cache of its own.
-        cache = "datasets-" + _combined(digests)[:16] if group[0] in local else None
         try:
-            runs = _run_group(config, group, cache)
-            for task, run in runs.items():
-                write_task(directory, task, run, local[task].facts if task in local else {}, states[task])
-                summaries[task] = finished(directory, task, states[task])
+            _run_group(config, plan, group)
         except UserError as error:
             if len(group) > 1:  # which of them fails shows when each has a start of its own
                 log.info("not finished together, so each on its own: %s", error)
-                groups = [[task] for task in group if summaries[task] is None] + groups
+                groups = [[task] for task in group if finished(directory, task, plan.states[task]) is None] + groups
             else:
                 failures[group[0]] = str(error)
                 log.error("%s: %s", group[0], error)
-    if failures and not any(summaries.values()):
-        raise EvaluationError(failures)
-    summary = {
-        "tasks": {task: found for task, found in summaries.items() if found is not None},
-        "failures": failures,
-        "seconds": round(time.perf_counter() - started, 1),
-        "checkpoint": checkpoint,
-        "settings": config.model_dump(mode="json"),
-        "versions": package_versions(),
-    }
-    write_json(directory / "summary.json", summary)
-    return summary
+    summaries = {task: finished(directory, task, plan.states[task]) for task in plan.tasks}
+    return {task: summary for task, summary in summaries.items() if summary is not None}, failures
 
 
-def _run_group(config: EvalConfig, group: list[str], cache: str | None) -> dict[str, dict[str, Any]]:
-    """One start of lmms-eval; its metrics and samples by task."""
+def _run_group(config: EvalConfig, plan: _Plan, group: list[str]) -> None:
+    """One start of lmms-eval, and the score files of its tasks."""
     raw = config.directory / "lmms_eval" / "+".join(group)
     shutil.rmtree(raw, ignore_errors=True)
     log.info("lmms-eval: %s", ", ".join(group))
-    datasets_cache = raw.with_name(cache) if cache else None
+    # `datasets` knows a converted local table by file name and time: one that was rebuilt gets a cache of its own.
+    cache = raw.with_name("datasets-" + _combined(plan.digests)[:16]) if group[0] in plan.local else None
     try:
-        run_lmms_eval(config, group, raw, config.directory / "eval.log", datasets_cache)
+        run_lmms_eval(config, group, raw, config.directory / "eval.log", cache)
     finally:
-        if datasets_cache is not None:
-            shutil.rmtree(datasets_cache, ignore_errors=True)
-    return read_run(raw, group)
+        if cache is not None:
+            shutil.rmtree(cache, ignore_errors=True)
+    for task, run in read_run(raw, group).items():
+        facts = plan.local[task].facts if task in plan.local else {}
+        write_task(config.directory, task, run, facts, plan.states[task])
 
 
 def _settings(config: EvalConfig) -> dict[str, Any]:

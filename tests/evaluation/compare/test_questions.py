@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llava_compete.evaluation.compare.comparison import _grouped
+from llava_compete.evaluation.compare.joining import group_units
 from llava_compete.evaluation.compare.questions import Benchmark, permutation_p, question_intervals
 
 
@@ -70,7 +70,7 @@ def test_questions_about_one_image_must_be_one_unit():
         by_image = 0.5 + rng.normal(0, 0.15, size=(2, 1, 100)).clip(-0.4, 0.4)
         scores = (rng.random((2, 1, 1800)) < np.repeat(by_image, 18, axis=2)).astype(float)
         images = [f"group {index // 18}" for index in range(1800)]
-        kinds = {"by image": _grouped(scores, np.ones(1800), images), "by question": benchmark(scores)}
+        kinds = {"by image": group_units(scores, np.ones(1800), images), "by question": benchmark(scores)}
         for kind, units in kinds.items():
             rejected[kind] += permutation_p([units], 200, seed=trial)[0] <= 0.05
     assert rejected["by image"] / 200 <= 0.09

@@ -123,15 +123,16 @@ class RowWriter:
 
 def prepare_outputs(targets: Iterable[Path], sources: list[SourceSection]) -> None:
     """Make the folders of files to be written; `UserError` if one is a data source, named twice or cannot be made."""
+    # Not `Path.resolve`, which raises at links that lead in a circle.
     taken = {
-        path.resolve()
+        os.path.realpath(path)
         for source in sources
         for path in (source.path if isinstance(source.path, list) else [source.path])
     }
     for path in targets:
-        if path.resolve() in taken:
+        if os.path.realpath(path) in taken:
             raise UserError(f"{path}: this is a data source or another output; write to another file")
-        taken.add(path.resolve())
+        taken.add(os.path.realpath(path))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 from tokenizers_for_tests import make_tokenizer
 
 from llava_compete.check.check import check_data
+from llava_compete.check.clean_rows import with_image_paths
 from llava_compete.check.output import RowWriter
 from llava_compete.check.row_checks import PROBLEMS, TextSide, check_row
 from llava_compete.cli import main
@@ -275,16 +277,28 @@ def test_no_value_anywhere_in_a_row_is_a_crash(data, text_side):
     raw = row("a", conversations=[{"role": "user", "content": [{"type": "text", "text": "What?"}]}, *turns()[1:]])
     place, key = data.draw(
         st.sampled_from(
-            [(raw, key) for key in ("id", "image", "images", "conversations", "messages")]
+            [(raw, key) for key in ("id", "image", "images", "conversations", "messages", "system", "video", "other")]
             + [(raw["conversations"], 0), (raw["conversations"], 1)]
             + [(raw["conversations"][0], key) for key in ("from", "role", "value", "content")]
-            + [(raw["conversations"][0]["content"], 0), (raw["conversations"][0]["content"][0], "type")]
+            + [(raw["conversations"][1], key) for key in ("loss", "weight", "reasoning_content", "tool_calls")]
+            + [(raw["conversations"][0]["content"], 0)]
+            + [
+                (raw["conversations"][0]["content"][0], key)
+                for key in ("type", "image", "image_url", "index", "base64")
+            ]
         )
     )
+    if data.draw(st.booleans()):
+        raw["conversations"][0]["content"][0]["type"] = "image"
+    if data.draw(st.booleans()):
+        raw["texts"] = [{"user": "What?", "assistant": "That."}]
+        del raw["conversations"]
+        place, key = (raw, "texts") if data.draw(st.booleans()) else (raw["texts"][0], "assistant")
     place[key] = data.draw(_JSON)
-    source = SourceSection(name="s", path="nowhere/rows.json")
+    source = SourceSection(name="s", path="nowhere/rows.json", images_first=data.draw(st.booleans()))
     facts = check_row(source, raw, 0, text_side, 150)
     assert {kind for kind, _ in facts.problems} <= set(PROBLEMS)
+    json.dumps(with_image_paths(raw, source, Path("elsewhere/clean.jsonl")))
 
 
 def test_a_template_that_refuses_a_row(tmp_path, images):
@@ -362,6 +376,15 @@ def test_max_length_beyond_the_models_context_is_refused_before_the_check(tmp_pa
     )
     assert main(["data", "check", str(config), "--json", str(tmp_path / "report.json")]) == 2
     assert "data.max_length: found 129, but the language model's context is 128" in capsys.readouterr().err
+
+
+def test_a_link_that_leads_to_itself_is_one_clear_line(tmp_path):
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    config = tmp_path / "config.yaml"
+    config.write_text(f"cache_dir: {tmp_path}\nsources: [{{name: s, path: {tmp_path}/loop.jsonl}}]\n")
+    report = tmp_path / "report.json"
+    assert main(["data", "check", str(config), "--json", str(report)]) == 1
+    assert list(json.loads(report.read_text())["problems"]) == ["file_unreadable"]
 
 
 def test_problems_count_rows(tmp_path, images):

@@ -15,7 +15,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
 
 SECTIONS=(parity waiting nccl moe train generate demo)
-declare -A LIMITS=([parity]=60 [waiting]=60 [nccl]=60 [moe]=60 [train]=120 [generate]=60 [demo]=150)
+declare -A LIMITS=([parity]=60 [waiting]=45 [nccl]=60 [moe]=50 [train]=120 [generate]=60 [demo]=140)
 
 out=outputs/gpu_check chosen=()
 export GPU_CHECK_CPU=no

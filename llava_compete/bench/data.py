@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPImageProcessorPil
 
-from llava_compete.bench.train import GPU_SHAPES, build
+from llava_compete.bench.train import PAPER, build
 from llava_compete.data.collator import Collator
 from llava_compete.data.config import DataSection, SourceSection
 from llava_compete.data.dataset import ConversationDataset, build_datasets
@@ -41,7 +41,7 @@ BATCH_SIZE = 16
 TARGET_SIZE = 224
 IMAGE_TOKENS = 256
 # What the GPU is assumed to reach of its peak, and the model that it trains.
-GPU, GPU_MFU, GPU_MODEL = "H100", 0.45, GPU_SHAPES[0]
+GPU, GPU_MFU, GPU_MODEL = "H100", 0.45, PAPER
 WORDS = ["the", "a", "red", "small", "wooden", "table", "with", "two", "people", "standing", "near", "an", "old", "car"]
 
 

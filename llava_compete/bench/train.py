@@ -76,40 +76,49 @@ class Shape(NamedTuple):
 # Sized so that the MLPs dominate, as in real models (there about two thirds of the arithmetic).
 CPU_SHAPE = Shape(256, 1024, 4, 4, 512, 8, 256, "float32")
 
-# SigLIP so400m at 384 pixels.
+# The paper's models, whole: Phi-3.5-mini and SigLIP so400m at 384 pixels, which it gives experts in the tower.
 SIGLIP = Tower(378, 14, 1152, 4304, 72, 27)
-BOTH = ("vision", "language")
-# Real models, the largest in training first. `fit` sets rows and micro-batches, 8 rows a step.
-GPU_SHAPES = (
-    Shape(3072, 8192, 32, 32, 32064, 1, 2048, "bfloat16", SIGLIP, "Phi-3.5-mini + SigLIP so400m", 32, ("vision",)),
-    Shape(2048, 5632, 22, 32, 32000, 1, 2048, "bfloat16", SIGLIP, "TinyLlama-1.1B + SigLIP so400m", 4, ("language",)),
-    Shape(1024, 3072, 28, 16, 151936, 1, 2048, "bfloat16", SIGLIP, "Qwen3-0.6B + SigLIP so400m", 8, BOTH),
-)
-ROWS_A_STEP = 8
+PAPER = Shape(3072, 8192, 32, 32, 32064, 4, 2048, "bfloat16", SIGLIP, "Phi-3.5-mini + SigLIP so400m", 32, ("vision",))
+# LLaVA's 128 rows a step on 8 GPUs are 16 on each; 4 rows at a time keep a GPU busy (with 1 it waits for its host).
+GPU_SHAPE = PAPER._replace(rows=4, micro_batches=4, expert_parts=("vision", "language"))
 # What an 80 GB card leaves beside CUDA's context and the allocator's slack.
 GPU_LIMIT = 70 * 2**30
-# bfloat16 weight and gradient, float32 copy, gradient moments of AdamW.
+# bfloat16 weight and gradient, float32 copy, and AdamW's two moments.
 BYTES_A_PARAMETER = 2 + 2 + 4 + 4 + 4
 
 
 def fit(limit: int) -> Shape:
-    """The largest of `GPU_SHAPES` whose training takes at most `limit` bytes, with the largest micro-batch that does.
+    """`GPU_SHAPE` with as many of its layers, and the same share of tower blocks, as train in `limit` bytes.
+
+    On several GPUs the states are shared out and more layers fit beside these activations; on one the widths, the rows
+    and the experts stay real and the depth gives way.
 
     Raises:
-        UserError: none fits.
+        UserError: not even one layer fits.
     """
-    for shape in GPU_SHAPES:
-        with torch.device("meta"):
-            model = build("competition", shape, torch.device("meta"))
-        held = BYTES_A_PARAMETER * sum(parameter.numel() for parameter in model.parameters())
-        if held >= limit:
-            continue
-        competing = frozenset(list(moe_blocks(model))[-CAP:])
-        row = simulate(model, 1, shape.length, 1, competing).activations(checkpointing=False)
-        rows = next((rows for rows in (8, 4, 2, 1) if held + rows * row <= limit), None)
-        if rows is not None:
-            return shape._replace(rows=rows, micro_batches=ROWS_A_STEP // rows)
-    raise UserError(f"bench train: {limit / 2**30:.0f} GiB of GPU memory hold none of the shapes to measure")
+    one, three = (_bytes_needed(_cut(GPU_SHAPE, layers)) for layers in (1, 3))
+    layers = min(GPU_SHAPE.layers, 2 + (limit - one) * 2 // (three - one))  # tower blocks do not grow evenly
+    while layers > 0 and _bytes_needed(_cut(GPU_SHAPE, layers)) > limit:
+        layers -= 1
+    if layers < 1:
+        raise UserError(f"bench train: {limit / 2**30:.0f} GiB of GPU memory do not hold a layer of {GPU_SHAPE.name}")
+    return _cut(GPU_SHAPE, layers)
+
+
+def _cut(shape: Shape, layers: int) -> Shape:
+    assert shape.tower is not None
+    blocks = max(1, round(shape.tower.layers * layers / shape.layers))
+    name = f"{layers} of {shape.layers} layers and {blocks} of {shape.tower.layers} blocks of {shape.name}"
+    return shape._replace(layers=layers, tower=shape.tower._replace(layers=blocks), name=name)
+
+
+def _bytes_needed(shape: Shape) -> int:
+    """Parameters with their training state, and the activations of a micro-batch with a full competition."""
+    model = build("competition", shape, torch.device("meta"))
+    held = BYTES_A_PARAMETER * sum(parameter.numel() for parameter in model.parameters())
+    competing = frozenset(list(moe_blocks(model))[-CAP:])
+    row = simulate(model, 1, shape.length, 1, competing).activations(checkpointing=False)
+    return held + shape.rows * row
 
 
 def build(case: str, shape: Shape, device: torch.device) -> LlavaCompeteForConditionalGeneration:
@@ -193,22 +202,29 @@ def make_step(
 
 
 class _Optimizer:
-    """Fused AdamW; weights below float32 get a float32 copy that it updates, a parameter at a time, as a sharded
-    optimizer does: their float32 gradients never stand side by side."""
+    """Fused AdamW. Weights below float32 get a float32 copy that it updates, a GiB of gradients at a time, as a sharded
+    optimizer does: the float32 gradients of all parameters never stand side by side."""
 
     def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
-        self.parameters = parameters
-        self.copies = [parameter.detach().float() for parameter in parameters]  # itself, if float32 already
-        self.adamw = [torch.optim.AdamW([copy], lr=1e-4, fused=True) for copy in self.copies]
+        self.groups: list[list[tuple[torch.nn.Parameter, torch.Tensor]]] = [[]]
+        size = 0
+        for parameter in parameters:
+            size += parameter.numel()
+            if size > 2**28 and self.groups[-1]:
+                self.groups.append([])
+                size = parameter.numel()
+            self.groups[-1].append((parameter, parameter.detach().float()))  # itself, if float32 already
+        self.adamw = [torch.optim.AdamW([copy for _, copy in group], lr=1e-4, fused=True) for group in self.groups]
 
     @torch.no_grad()
     def step(self) -> None:
-        for parameter, copy, adamw in zip(self.parameters, self.copies, self.adamw, strict=True):
-            if parameter.grad is not None:
-                copy.grad = parameter.grad.float()
-                adamw.step()
+        for group, adamw in zip(self.groups, self.adamw, strict=True):
+            for parameter, copy in group:
+                copy.grad = None if parameter.grad is None else parameter.grad.float()
+            adamw.step()
+            for parameter, copy in group:
                 parameter.copy_(copy)
-            copy.grad = parameter.grad = None
+                copy.grad = parameter.grad = None
 
 
 def run_bench(shape: Shape, device: torch.device, repeats: int) -> dict[str, Any]:

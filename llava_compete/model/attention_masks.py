@@ -43,7 +43,7 @@ def without_waiting(
 
     given: what stays with kernels that take lengths in place of masks, and where there is a whole mask already.
     """
-    whole = given.attention_mask is not None and given.attention_mask.ndim == 4
+    whole = isinstance(given.attention_mask, Tensor) and given.attention_mask.ndim == 4
     if whole or config._attn_implementation not in _WITH_MASKS:
         return given
     masks = create_masks_for_generate(config, inputs_embeds, attention_mask=None, past_key_values=None)

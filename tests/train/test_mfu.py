@@ -19,7 +19,7 @@ from llava_compete.train.config import PartTraining
 from llava_compete.train.mfu import Utilisation, count_flops
 
 SHAPE = bench.Shape(16, 32, 2, 2, 64, 2, 16, "float32")
-SEEING = SHAPE._replace(tower=bench.Tower(8, 4, 12, 24, 6, 3), expert_parts=bench.BOTH)
+SEEING = SHAPE._replace(tower=bench.Tower(8, 4, 12, 24, 6, 3), expert_parts=("vision", "language"))
 CPU = torch.device("cpu")
 
 
@@ -89,25 +89,24 @@ def test_competing_layers_come_from_the_schedule(layers: int) -> None:
         assert set(competing[part]) <= {1, 2, 3}
 
 
-def test_the_largest_real_shape_that_fits_is_stepped_on_the_meta_device() -> None:
-    shape = bench.fit(bench.GPU_LIMIT)
-    assert shape.name == "TinyLlama-1.1B + SigLIP so400m"
-    assert shape.rows * shape.micro_batches == bench.ROWS_A_STEP
-    model = bench.build("competition", shape, torch.device("meta"))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    published = 1.10e9 + 0.43e9  # of its two dense models
-    experts = 3 * 22 * 3 * 2048 * 5632  # three more of each MLP
-    assert parameters == pytest.approx(published + experts, rel=0.02)
-    assert 16 * parameters < bench.GPU_LIMIT
-    # What is larger, the paper's model, does not fit.
-    paper = bench.build("competition", bench.GPU_SHAPES[0], torch.device("meta"))
+def test_the_gpu_shape_is_the_papers_models_with_as_many_layers_as_fit_stepped_on_the_meta_device() -> None:
+    paper = bench.build("competition", bench.PAPER, torch.device("meta"))
     assert sum(parameter.numel() for parameter in paper.parameters()) == pytest.approx(5.1e9, rel=0.03)
-    with pytest.raises(UserError, match="1 GiB of GPU memory hold none"):
+    shape = bench.fit(bench.GPU_LIMIT)
+    assert shape.tower is not None
+    assert shape.tower.layers / shape.layers == pytest.approx(27 / 32, abs=0.06)
+    assert shape[:2] + shape.tower[:5] == bench.GPU_SHAPE[:2] + bench.SIGLIP[:5]  # only the depths are less
+    assert shape.name == (
+        f"{shape.layers} of 32 layers and {shape.tower.layers} of 27 blocks of Phi-3.5-mini + SigLIP so400m"
+    )
+    needed, more = (bench._bytes_needed(bench._cut(bench.GPU_SHAPE, shape.layers + extra)) for extra in (0, 1))
+    assert needed <= bench.GPU_LIMIT < more
+    with pytest.raises(UserError, match=r"1 GiB of GPU memory do not hold a layer of Phi-3\.5-mini"):
         bench.fit(2**30)
 
 
-def test_operations_of_a_real_shape_are_counted_in_every_case() -> None:
-    shape = bench.GPU_SHAPES[1]._replace(layers=2, tower=bench.SIGLIP._replace(layers=2))
+def test_operations_of_the_gpu_shape_are_counted_in_every_case() -> None:
+    shape = bench._cut(bench.GPU_SHAPE, 2)
     same = bench._utilisation(shape, 1e12, dict.fromkeys(bench.CASES, 1.0))
     assert same["softmax"] == same["competition"] == pytest.approx(same["dense"], rel=0.01)
 
@@ -129,7 +128,7 @@ def test_half_precision_weights_follow_float32_copies() -> None:
         weight.grad, exact.grad = torch.ones(4, dtype=torch.bfloat16), torch.ones(4)
         ours.step()
         plain.step()
-    torch.testing.assert_close(ours.copies[0], exact.detach())
+    torch.testing.assert_close(ours.groups[0][0][1], exact.detach())
     torch.testing.assert_close(weight.detach(), exact.detach().bfloat16())
     assert float(weight.detach()[0]) < 1
 

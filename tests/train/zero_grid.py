@@ -15,14 +15,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from stage_kit import fresh_model, stage_config, tiny_moe, write_data
 
+from llava_compete.manifest import git_state
+from llava_compete.moe.config import COMPETITION_COEFS, ROUTER_COEFS
+
 WORKER = Path(__file__).with_name("zero_grid_worker.py")
 # Of a tensor's change, in norm, against the one-process run: float32 sums in another order.
 TOLERANCE = 1e-3
+COEFS = (*ROUTER_COEFS, *COMPETITION_COEFS)
 SILENCE = 120  # seconds without a result after which a launch is taken to hang
 
 
@@ -100,6 +105,8 @@ class Grid:
         trainable = {part: {"mode": "lora", "lora_rank": 2} if mode == "lora" else mode for part, mode in modes.items()}
         moe = cell.experts != "dense"
         rate = {"competition_rate": float(cell.experts == "competition"), "max_competing_layers": 99}
+        # Losses of routers that do not train are refused.
+        silent = {part: dict.fromkeys(COEFS, 0.0) for part, mode in modes.items() if mode == "frozen"}
         ranks = 1 if cell.zero == "alone" else 2
         training = {
             "max_steps": 2,
@@ -120,7 +127,7 @@ class Grid:
             trainable=trainable,
             training=training,
             deepspeed=None if cell.zero in ("none", "alone") else cell.zero,
-            **({"moe": rate} if moe else {}),
+            **({"moe": rate | silent} if moe else {}),
         )
 
     def prepare(self) -> None:
@@ -197,6 +204,17 @@ class Grid:
         return "\n".join(log.read_text(encoding="utf-8")[-1000:] for log in logs)
 
 
+HEAD = """# ZeRO grid
+
+`bash scripts/zero_grid.sh` ({kind}), {date}, commit {commit}: two SGD steps of a tiny model on two CPU ranks, against
+one process without DeepSpeed. Equal: the change of every tensor differs by less than 1e-3 of its norm (float32 sums in
+another order); refused: before the model is loaded, which is expected of LoRA on an open_clip tower under ZeRO-3 and of
+nothing else. Axes: each part frozen, full or LoRA (not all frozen) x dense, experts on a router step, experts on a
+competition step x 1 or 2 micro-batches a step x activation checkpointing off or on.
+
+"""
+
+
 def _rows(results: dict[Cell, dict[str, Any]]) -> Iterator[str]:
     """A line for each ZeRO setting and kind of block: what came out, and the largest difference."""
     yield "| ZeRO | blocks | cells | equal | refused | other | largest difference |"
@@ -221,7 +239,10 @@ def report(results: dict[Cell, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    grid = Grid(Path(sys.argv[1]).resolve())
+    kind, folder, table = sys.argv[1:]
+    grid = Grid(Path(folder).resolve())
     grid.folder.mkdir(parents=True, exist_ok=True)
-    found = grid.run(all_cells() if "--pairwise" not in sys.argv else pairwise())
-    sys.stdout.write(report(found))
+    began = time.monotonic()
+    text = report(grid.run(all_cells() if kind == "full" else pairwise()))
+    sys.stdout.write(f"{text}{time.monotonic() - began:.0f} s\n")
+    Path(table).write_text(HEAD.format(kind=kind, date=date.today(), commit=git_state().get("commit", "?")[:10]) + text)

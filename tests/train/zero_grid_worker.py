@@ -80,4 +80,5 @@ if __name__ == "__main__":
             yield store
 
         run.process_group = held_group  # type: ignore[assignment]
+        gc.freeze()  # the libraries' objects, which every collection would look through for a second
         main(Grid(Path(sys.argv[1])), sys.argv[2], Path(sys.argv[3]))

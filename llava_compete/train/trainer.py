@@ -340,9 +340,10 @@ class StageTrainer(Trainer):
             too_long = seconds > LAUNCHERS_PATIENCE
             logger.log(
                 logging.WARNING if too_long else logging.INFO,
-                "checkpoint-%d: saved in %.1f s; a launcher that is told to stop kills its ranks after %d s%s",
-                *(self.state.global_step, seconds, LAUNCHERS_PATIENCE),
-                ", before they have saved: give notice to the ranks alone, as the stage scripts do" if too_long else "",
+                "checkpoint-%d: saved in %.1f s%s; deepspeed and torchrun by themselves kill their ranks %d s after "
+                "they are told to stop, the stage scripts wait",
+                *(self.state.global_step, seconds, ", too long for some launchers" if too_long else ""),
+                LAUNCHERS_PATIENCE,
             )
         self._longest_save = max(self._longest_save, seconds)
 

@@ -211,6 +211,14 @@ def test_a_finished_run_is_extended(
     assert finished["steps"] == 10
 
 
+def test_more_epochs_extend_a_run(start: Path, tmp_path: Path) -> None:
+    config = _stage(start, tmp_path / "out", num_train_epochs=0.5)
+    del config["training"]["max_steps"]
+    run_stage_here(config)
+    out = run_stage_here(_changed(config, "training.num_train_epochs", 1.5))
+    assert [record["step"] for record in read_metrics(out)] == list(range(1, 10))  # 24 rows, 4 at a time
+
+
 def test_warmup_stable_decay_is_extended_before_its_decay(start: Path, tmp_path: Path) -> None:
     schedule = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 2}}
     config = _stage(start, tmp_path / "out", save_steps=1, warmup_steps=1, **schedule)

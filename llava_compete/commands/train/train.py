@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="the stage's YAML, for example configs/demo/sft.yaml")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides, values are YAML")
     parser.add_argument(
-        "--allow-changed", action="store_true", help="go on although data, seed or batch geometry changed"
+        "--allow-changed", action="store_true", help="obey settings and data that have changed since the checkpoint"
     )
     parser.add_argument("--stage", help="refuse a config of another stage (used by the stage scripts)")
 

@@ -119,6 +119,9 @@ def _already_finished(config: TrainConfig, allow_changed: bool) -> bool:
     finished = checkpoints.read_finished(config.output_dir)
     if finished is None:
         return False
+    parent = config.model.checkpoint
+    if parent is not None and not Path(parent).exists():
+        return True  # nothing to compare with, and nothing needs it any more
     changed = differences(finished["settings"], settings(config, moe_settings(config)))
     if changed and not allow_changed:
         raise UserError(

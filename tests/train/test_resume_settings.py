@@ -292,3 +292,11 @@ def test_an_extended_run_competes_by_its_plan(start: Path, tmp_path: Path, monke
     plan = CompetitionSchedule.extended(0, (4, 12), names, 0.5, 0.5, 3)
     assert competing == [sorted(plan.layers_at(step)) for step in range(12)]
     assert any(competing[4:7])  # half of 12 would be a second warm-up
+
+
+def test_a_finished_stage_needs_its_parent_no_more(start: Path, tmp_path: Path) -> None:
+    parent = shutil.copytree(start, tmp_path / "parent")
+    config = _changed(_stage(start, tmp_path / "out", max_steps=1), "model.checkpoint", str(parent))
+    out = run_stage_here(config)
+    shutil.rmtree(parent)
+    assert run_stage_here(config) == out

@@ -14,8 +14,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from llava_compete.data.text.config import TextSection
 from llava_compete.moe.config import MoeConfig
 from llava_compete.train.config import TrainConfig
+from llava_compete.train.image_files import fingerprints
+from llava_compete.train.inputs import Feed
 
 # Keys that change no weight, by how they begin. `max_steps` and `num_train_epochs` are compared as `total_steps`.
 _WITHOUT_EFFECT = (
@@ -42,6 +45,20 @@ def settings(config: TrainConfig, moe: MoeConfig | None) -> dict[str, Any]:
     if config.model.checkpoint is not None:
         found["model.checkpoint"] = checkpoint_digest(Path(config.model.checkpoint))
     return found
+
+
+def identity_of(
+    config: TrainConfig, moe: MoeConfig | None, data: Feed, world_size: int, zero_stage: int
+) -> dict[str, Any]:
+    """Settings, data, and how the run is shared out; looks at every image file, so on one rank only."""
+    images = {} if isinstance(config.data, TextSection) else fingerprints(data.train)
+    return {
+        **settings(config, moe),
+        **{f"data.{name}.images": digest for name, digest in images.items()},
+        "data": data.digest,
+        "world_size": world_size,
+        "zero_stage": zero_stage,
+    }
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

@@ -18,11 +18,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
 from llava_compete.console import setup_console
-from llava_compete.data.text.config import TextSection
 from llava_compete.errors import UserError
 from llava_compete.language.sources import context_of
 from llava_compete.manifest import write_manifest
-from llava_compete.model.checkpoint import read_config
 from llava_compete.moe.allocator import keep_freed_memory
 from llava_compete.moe.config import MoeConfig
 from llava_compete.train import checkpoints, trainable
@@ -34,8 +32,8 @@ from llava_compete.train.callbacks.progress import AnswersCallback, WatchCallbac
 from llava_compete.train.callbacks.tensorboard import ResumedTensorBoardCallback
 from llava_compete.train.config import DEEPSPEED_DIR, TrainConfig
 from llava_compete.train.distributed import Rank, all_or_none, main_first, of_main, process_group, this_rank
-from llava_compete.train.identity import differences, settings
-from llava_compete.train.image_files import fingerprints
+from llava_compete.train.finished import has_finished, record, refuse_to_begin_again
+from llava_compete.train.identity import identity_of
 from llava_compete.train.inputs import Feed, build_feed
 from llava_compete.train.mfu import Utilisation, count_flops, device_peak
 from llava_compete.train.preflight import (
@@ -46,7 +44,7 @@ from llava_compete.train.preflight import (
     comparable_settings,
     log_devices,
 )
-from llava_compete.train.resume import Start, choose, total_steps
+from llava_compete.train.resume import choose, total_steps
 from llava_compete.train.sharding import (
     gather_attention_whole,
     refuse_what_cannot_be_sharded,
@@ -54,7 +52,7 @@ from llava_compete.train.sharding import (
     whole,
     zero_stage,
 )
-from llava_compete.train.starting_point import moe_settings, start_model
+from llava_compete.train.starting_point import start_model
 from llava_compete.train.stopping import StopOnSignal
 from llava_compete.train.trainer import StageTrainer
 from llava_compete.train.waiting import wait_for_all
@@ -85,7 +83,7 @@ def train(config: TrainConfig, *, allow_changed: bool = False) -> bool:
             _open_output(config.output_dir, rank)
             if rank.is_main:
                 stack.enter_context(checkpoints.output_lock(config.output_dir))
-                finished = _already_finished(config, allow_changed)
+                finished = has_finished(config, allow_changed=allow_changed)
         if of_main(finished):
             logger.info("%s: stage %s has finished already", config.output_dir, config.stage)
             return True
@@ -102,37 +100,6 @@ def _open_output(output_dir: Path, rank: Rank) -> None:
         raise UserError(f"output_dir: {output_dir}: {file} is a file, expected a directory") from error
     except OSError as error:
         raise UserError(f"output_dir: {output_dir}: cannot write there: {error.strerror}") from error
-
-
-def _already_finished(config: TrainConfig, allow_changed: bool) -> bool:
-    """Whether nothing is left to do: the stage has finished with these settings, and has not been made longer.
-
-    A directory with the model of another stage is not written over.
-    """
-    if (config.output_dir / "config.json").is_file():
-        stage = read_config(config.output_dir).stage
-        if stage != config.stage:
-            raise UserError(
-                f"{config.output_dir}: holds the model of stage {stage!r}, found stage {config.stage!r}; "
-                "choose another output_dir"
-            )
-    finished = checkpoints.read_finished(config.output_dir)
-    if finished is None:
-        return False
-    parent = config.model.checkpoint
-    if parent is not None and not Path(parent).exists():
-        return True  # nothing to compare with, and nothing needs it any more
-    changed = differences(finished["settings"], settings(config, moe_settings(config)))
-    if changed and not allow_changed:
-        raise UserError(
-            f"{config.output_dir}: stage {config.stage} has finished with other settings: "
-            f"{'; '.join(changed.values())}. Restore them, or choose another output_dir"
-        )
-    return not changed and finished["length"] == _length(config)
-
-
-def _length(config: TrainConfig) -> list[float | None]:
-    return [config.training.max_steps, config.training.num_train_epochs]
 
 
 def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
@@ -175,10 +142,14 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
     start = None
     with all_or_none(rank, "checkpoint"):
         if rank.is_main:
-            identity = _identity(config, rank, arguments, moe, data)
+            identity = identity_of(config, moe, data, rank.world_size, zero_stage(arguments))
             total = total_steps(arguments, len(data.batch_sampler))
             start = choose(config.output_dir, identity, arguments, total, allow_changed=allow_changed)
-            _check_start(config, start)
+            if start.checkpoint is None:
+                refuse_to_begin_again(config)
+            else:
+                logger.info("%s: going on from %s", config.stage, start.checkpoint.name)
+            checkpoints.clear_finished(config.output_dir)
             rows = _trainable_rows(config, trainer)
             check_space(config.output_dir, sum(r.parameters for r in rows), sum(r.trainable_parameters for r in rows))
             if start.checkpoint is not None and start.resharded and identity["zero_stage"]:
@@ -208,8 +179,7 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
             "competition_overhead": steps.competition_overhead(),
         }
         watch.write_end(summary)
-        finished = {"settings": settings(config, moe), "length": _length(config)}
-        checkpoints.write_finished(config.output_dir, {**summary, **finished})
+        checkpoints.write_finished(config.output_dir, {**summary, **record(config, moe)})
         if (overhead := summary["competition_overhead"]) is not None:
             logger.info("competitions added %.1f%% to the step time", 100 * overhead)
         logger.info("%s: wrote the %s model to %s", config.stage, config.stage, config.output_dir)
@@ -242,29 +212,6 @@ def _utilisation(trainer: StageTrainer, data: Feed) -> Utilisation | None:
         return None
     flops = count_flops(trainer.core_model, data.mean_length, trainer.config.trainable)
     return Utilisation(flops, peak, trainer.args.world_size)
-
-
-def _identity(config: TrainConfig, rank: Rank, arguments: Any, moe: MoeConfig | None, data: Feed) -> dict[str, Any]:
-    """What a resume compares; rank 0 only, which looks at every image file."""
-    images = {} if isinstance(config.data, TextSection) else fingerprints(data.train)
-    return {
-        **settings(config, moe),
-        **{f"data.{name}.images": digest for name, digest in images.items()},
-        "data": data.digest,
-        "world_size": rank.world_size,
-        "zero_stage": zero_stage(arguments),
-    }
-
-
-def _check_start(config: TrainConfig, start: Start) -> None:
-    if start.checkpoint is not None:
-        logger.info("%s: going on from %s", config.stage, start.checkpoint.name)
-    elif checkpoints.read_finished(config.output_dir) is not None:
-        raise UserError(
-            f"{config.output_dir}: stage {config.stage} has finished, and no checkpoint is left to go on from; "
-            "choose another output_dir"
-        )
-    checkpoints.clear_finished(config.output_dir)
 
 
 def _describe(config: TrainConfig, trainer: StageTrainer, data: Feed, moe: MoeConfig | None) -> None:

@@ -1,0 +1,60 @@
+"""A stage that has finished: with which settings, and whether the command at hand asks for more. Rank 0 only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llava_compete.errors import UserError
+from llava_compete.model.checkpoint import read_config
+from llava_compete.moe.config import MoeConfig
+from llava_compete.train import checkpoints
+from llava_compete.train.config import TrainConfig
+from llava_compete.train.identity import differences, settings
+from llava_compete.train.starting_point import moe_settings
+
+
+def record(config: TrainConfig, moe: MoeConfig | None) -> dict[str, Any]:
+    """What `run/finished.json` says of how the stage was run; `moe` are the settings in force."""
+    return {"settings": settings(config, moe), "length": _length(config)}
+
+
+def has_finished(config: TrainConfig, *, allow_changed: bool) -> bool:
+    """Whether nothing is left to do: the stage has finished with these settings, and has not been made longer.
+
+    Raises:
+        UserError: the directory holds the model of another stage, or of this one with other settings.
+    """
+    if (config.output_dir / "config.json").is_file():
+        stage = read_config(config.output_dir).stage
+        if stage != config.stage:
+            raise UserError(
+                f"{config.output_dir}: holds the model of stage {stage!r}, found stage {config.stage!r}; "
+                "choose another output_dir"
+            )
+    finished = checkpoints.read_finished(config.output_dir)
+    if finished is None:
+        return False
+    parent = config.model.checkpoint
+    if parent is not None and not Path(parent).exists():
+        return True  # nothing to compare with, and nothing needs it any more
+    changed = differences(finished["settings"], settings(config, moe_settings(config)))
+    if changed and not allow_changed:
+        raise UserError(
+            f"{config.output_dir}: stage {config.stage} has finished with other settings: "
+            f"{'; '.join(changed.values())}. Restore them, or choose another output_dir"
+        )
+    return not changed and finished["length"] == _length(config)
+
+
+def refuse_to_begin_again(config: TrainConfig) -> None:
+    """A finished stage that is made longer needs a checkpoint; without one it would be trained anew over its result."""
+    if checkpoints.read_finished(config.output_dir) is not None:
+        raise UserError(
+            f"{config.output_dir}: stage {config.stage} has finished, and no checkpoint is left to go on from; "
+            "choose another output_dir"
+        )
+
+
+def _length(config: TrainConfig) -> list[float | None]:
+    return [config.training.max_steps, config.training.num_train_epochs]

@@ -29,7 +29,8 @@ NAME = "language.0"
 COMPETITION = "competition_step"
 RECOMPUTED, PRE_ACTIVATIONS = f"{COMPETITION}_recompute", f"{COMPETITION}_pre_activations"
 CASES = ("dense_k", "dense_e", *ROUTERS, COMPETITION, RECOMPUTED, PRE_ACTIVATIONS)
-RECOMPUTED_CHUNKS = 8
+# Tokens of a chunk: on a CPU a cache holds few, on a GPU more chunks cost more launches.
+CHUNK_TOKENS = {"cpu": 256, "cuda": 4096}
 LONGEST_KERNELS = 12
 # transformers' own block, on gated shapes: Mixtral's, with each kernel for it that this machine has.
 TRANSFORMERS = "mixtral_"
@@ -146,7 +147,7 @@ class _Step:
     def __init__(self, shape: Shape, case: str, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         with torch.device(device):
-            self.module = _build(shape, case, tokens).to(dtype)
+            self.module = _build(shape, case, device).to(dtype)
             self.x = torch.randn(1, tokens, shape.D, dtype=dtype, requires_grad=True)
             self.cotangent = torch.randn(1, tokens, shape.D, dtype=dtype)
             self.groups = TokenGroups.from_mask(torch.ones(1, tokens))
@@ -206,7 +207,7 @@ class _Step:
             torch.cuda.synchronize(self.device)
 
 
-def _build(shape: Shape, case: str, tokens: int) -> nn.Module:
+def _build(shape: Shape, case: str, device: torch.device) -> nn.Module:
     if case.startswith("dense"):
         return _DenseMlps(shape, shape.K if case == "dense_k" else shape.E)
     if case.startswith(TRANSFORMERS):
@@ -218,7 +219,7 @@ def _build(shape: Shape, case: str, tokens: int) -> nn.Module:
     config["router"] = "competition" if competes else case
     if case in (RECOMPUTED, PRE_ACTIVATIONS):
         config["competition_keeps"] = "input" if case == RECOMPUTED else "pre_activations"
-        config["competition_chunk_tokens"] = -(-tokens // RECOMPUTED_CHUNKS)
+        config["competition_chunk_tokens"] = CHUNK_TOKENS[device.type]
     return SparseMoeBlock(
         MoeLayerConfig.model_validate(config),
         name=NAME,

@@ -15,8 +15,9 @@ from llava_compete.moe import losses
 from llava_compete.moe.competition import Contest
 from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.experts import PackedExperts
+from llava_compete.moe.precision import without_autocast
 from llava_compete.moe.routers import ROUTER_CLASSES, Routing
-from llava_compete.moe.state import RoutingMetrics, RoutingRecord, RoutingState, TokenGroups
+from llava_compete.moe.state import RoutingObservation, RoutingRecord, RoutingState, TokenGroups
 from llava_compete.parts import PARTS
 
 
@@ -73,7 +74,7 @@ class SparseMoeBlock(nn.Module):
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         groups = self._groups(x_TD.shape[0])
         # Called on a competition step too, on every rank: ZeRO-3 gathers a router's weights by its call.
-        routing: Routing = self.router(x_TD, statistics=groups is not None)
+        routing: Routing = self.router(x_TD)
         competes = self.config.router == "competition" and self.state.competes(self.name)
         chosen = () if competes else (routing.selected_experts_TK, routing.routing_weights_TK)
         output_TO, contest = self.experts(x_TD, *chosen)
@@ -102,73 +103,30 @@ class SparseMoeBlock(nn.Module):
         return groups
 
     def _record(self, routing: Routing, contest: Contest | None, groups: TokenGroups) -> RoutingRecord:
-        with torch.autocast(routing.logits_TR.device.type, enabled=False):
-            probs_TR = routing.probs_TR
+        coefs = self.config.loss_coefs(competing=contest is not None)
+        logits_TR = routing.logits_TR
+        with without_autocast(logits_TR.device.type):
             if contest is None:
-                terms = self._router_terms(routing, probs_TR, groups)
+                counted_TC = self._counted(routing.choices_TC)
+                terms = losses.router_losses(logits_TR, routing.scores_TR, counted_TC, groups, coefs)._asdict()
             else:
-                terms = self._competition_terms(probs_TR, contest, groups)
-            aux_loss = _weighted_sum(terms, self.config.loss_coefs(competing=contest is not None))
-            metrics = self._metrics(routing, probs_TR, contest, groups)
-            return RoutingRecord(terms, aux_loss, metrics)
-
-    def _router_terms(self, routing: Routing, probs_TR: Tensor, groups: TokenGroups) -> dict[str, Tensor]:
-        return {
-            "balance_loss": losses.balance_loss(probs_TR, self._counted(routing.choices_TC), groups),
-            "router_z_loss": losses.router_z_loss(routing.logits_TR, groups),
-        }
-
-    def _competition_terms(self, p_TE: Tensor, contest: Contest, groups: TokenGroups) -> dict[str, Tensor]:
-        """Terms of a competition step: p is the router's, q the competition's."""
-        q_TE, winners_TK = contest.affinity_TE.softmax(-1), contest.winners_TK
-        squared_TE = losses.squared_differences(p_TE, q_TE)
-        return {
-            "distillation_loss": losses.distillation_loss(squared_TE, groups),
-            "winner_distillation_loss": losses.winner_distillation_loss(squared_TE, winners_TK, groups),
-            "diversity_loss": losses.diversity_loss(contest.diversity_T, groups),
-            "balance_loss": losses.balance_loss(q_TE, self._counted(winners_TK), groups),
-        }
+                counted_TC = self._counted(contest.winners_TK)
+                tensors = (logits_TR, contest.affinity_TE, contest.winners_TK, counted_TC, contest.diversity_T)
+                terms = losses.competition_losses(*tensors, groups, coefs)._asdict()
+        aux_loss = terms.pop("aux_loss")
+        observation = RoutingObservation(
+            scores_TR=routing.scores_TR.detach(),
+            choices_TC=routing.choices_TC,
+            used_TK=routing.selected_experts_TK if contest is None else contest.winners_TK,
+            weights_TK=(routing.routing_weights_TK if contest is None else contest.weights_TK).detach(),
+            num_experts=self.config.num_experts,
+            competed=contest is not None,
+            groups=groups,
+        )
+        return RoutingRecord(terms, aux_loss, observation)
 
     def _counted(self, choices_TC: Tensor) -> Tensor:
         return choices_TC[:, :1] if self.config.balance_over == "first_choice" else choices_TC
-
-    @torch.no_grad()
-    def _metrics(
-        self, routing: Routing, probs_TR: Tensor, contest: Contest | None, groups: TokenGroups
-    ) -> RoutingMetrics:
-        """All sums over counted tokens in one product of [T] with a column for each sum."""
-        choices_TC = routing.choices_TC
-        used_TK = routing.selected_experts_TK if contest is None else contest.winners_TK
-        weights_TK = routing.routing_weights_TK if contest is None else contest.weights_TK
-        used_TE = probs_TR.new_zeros(len(probs_TR), self.config.num_experts).scatter_(1, used_TK, 1.0)
-        left_out_T = probs_TR.scatter(1, choices_TC, 0.0).amax(-1)
-        columns = [
-            used_TE,
-            torch.special.entr(probs_TR).sum(-1, keepdim=True),
-            probs_TR.gather(1, choices_TC[:, -1:]) - left_out_T[:, None],
-            (weights_TK == 0).sum(-1, keepdim=True, dtype=probs_TR.dtype),
-        ]
-        if contest is not None:  # winners that the router's choice also has
-            columns.append(used_TE.gather(1, choices_TC).mean(-1, keepdim=True))
-        sums = groups.counted_T @ torch.cat(columns, 1)
-        load_E, rest = sums[: self.config.num_experts], sums[self.config.num_experts :]
-        return RoutingMetrics(
-            tokens=groups.num_counted,
-            load_E=load_E,
-            entropy_sum=rest[0],
-            margin_sum=rest[1],
-            dropped=rest[2],
-            recall_sum=groups.none if contest is None else rest[3],
-            competition_tokens=groups.none if contest is None else groups.num_counted,
-        )
-
-
-def _weighted_sum(terms: dict[str, Tensor], coefs: dict[str, float]) -> Tensor:
-    first, *others = coefs
-    total = coefs[first] * terms[first]
-    for name in others:
-        total = torch.add(total, terms[name], alpha=coefs[name])
-    return total
 
 
 def moe_blocks(model: nn.Module) -> dict[str, SparseMoeBlock]:

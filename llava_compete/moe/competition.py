@@ -95,8 +95,9 @@ def pick_winners_backward(
     y_ETO: Tensor, name: str, picked: Picked, grad_affinity_TE: Tensor, grad_won_TKO: Tensor
 ) -> Tensor:
     """dy_e = slope(y_e) / O x d(affinity_e), and where expert e won, the gradient of its output beside it."""
-    scale_TE = grad_affinity_TE / y_ETO.shape[2]
     grad_ETO = AFFINITIES[name].slope(y_ETO, picked.affinity_TE.t()[:, :, None])
+    # In the slope's dtype: a product of two dtypes takes a GPU three times as long.
+    scale_TE = (grad_affinity_TE / y_ETO.shape[2]).to(grad_ETO.dtype)
     grad_ETO = grad_ETO.mul_(scale_TE.t()[:, :, None]).to(y_ETO.dtype)
     grad_FO, rows_P = grad_ETO.flatten(0, 1), _winners_rows(picked.winners_TK)
     grad_FO.index_copy_(0, rows_P, grad_FO.index_select(0, rows_P).add_(grad_won_TKO.flatten(0, 1)))
@@ -117,11 +118,18 @@ class PickWinners(torch.autograd.Function):
         ctx.save_for_backward(y_ETO, picked.affinity_TE, picked.winners_TK)
         ctx.name = name
         ctx.mark_non_differentiable(picked.winners_TK)
+        ctx.set_materialize_grads(False)
         return picked.affinity_TE, picked.winners_TK, picked.won_TKO
 
     @staticmethod
-    def backward(ctx: Any, grad_affinity_TE: Tensor, _: Tensor, grad_won_TKO: Tensor) -> tuple[Tensor, None, None]:
+    def backward(
+        ctx: Any, grad_affinity_TE: Tensor | None, _: None, grad_won_TKO: Tensor | None
+    ) -> tuple[Tensor, None, None]:
         y_ETO, affinity_TE, winners_TK = ctx.saved_tensors
+        if grad_affinity_TE is None:
+            grad_affinity_TE = torch.zeros_like(affinity_TE)
+        if grad_won_TKO is None:
+            grad_won_TKO = y_ETO.new_zeros(*winners_TK.shape, y_ETO.shape[2])
         picked = Picked(affinity_TE, winners_TK, grad_won_TKO)
         return pick_winners_backward(y_ETO, ctx.name, picked, grad_affinity_TE, grad_won_TKO), None, None
 
@@ -148,21 +156,26 @@ class _MixWinners(torch.autograd.Function):
         ctx.num_experts = affinity_TE.shape[1]
         ctx.save_for_backward(winners_TK, won_TKO, weights_TK, total_T1, inverse_TK, direction_TO)
         ctx.mark_non_differentiable(weights_TK)
+        ctx.set_materialize_grads(False)
         return _weighted_sum(won_TKO, weights_TK), weights_TK, diversity_T
 
     @staticmethod
-    def backward(ctx: Any, grad_TO: Tensor, _: Tensor, grad_diversity_T: Tensor) -> tuple[Tensor, None, Tensor]:
+    def backward(ctx: Any, grad_TO: Tensor, _: None, grad_diversity_T: Tensor | None) -> tuple[Tensor, None, Tensor]:
         winners_TK, won_TKO, weights_TK, total_T1, inverse_TK, direction_TO = ctx.saved_tensors
         dtype = won_TKO.dtype
+        if grad_TO is None:
+            grad_TO = torch.zeros_like(direction_TO)
         # Through the weights: dL/ds_i = (dL/dw_i - sum_j w_j dL/dw_j) / S, with dL/dw_i = dL/doutput · y_i.
         grad_w_TK = (won_TKO * grad_TO[:, None]).sum(-1, dtype=torch.float32)
         grad_s_TK = (grad_w_TK - (grad_w_TK * weights_TK).sum(-1, keepdim=True)) / total_T1
         grad_affinity_TE = grad_s_TK.new_zeros(len(grad_s_TK), ctx.num_experts).scatter_(1, winners_TK, grad_s_TK)
-        # Of the outputs: w_k dL/doutput, and d|D|²/dy_k = 2 (D - d_k (D · d_k)) / |y_k|; |d_k| is constant.
+        grad_won_TKO = grad_TO[:, None] * weights_TK.to(dtype)[:, :, None]
+        if grad_diversity_T is None:
+            return grad_affinity_TE, None, grad_won_TKO
+        # d|D|²/dy_k = 2 (D - d_k (D · d_k)) / |y_k|; |d_k| is constant.
         of_sum_TK = inverse_TK * (grad_diversity_T * (2 / winners_TK.shape[1] ** 2))[:, None]
         along_TK = (won_TKO * direction_TO[:, None]).sum(-1, dtype=torch.float32)  # D · y_k
         of_own_TK = of_sum_TK * along_TK * inverse_TK.square()
-        grad_won_TKO = grad_TO[:, None] * weights_TK.to(dtype)[:, :, None]
         grad_won_TKO.addcmul_(direction_TO[:, None], of_sum_TK.to(dtype)[:, :, None])
         grad_won_TKO.addcmul_(won_TKO, of_own_TK.to(dtype)[:, :, None], value=-1)
         return grad_affinity_TE, None, grad_won_TKO

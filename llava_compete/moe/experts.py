@@ -19,6 +19,7 @@ from llava_compete.moe.all_experts import AllExpertsDown, AllExpertsUp
 from llava_compete.moe.competition import Contest, Picked, PickWinners, mix_winners
 from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.implementations import ExpertWeights, choose
+from llava_compete.moe.precision import without_autocast
 from llava_compete.moe.recomputed import Recomputation, RecomputedContest
 
 # Elements of all experts' outputs at a time where a competition runs in chunks of its own choice: 64 MB in float32.
@@ -97,7 +98,7 @@ class PackedExperts(nn.Module):
     ) -> ExpertsOutput:
         """The weighted sum of the selected experts' outputs; with none given, a competition of them all."""
         weights = self._weights(_compute_dtype(x_TD, self.down_proj))
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with without_autocast(x_TD.device.type):
             x_TD = x_TD.to(weights.down.dtype)
             if selected_experts_TK is None or routing_weights_TK is None:
                 return self._compete(weights, x_TD)

@@ -1,20 +1,21 @@
 """The routers: from a token to K chosen experts and their weights. One class each, one line each in `ROUTER_CLASSES`.
 
-All arithmetic is float32 whatever the model's dtype or autocast; ties go to the lowest expert; a non-finite score
-anywhere in a token's row makes the row NaN, so that it reaches the loss instead of silently losing. Suffixes: T tokens,
+All arithmetic is float32 whatever the model's dtype or autocast; ties go to the lowest expert, and NaN comes first. A
+logit of -inf just loses here; the losses show it (`losses.py`). Suffixes: T tokens,
 D width, E experts, R routed experts (E, or E-1 with a shared expert), K chosen, C choices that count for the balance.
 Sources: X-MoE 2204.09179, perturbed cosine 2405.14131, DeepSeek-V2/V3 2405.04434 and 2412.19437, LibMoE 2411.00918.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava_compete.moe.config import MoeLayerConfig
+from llava_compete.moe.precision import without_autocast
 
 INIT_STD = 0.02
 COSINE_TEMPERATURE = 0.3
@@ -44,9 +45,27 @@ def top_experts(scores_TE: Tensor, count: int) -> Tensor:
     return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[:, :count]
 
 
-def spread_non_finite(scores_TE: Tensor) -> Tensor:
-    """The same scores, but NaN throughout a row that holds an infinity or a NaN."""
-    return torch.add(scores_TE, scores_TE.detach().sum(-1, keepdim=True), alpha=0)
+class _Direction(torch.autograd.Function):
+    """z [T, R] / n, with n = max(|z|, least) + added; in 6 operators backwards where autograd takes 16.
+
+    With u = z / n: dz = (du - u (u · du) n / |z|) / n, without the second term where |z| is below `least`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z_TR: Tensor, least: float, added: float) -> Tensor:
+        length_T1 = z_TR.norm(dim=-1, keepdim=True)
+        divisor_T1 = length_T1.clamp(min=least) + added
+        direction_TR = z_TR / divisor_T1
+        ctx.save_for_backward(length_T1, divisor_T1, direction_TR)
+        ctx.least = least
+        return direction_TR
+
+    @staticmethod
+    def backward(ctx: Any, grad_TR: Tensor) -> tuple[Tensor, None, None]:
+        length_T1, divisor_T1, direction_TR = ctx.saved_tensors
+        along_T1 = (grad_TR * direction_TR).sum(-1, keepdim=True) * divisor_T1
+        along_T1 = torch.where(length_T1 > ctx.least, along_T1 / length_T1, 0.0)
+        return torch.addcmul(grad_TR, direction_TR, along_T1, value=-1) / divisor_T1, None, None
 
 
 class Router(nn.Module):
@@ -66,11 +85,9 @@ class Router(nn.Module):
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=INIT_STD, generator=generator)
 
-    def forward(self, x_TD: Tensor, statistics: bool = True) -> Routing:
-        """statistics: whether losses will read this; else nothing is done for them."""
-        with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TR = self.logits(x_TD.float())
-            return self.route(spread_non_finite(logits_TR) if statistics else logits_TR)
+    def forward(self, x_TD: Tensor) -> Routing:
+        with without_autocast(x_TD.device.type):
+            return self.route(self.logits(x_TD.float()))
 
     def logits(self, x_TD: Tensor) -> Tensor:
         return F.linear(x_TD, self.weight.float())
@@ -118,7 +135,7 @@ class XMoeRouter(Router):
         return F.linear(reduced_TR, embeddings_ER * self.row_scale(embeddings_ER.detach()))
 
     def direction(self, reduced_TR: Tensor) -> Tensor:
-        return F.normalize(reduced_TR, dim=-1, eps=XMOE_EPS)
+        return _Direction.apply(reduced_TR, XMOE_EPS, 0.0)
 
     def row_scale(self, embeddings_ER: Tensor) -> Tensor:
         return COSINE_NORM / embeddings_ER.norm(dim=-1, keepdim=True)
@@ -135,7 +152,7 @@ class PerturbedCosineRouter(XMoeRouter):
     """As X-MoE, with 0.1 added to each norm that divides."""
 
     def direction(self, reduced_TR: Tensor) -> Tensor:
-        return reduced_TR / (reduced_TR.norm(dim=-1, keepdim=True) + PERTURBATION)
+        return _Direction.apply(reduced_TR, 0.0, PERTURBATION)
 
     def row_scale(self, embeddings_ER: Tensor) -> Tensor:
         return COSINE_NORM / (embeddings_ER.norm(dim=-1, keepdim=True) + PERTURBATION)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_compete.moe.precision import without_autocast
+
 
 class TokenGroups:
     """Which sequence (image or sample) each of a part's T tokens belongs to, as weights of a mean; all float32.
@@ -106,12 +108,58 @@ class RoutingMetrics:
 
 
 @dataclass
+class RoutingObservation:
+    """What `RoutingMetrics` are computed from, detached: the softmax's scores, the router's choices, and the experts
+    that were used with their weights (on a competition step the winners)."""
+
+    scores_TR: Tensor
+    choices_TC: Tensor
+    used_TK: Tensor
+    weights_TK: Tensor
+    num_experts: int
+    competed: bool
+    groups: TokenGroups
+
+    @torch.no_grad()
+    def metrics(self) -> RoutingMetrics:
+        """All sums over counted tokens by one product of [T] with a column for each sum."""
+        with without_autocast(self.scores_TR.device.type):
+            probs_TR, groups = self.scores_TR.softmax(-1), self.groups
+            used_TE = probs_TR.new_zeros(len(probs_TR), self.num_experts).scatter_(1, self.used_TK, 1.0)
+            left_out_T1 = probs_TR.scatter(1, self.choices_TC, 0.0).amax(-1, keepdim=True)
+            columns = [
+                used_TE,
+                torch.special.entr(probs_TR).sum(-1, keepdim=True),
+                probs_TR.gather(1, self.choices_TC[:, -1:]) - left_out_T1,
+                (self.weights_TK == 0).sum(-1, keepdim=True, dtype=probs_TR.dtype),
+            ]
+            if self.competed:  # winners that the router's choice also has
+                columns.append(used_TE.gather(1, self.choices_TC).mean(-1, keepdim=True))
+            sums = groups.counted_T @ torch.cat(columns, 1)
+        load_E, rest = sums[: self.num_experts], sums[self.num_experts :]
+        return RoutingMetrics(
+            tokens=groups.num_counted,
+            load_E=load_E,
+            entropy_sum=rest[0],
+            margin_sum=rest[1],
+            dropped=rest[2],
+            recall_sum=rest[3] if self.competed else groups.none,
+            competition_tokens=groups.num_counted if self.competed else groups.none,
+        )
+
+
+@dataclass
 class RoutingRecord:
-    """One layer's forward: `aux_loss` is the sum of `losses` (unscaled, with gradient) times their coefficients."""
+    """One layer's forward: `aux_loss`, with gradient, is the sum of `losses` (unscaled) times their coefficients."""
 
     losses: dict[str, Tensor]
     aux_loss: Tensor
-    metrics: RoutingMetrics
+    observation: RoutingObservation
+
+    @property
+    def metrics(self) -> RoutingMetrics:
+        """Computed when read: a dozen operators, which a step that nobody looks at does without."""
+        return self.observation.metrics()
 
 
 class RoutingState:

@@ -17,6 +17,7 @@ from llava_compete.errors import UserError
 COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("train",): ("train.train", "run one training stage from a YAML config"),
     ("recipes",): ("train.recipes", "list the recipes (YAML files) of the package, or copy one"),
+    ("config",): ("train.config", "every key of the YAML files: type, default, meaning"),
     ("upcycle",): ("checkpoint.upcycle", "turn the dense MLPs of a checkpoint into mixtures of experts"),
     ("merge",): ("checkpoint.merge", "merge LoRA adapters into a plain checkpoint"),
     ("plan",): ("train.plan", "parameters, memory and FLOPs of a recipe, without running it"),

@@ -17,37 +17,31 @@ DTYPES = get_args(Dtype)
 
 class EvalConfig(StrictConfig):
     """What to evaluate, on which benchmarks, and how to run it. None of `processes`, `device` and `batch_size` changes
-    a score.
+    a score."""
 
-    Attributes:
-        checkpoint: directory that a stage wrote.
-        suite: name of a file in eval/suites, or a path to one.
-        tasks: lmms-eval task names, in place of a suite.
-        output_dir: results go here; default: `eval` beside the checkpoint.
-        include_path: folder of further task YAMLs.
-        limit: questions of each task (for trying out; scores of a part are not comparable).
-        processes: data-parallel processes; "auto" is one for each GPU, or one.
-        adapter: LoRA adapter directory.
-        competition_at_inference: route by the competition instead of the router.
-        routing_data: test tables on which router agreement and expert use are measured; none skips it.
-        routing_rows: rows taken of each of them.
-    """
-
-    checkpoint: str
-    suite: str | None = None
-    tasks: list[str] = Field(default=[])
-    output_dir: str | None = None
-    include_path: str = str(EVAL_ROOT / "tasks")
-    batch_size: int = Field(default=16, ge=1)
-    limit: int | None = Field(default=None, ge=1)
-    processes: int | Literal["auto"] = "auto"
-    device: str | None = None
-    dtype: Dtype = "auto"
-    attn_implementation: str | None = None
-    adapter: str | None = None
-    competition_at_inference: bool = False
-    routing_data: list[str] = Field(default=[])
-    routing_rows: int = Field(default=200, ge=1)
+    checkpoint: str = Field(description="directory that a stage wrote")
+    suite: str | None = Field(default=None, description="name of a file in eval/suites, or a path to one")
+    tasks: list[str] = Field(default=[], description="lmms-eval task names, in place of a suite")
+    output_dir: str | None = Field(default=None, description="results go here; default: `eval` beside the checkpoint")
+    include_path: str = Field(default=str(EVAL_ROOT / "tasks"), description="folder of further task YAMLs")
+    batch_size: int = Field(default=16, ge=1, description="questions at a time; changes no score")
+    limit: int | None = Field(
+        default=None, ge=1, description="questions of each task, for trying out: scores of a part are not comparable"
+    )
+    processes: int | Literal["auto"] = Field(
+        default="auto", description="data-parallel processes; auto is one for each GPU, or one; changes no score"
+    )
+    device: str | None = Field(default=None, description="default: the GPU if there is one; changes no score")
+    dtype: Dtype = Field(default="auto", description="of the weights; auto is the stored one")
+    attn_implementation: str | None = Field(default=None, description="attention kernel; default: transformers' choice")
+    adapter: str | None = Field(default=None, description="LoRA adapter directory")
+    competition_at_inference: bool = Field(
+        default=False, description="route by the competition in place of the router (a study mode, slow)"
+    )
+    routing_data: list[str] = Field(
+        default=[], description="test tables on which router agreement and expert use are measured; none skips it"
+    )
+    routing_rows: int = Field(default=200, ge=1, description="rows taken of each of them")
 
     @field_validator("checkpoint", "adapter")
     @classmethod

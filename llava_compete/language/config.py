@@ -15,8 +15,14 @@ class LanguageModelSection(StrictConfig):
     With both, `name` gives the weights and `config` tells `plan` and tests the architecture without a download.
     """
 
-    name: str | None = None
-    config: dict[str, Any] | None = None
+    name: str | None = Field(default=None, description="hub id, directory, or folder with a GGUF file")
+    config: dict[str, Any] | None = Field(
+        default=None,
+        description=(
+            "architecture by transformers' own keys, with model_type: random weights, or beside a name for "
+            "`plan` offline"
+        ),
+    )
 
     @model_validator(mode="after")
     def _has_source(self) -> LanguageModelSection:
@@ -30,9 +36,9 @@ class LanguageModelSection(StrictConfig):
 class TokenizerSection(StrictConfig):
     """A tokenizer by `name` (hub id or directory), or one trained on the stage's own data."""
 
-    name: str | None = None
-    train_on: Literal["data"] | None = None
-    vocab_size: int = Field(default=4096, ge=300)
+    name: str | None = Field(default=None, description="hub id or directory")
+    train_on: Literal["data"] | None = Field(default=None, description="train a byte-level BPE on the stage's own data")
+    vocab_size: int = Field(default=4096, ge=300, description="tokens of a trained one")
 
     @model_validator(mode="after")
     def _one_source(self) -> TokenizerSection:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from llava_compete.config import StrictConfig
 from llava_compete.language.config import LanguageModelSection, TokenizerSection
@@ -19,20 +19,30 @@ AttentionName = Literal["eager", "sdpa", "flex_attention", "flash_attention_2", 
 class ModelSection(StrictConfig):
     """Either `checkpoint`, or `language_model` with (for images) `vision_tower` and `projector`."""
 
-    checkpoint: Path | None = None
-    vision_tower: VisionTowerSection | None = None
-    projector: ProjectorSection = ProjectorSection()
-    language_model: LanguageModelSection | None = None
-    tokenizer: TokenizerSection | None = None
-    """Default: the language model's own."""
-    chat_template: str | None = None
-    """A template of `language/templates`; default: the tokenizer's, or the language model family's."""
-    dtype: DtypeName = "float32"
-    attention: AttentionName | None = None
-    """Default: transformers' choice, sdpa wherever the family has it."""
-    quantization: Literal["4bit", "8bit"] | None = None
-    """Hold the language model's frozen layers in 4 bits (NF4) or 8 with bitsandbytes; needs `checkpoint` and LoRA."""
-    trust_remote_code: bool = False
+    checkpoint: Path | None = Field(default=None, description="directory that a stage wrote; brings the whole model")
+    vision_tower: VisionTowerSection | None = Field(
+        default=None, description="the tower of a new model; none makes it text-only"
+    )
+    projector: ProjectorSection = Field(default=ProjectorSection(), description="between tower and language model")
+    language_model: LanguageModelSection | None = Field(default=None, description="of a new model")
+    tokenizer: TokenizerSection | None = Field(default=None, description="default: the language model's own")
+    chat_template: str | None = Field(
+        default=None,
+        description=(
+            "a template of `language/templates`; default: the tokenizer's own, or the language model family's"
+        ),
+    )
+    dtype: DtypeName = Field(default="float32", description="of the weights in memory")
+    attention: AttentionName | None = Field(
+        default=None, description="attention kernel; default: transformers' choice, sdpa wherever the family has it"
+    )
+    quantization: Literal["4bit", "8bit"] | None = Field(
+        default=None,
+        description=(
+            "hold the language model's frozen layers in 4 bits (NF4) or 8 with bitsandbytes; needs checkpoint and LoRA"
+        ),
+    )
+    trust_remote_code: bool = Field(default=False, description="run Python files that come with a language model")
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:

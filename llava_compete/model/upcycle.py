@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -54,11 +55,11 @@ _RUN_FOLDERS = ("checkpoint-*", "run", "adapter")
 class UpcycleConfig(StrictConfig):
     """The YAML of `llava-compete upcycle`: which dense checkpoint, where to, which layers become which MoE."""
 
-    stage: Literal["upcycle"] = "upcycle"
-    model: ModelSection
-    output_dir: Path
-    moe: MoeConfig
-    seed: int = 0
+    stage: Literal["upcycle"] = Field(default="upcycle", description="always upcycle")
+    model: ModelSection = Field(description="the dense checkpoint")
+    output_dir: Path = Field(description="the MoE checkpoint goes here")
+    moe: MoeConfig = Field(description="which layers become which mixtures")
+    seed: int = Field(default=0, description="of the routers' weights")
 
 
 class UpcycledLayer(NamedTuple):

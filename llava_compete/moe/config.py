@@ -42,37 +42,71 @@ COMPETITION_MEMORY = ("competition_chunk_tokens", "competition_keeps")
 class EveryNth(StrictConfig):
     """Layers `offset`, `offset + every`, `offset + 2 every`, ..."""
 
-    every: int = Field(ge=1)
-    offset: int = Field(default=0, ge=0)
+    every: int = Field(ge=1, description="distance of the chosen layers")
+    offset: int = Field(default=0, ge=0, description="the first chosen layer")
 
 
 class MoeLayerConfig(StrictConfig):
-    """One part's MoE layers. A coefficient left out takes the paper's value; one its router has no term for, an error.
+    """One part's MoE layers. A coefficient left out takes the paper's value; its router must have a term for it."""
 
-    `winner_distillation_coef` is the paper's theta: it multiplies the distillation at the winners inside the
-    distillation loss, so that term enters the total with `distillation_coef * winner_distillation_coef`.
-    `experts_implementation` is for the chosen experts; `auto` takes what is fastest on the device and for the widths.
-    `competition_keeps` is what a competition keeps for its backward pass: everything; the pre-activations alone (one
-    product of six is done again, and the outputs of all experts are not kept); or its input alone (the least memory,
-    a third more arithmetic). The rest is computed again there, `competition_chunk_tokens` tokens at a time. Default:
-    everything, or the input where `competition_chunk_tokens` is given.
-    """
-
-    num_experts: int = Field(default=4, ge=1)
-    num_experts_per_tok: int = Field(default=2, ge=1)
-    router: RouterName = "competition"
-    layers: Literal["all"] | EveryNth | list[int] = "all"
-    affinity: AffinityName = "softplus"
-    balance_over: Literal["first_choice", "all_choices"] = "first_choice"
-    balance_coef: float | None = None
-    router_z_coef: float | None = None
-    distillation_coef: float | None = None
-    winner_distillation_coef: float | None = None
-    diversity_coef: float | None = None
-    competition_balance_coef: float | None = None
-    experts_implementation: ExpertsImplementation = "auto"
-    competition_chunk_tokens: int | None = Field(default=None, ge=1)
-    competition_keeps: KeptActivations | None = None
+    num_experts: int = Field(default=4, ge=1, description="experts E of a layer")
+    num_experts_per_tok: int = Field(
+        default=2, ge=1, description="experts K chosen for a token; a shared expert counts"
+    )
+    router: RouterName = Field(default="competition", description="how a token's K experts are chosen")
+    layers: Literal["all"] | EveryNth | list[int] = Field(
+        default="all", description="which blocks become mixtures: all, numbers from 0, or {every, offset}"
+    )
+    affinity: AffinityName = Field(
+        default="softplus",
+        description=(
+            "neural response that wins a competition: mean of this function over the outputs, or their norm "
+            "(CompeteSMoE, arXiv 2505.13380, section 3.1)"
+        ),
+    )
+    balance_over: Literal["first_choice", "all_choices"] = Field(
+        default="first_choice",
+        description="choices that the balance loss counts: the first (the paper's) or all K (Switch)",
+    )
+    balance_coef: float | None = Field(
+        default=None, description="of the balance loss of a router step; default 0.01 (the paper's)"
+    )
+    router_z_coef: float | None = Field(
+        default=None, description="of the mean square of the router's logsumexp; default 0.001 (the paper's)"
+    )
+    distillation_coef: float | None = Field(
+        default=None,
+        description="competition: of the router's distillation to the competition's probabilities; default 0.01",
+    )
+    winner_distillation_coef: float | None = Field(
+        default=None,
+        description=(
+            "competition: the paper's theta, the weight inside the distillation of its term at the winners; default 0.1"
+        ),
+    )
+    diversity_coef: float | None = Field(
+        default=None, description="competition: of the cosine between winners' outputs; default 0.01"
+    )
+    competition_balance_coef: float | None = Field(
+        default=None, description="competition: of the balance loss of a competition step; default 0.01"
+    )
+    experts_implementation: ExpertsImplementation = Field(
+        default="auto",
+        description="kernel of the chosen experts; auto takes what is fastest on the device and for the widths",
+    )
+    competition_chunk_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="competition: tokens at a time that are computed again in backward, to save memory",
+    )
+    competition_keeps: KeptActivations | None = Field(
+        default=None,
+        description=(
+            "competition: what is kept for backward: everything, the pre-activations (one product of six is "
+            "done again), or the input alone (a third more arithmetic); default everything, or input with "
+            "competition_chunk_tokens"
+        ),
+    )
 
     @model_validator(mode="wrap")
     @classmethod
@@ -169,13 +203,23 @@ class MoeLayerConfig(StrictConfig):
 class MoeConfig(StrictConfig):
     """Where the model has MoE layers, and the schedule of competition that they share."""
 
-    competition_rate: float = Field(default=0.05, ge=0, le=1)
-    competition_warmup_ratio: float = Field(default=0.05, ge=0)
-    max_competing_layers: int = Field(default=3, ge=1)
-    vision: MoeLayerConfig | None = None
-    projector: MoeLayerConfig | None = None
-    language: MoeLayerConfig | None = None
-    seed: int = Field(default=0, ge=0)
+    competition_rate: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description=(
+            "probability that a layer competes in a step after warm-up; 0.05, for language pre-training 0.07 "
+            "(CompeteSMoE)"
+        ),
+    )
+    competition_warmup_ratio: float = Field(
+        default=0.05, ge=0, description="share of all steps at the start in which no layer competes"
+    )
+    max_competing_layers: int = Field(default=3, ge=1, description="layers that may compete in one step")
+    vision: MoeLayerConfig | None = Field(default=None, description="mixtures in the tower")
+    projector: MoeLayerConfig | None = Field(default=None, description="mixture in the projector")
+    language: MoeLayerConfig | None = Field(default=None, description="mixtures in the language model")
+    seed: int = Field(default=0, ge=0, description="of the schedule of competitions")
 
     @model_validator(mode="after")
     def _check_warmup(self) -> MoeConfig:

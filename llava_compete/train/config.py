@@ -26,25 +26,36 @@ DEEPSPEED_DIR = shipped.folder("configs") / "deepspeed"
 class PartTraining(StrictConfig):
     """How one part trains; `learning_rate` and `weight_decay` default to those of `training`."""
 
-    mode: Literal["frozen", "full", "lora"] = "full"
-    learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    weight_decay: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    lora_rank: int = Field(default=16, ge=1)
-    lora_alpha: float = Field(default=32.0, gt=0, allow_inf_nan=False)
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    mode: Literal["frozen", "full", "lora"] = Field(
+        default="full", description="frozen, full, or lora (adapters; a mixture's router trains in full)"
+    )
+    learning_rate: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="of this part; default training.learning_rate"
+    )
+    weight_decay: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="of this part; default training.weight_decay"
+    )
+    lora_rank: int = Field(default=16, ge=1, description="rank of the adapters")
+    lora_alpha: float = Field(
+        default=32.0, gt=0, allow_inf_nan=False, description="the adapters' update is scaled by alpha / rank"
+    )
+    lora_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="on the adapters' input; the same for all parts, and 0 with packed experts"
+    )
 
 
 class Guards(StrictConfig):
-    """When a run stops or warns by itself.
+    """When a run stops or warns by itself."""
 
-    max_bad_steps: steps with a non-finite loss or gradient norm that are skipped before the run stops.
-    collapse_share, collapse_patience: warn when an expert gets less than this share of a layer's tokens in this many
-        logging steps in a row.
-    """
-
-    max_bad_steps: int = Field(default=3, ge=0)
-    collapse_share: float = Field(default=0.01, ge=0, le=1)
-    collapse_patience: int = Field(default=3, ge=1)
+    max_bad_steps: int = Field(
+        default=3,
+        ge=0,
+        description=("steps in a row with a non-finite loss or gradient norm that are skipped before the run stops"),
+    )
+    collapse_share: float = Field(
+        default=0.01, ge=0, le=1, description="warn when an expert gets less than this share of a layer's tokens"
+    )
+    collapse_patience: int = Field(default=3, ge=1, description="... in this many logging steps in a row")
 
 
 def _kind_of_data(value: Any) -> str:
@@ -62,19 +73,34 @@ Data = Annotated[
 class TrainConfig(StrictConfig):
     """The whole of one stage's YAML."""
 
-    stage: Literal["pretrain_align", "pft", "sft", "pretrain_lm"]
-    output_dir: Path
-    model: ModelSection
-    moe: MoeConfig | Literal[False] | None = Field(default=None, union_mode="left_to_right")
-    """Settings laid over the checkpoint's; `false` says that `sft` of a dense checkpoint is meant (a baseline)."""
-    data: Data
-    trainable: dict[Part, PartTraining]
-    training: TrainingSection = TrainingSection()
-    deepspeed: str | None = "zero2"
-    seed: int = 0
-    guards: Guards = Guards()
-    sample_steps: int = Field(default=0, ge=0)
-    """Write a few greedy answers on held-out rows every this many steps; 0 writes none."""
+    stage: Literal["pretrain_align", "pft", "sft", "pretrain_lm"] = Field(
+        description="which stage; decides what model it may start from"
+    )
+    output_dir: Path = Field(description="everything of the run goes here")
+    model: ModelSection = Field(description="what to start from")
+    moe: MoeConfig | Literal[False] | None = Field(
+        default=None,
+        union_mode="left_to_right",
+        description=(
+            "settings laid over the checkpoint's; false says that sft of a dense checkpoint is meant (a baseline)"
+        ),
+    )
+    data: Data = Field(description="conversations (sources: ...) or, for pretrain_lm, text (train: ...)")
+    trainable: dict[Part, PartTraining] = Field(
+        description=("part (vision, projector, language) -> mode, or a section; a part that is not named is frozen")
+    )
+    training: TrainingSection = Field(
+        default=TrainingSection(),
+        description=(
+            "optimizer, schedule, batches, logging and saving, by the names of transformers' TrainingArguments"
+        ),
+    )
+    deepspeed: str | None = Field(default="zero2", description="a file of configs/deepspeed by name, or null for none")
+    seed: int = Field(default=0, description="of new weights and of the order of rows")
+    guards: Guards = Field(default=Guards(), description="when a run stops or warns by itself")
+    sample_steps: int = Field(
+        default=0, ge=0, description="write a few greedy answers on held-out rows every this many steps; 0 writes none"
+    )
 
     def _mode(self, part: Part) -> str:
         return self.trainable[part].mode if part in self.trainable else "frozen"

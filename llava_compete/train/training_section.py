@@ -81,69 +81,81 @@ class TrainingSection(StrictConfig):
 
     model_config = ConfigDict(strict=True)
 
-    per_device_train_batch_size: PositiveInt = 8
-    gradient_accumulation_steps: PositiveInt = 1
-    num_train_epochs: Positive = 3.0
-    max_steps: PositiveInt | None = None
-    """Optimizer steps; takes the place of `num_train_epochs`."""
+    per_device_train_batch_size: PositiveInt = Field(default=8, description="rows of a micro-batch on one rank")
+    gradient_accumulation_steps: PositiveInt = Field(default=1, description="micro-batches of one optimizer step")
+    num_train_epochs: Positive = Field(default=3.0, description="passes over the rows; a fraction is allowed")
+    max_steps: PositiveInt | None = Field(default=None, description="optimizer steps, in place of epochs")
 
-    learning_rate: Positive = 5e-5
-    lr_scheduler_type: str = "linear"
-    lr_scheduler_kwargs: dict[str, Any] | None = None
-    warmup_steps: NotNegative = 0
-    """Steps, or below 1 a share of the run."""
-    optim: str = "adamw_torch"
-    optim_args: str | None = None
-    weight_decay: NotNegative = 0.0
-    adam_beta1: Share = 0.9
-    adam_beta2: Share = 0.999
-    adam_epsilon: Positive = 1e-8
-    max_grad_norm: NotNegative = 1.0
-    """0 does not clip."""
-    neftune_noise_alpha: Positive | None = None
-
-    bf16: bool = False
-    fp16: bool = False
-    tf32: bool | None = None
-    activation_checkpointing: bool = Field(default=False, validation_alias=_both("activation_checkpointing"))
-    activation_checkpointing_kwargs: dict[str, Any] | None = Field(
-        default=None, validation_alias=_both("activation_checkpointing_kwargs")
+    learning_rate: Positive = Field(default=5e-5, description="of parts that set none of their own")
+    lr_scheduler_type: str = Field(default="linear", description="transformers' name of the schedule")
+    lr_scheduler_kwargs: dict[str, Any] | None = Field(default=None, description="further arguments of the schedule")
+    warmup_steps: NotNegative = Field(
+        default=0, description="optimizer steps in which the rate rises from 0; below 1 a share of all steps"
     )
-    torch_compile: bool = False
-    torch_compile_backend: str | None = None
-    torch_compile_mode: str | None = None
-    torch_empty_cache_steps: PositiveInt | None = None
-    full_determinism: bool = False
+    optim: str = Field(default="adamw_torch", description="transformers' name of the optimizer")
+    optim_args: str | None = Field(default=None, description="further arguments of the optimizer, as name=value, ...")
+    weight_decay: NotNegative = Field(default=0.0, description="decoupled; not on biases and norms")
+    adam_beta1: Share = Field(default=0.9, description="AdamW's decay of the gradient's mean")
+    adam_beta2: Share = Field(default=0.999, description="AdamW's decay of its mean square")
+    adam_epsilon: Positive = Field(default=1e-8, description="AdamW's denominator is at least this")
+    max_grad_norm: NotNegative = Field(default=1.0, description="gradients are scaled down to this norm over all parts")
+    neftune_noise_alpha: Positive | None = Field(
+        default=None, description="noise on the embeddings (NEFTune, arXiv 2310.05914)"
+    )
 
-    logging_strategy: Moment = "steps"
-    logging_steps: Positive = 10
-    logging_first_step: bool = False
-    disable_tqdm: bool | None = None
-    report_to: str | list[str] | None = "tensorboard"
-    run_name: str | None = None
-    project: str = "huggingface"
+    bf16: bool = Field(default=False, description="mixed precision in bfloat16; routing stays in float32")
+    fp16: bool = Field(default=False, description="mixed precision in float16, on a GPU only")
+    tf32: bool | None = Field(default=None, description="float32 products by TF32 on a GPU")
+    activation_checkpointing: bool = Field(
+        default=False,
+        validation_alias=_both("activation_checkpointing"),
+        description="recompute each layer in backward: less memory, a third more arithmetic",
+    )
+    activation_checkpointing_kwargs: dict[str, Any] | None = Field(
+        default=None,
+        validation_alias=_both("activation_checkpointing_kwargs"),
+        description="of torch.utils.checkpoint; use_reentrant must be false",
+    )
+    torch_compile: bool = Field(default=False, description="compile the model")
+    torch_compile_backend: str | None = Field(default=None, description="of torch.compile")
+    torch_compile_mode: str | None = Field(default=None, description="of torch.compile")
+    torch_empty_cache_steps: PositiveInt | None = Field(
+        default=None, description="free the device's cached memory every so many steps"
+    )
+    full_determinism: bool = Field(default=False, description="deterministic kernels, slower")
 
-    eval_strategy: Moment = "no"
-    eval_steps: Positive | None = None
-    eval_delay: NotNegative = 0
-    eval_on_start: bool = False
-    per_device_eval_batch_size: PositiveInt = 8
+    logging_strategy: Moment = Field(default="steps", description="when a line is logged")
+    logging_steps: Positive = Field(default=10, description="optimizer steps between two lines")
+    logging_first_step: bool = Field(default=False, description="also log the first step")
+    disable_tqdm: bool | None = Field(default=None, description="no progress bar")
+    report_to: str | list[str] | None = Field(default="tensorboard", description="tensorboard, wandb, ... or none")
+    run_name: str | None = Field(default=None, description="of the run in wandb and others")
+    project: str = Field(default="huggingface", description="of the run in wandb and others")
 
-    save_strategy: Moment = "steps"
-    save_steps: Positive = 500
-    save_total_limit: PositiveInt | None = None
-    save_only_model: bool = False
+    eval_strategy: Moment = Field(default="no", description="when the held-out loss is measured")
+    eval_steps: Positive | None = Field(default=None, description="optimizer steps between two measurements")
+    eval_delay: NotNegative = Field(default=0, description="steps or epochs before the first")
+    eval_on_start: bool = Field(default=False, description="measure before the first step")
+    per_device_eval_batch_size: PositiveInt = Field(default=8, description="rows of a held-out batch on one rank")
 
-    dataloader_num_workers: Count = 0
-    dataloader_pin_memory: bool | None = None
-    """Left out: on a GPU."""
-    dataloader_persistent_workers: bool = False
-    dataloader_prefetch_factor: PositiveInt | None = None
+    save_strategy: Moment = Field(default="steps", description="when a checkpoint is written")
+    save_steps: Positive = Field(default=500, description="optimizer steps between two checkpoints")
+    save_total_limit: PositiveInt | None = Field(default=None, description="checkpoints that are kept")
+    save_only_model: bool = Field(
+        default=False, description="leave optimizer states out; such a checkpoint cannot be resumed"
+    )
 
-    ddp_find_unused_parameters: bool = False
-    ddp_bucket_cap_mb: PositiveInt | None = None
-    ddp_broadcast_buffers: bool | None = None
-    ddp_static_graph: bool | None = None
+    dataloader_num_workers: Count = Field(default=0, description="processes that load rows, on each rank")
+    dataloader_pin_memory: bool | None = Field(default=None, description="page-locked batches; default on a GPU")
+    dataloader_persistent_workers: bool = Field(default=False, description="keep workers over epochs")
+    dataloader_prefetch_factor: PositiveInt | None = Field(
+        default=None, description="batches that a worker loads ahead"
+    )
+
+    ddp_find_unused_parameters: bool = Field(default=False, description="of DistributedDataParallel")
+    ddp_bucket_cap_mb: PositiveInt | None = Field(default=None, description="of DistributedDataParallel, MB")
+    ddp_broadcast_buffers: bool | None = Field(default=None, description="of DistributedDataParallel")
+    ddp_static_graph: bool | None = Field(default=None, description="of DistributedDataParallel")
 
     @model_validator(mode="before")
     @classmethod

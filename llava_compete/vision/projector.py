@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from llava_compete.config import StrictConfig
@@ -19,7 +20,7 @@ from llava_compete.errors import UserError
 class ProjectorSection(StrictConfig):
     """The projector's type: linear, mlp2x_gelu, mlp3x_gelu, ..."""
 
-    type: str = "mlp2x_gelu"
+    type: str = Field(default="mlp2x_gelu", description="linear, mlp2x_gelu (LLaVA-1.5), mlp3x_gelu, ...")
 
 
 class Mlp(nn.Module):

@@ -23,35 +23,57 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class PreprocessConfig(StrictConfig):
-    """How an image becomes pixels for ONE tile of the tower; scales above 1 multiply `size`.
+    """How an image becomes pixels for ONE tile of the tower; scales above 1 multiply `size`."""
 
-    version: checkpoints from before there were versions do not say it, and mean 1; new models say `LATEST_PIXELS`.
-    """
-
-    size: int = Field(gt=0)
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
-    interpolation: Interpolation = "bicubic"
-    resize_mode: ResizeMode = "squash"
-    version: PixelVersion = 1
+    size: int = Field(gt=0, description="side in pixels of one tile, the tower's input")
+    mean: tuple[float, float, float] = Field(
+        default=CLIP_MEAN, description="subtracted from each channel of values in [0, 1]; default CLIP's"
+    )
+    std: tuple[float, float, float] = Field(
+        default=CLIP_STD, description="each channel is divided by it; default CLIP's"
+    )
+    interpolation: Interpolation = Field(default="bicubic", description="filter of the resize")
+    resize_mode: ResizeMode = Field(
+        default="squash",
+        description=(
+            "how a picture becomes square: pad (longest side fits, the rest is the mean), squash, or crop "
+            "(shortest side fits, the middle)"
+        ),
+    )
+    version: PixelVersion = Field(
+        default=1,
+        description=(
+            "of the pixels: 1 are Pillow's, and what checkpoints mean that do not say it; 2 are torch's uint8 kernel's"
+        ),
+    )
 
 
 class TowerConfig(StrictConfig):
     """A vision tower with its architecture spelled out."""
 
-    name: str | None = None
-    pretrained: str | None = None
-    embed_dim: int = Field(gt=0)
-    quick_gelu: bool = False
-    vision_cfg: dict[str, Any]
-    feature_layer: int = -2
-    select: Literal["patch", "cls_patch"] = "patch"
-    scales: tuple[int, ...] = (1,)
-    preprocess: PreprocessConfig
-    # Facts of the built tower, kept so that a config alone tells the number of image tokens and the projector's width.
-    width: int = Field(gt=0)
-    num_tokens: int = Field(gt=0)
-    num_layers: int = Field(gt=0)
+    name: str | None = Field(default=None, description="what the YAML named, for information")
+    pretrained: str | None = Field(default=None, description="the weights that the YAML named, for information")
+    embed_dim: int = Field(gt=0, description="open_clip's: width of its joint space, which the tower does not use")
+    quick_gelu: bool = Field(default=False, description="open_clip's: activation x * sigmoid(1.702 x) in place of GELU")
+    vision_cfg: dict[str, Any] = Field(description="open_clip's architecture of the visual part")
+    feature_layer: int = Field(
+        default=-2,
+        description=(
+            "block whose output is the feature: -1 the last, -2 the second last (LLaVA-1.5, arXiv 2310.03744)"
+        ),
+    )
+    select: Literal["patch", "cls_patch"] = Field(
+        default="patch", description="features used: those of the patches, or the class token before them"
+    )
+    scales: tuple[int, ...] = Field(
+        default=(1,),
+        description=("S² scales (arXiv 2403.13043): the picture at each multiple of the base size, cut into tiles"),
+    )
+    preprocess: PreprocessConfig = Field(description="how a picture becomes pixels")
+    # Facts of the built tower: with them a config alone tells the number of image tokens and the projector's width.
+    width: int = Field(gt=0, description="of one block's output")
+    num_tokens: int = Field(gt=0, description="features of one picture")
+    num_layers: int = Field(gt=0, description="blocks kept")
 
     @field_validator("scales")
     @classmethod
@@ -76,24 +98,46 @@ class TowerConfig(StrictConfig):
 class PreprocessOverrides(StrictConfig):
     """What to change in the preprocessing that comes with a tower."""
 
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    interpolation: Interpolation | None = None
-    resize_mode: ResizeMode | None = None
-    version: PixelVersion | None = None
+    mean: tuple[float, float, float] | None = Field(default=None, description="in place of the tower's own")
+    std: tuple[float, float, float] | None = Field(default=None, description="in place of the tower's own")
+    interpolation: Interpolation | None = Field(
+        default=None, description="in place of the tower's own: bicubic or bilinear"
+    )
+    resize_mode: ResizeMode | None = Field(default=None, description="in place of the tower's own: pad, squash or crop")
+    version: PixelVersion | None = Field(
+        default=None, description="of the pixels: 1 Pillow's, 2 torch's; default the latest"
+    )
 
 
 class VisionTowerSection(StrictConfig):
     """An open_clip tower: `name` (registry, `hf-hub:`, `local-dir:`) or `config` (open_clip's own dict, inline)."""
 
-    name: str | None = None
-    config: dict[str, Any] | None = None
-    pretrained: str | None = None
-    """open_clip's weight tag or a file; null leaves the weights random. `hf-hub:` and `local-dir:` bring theirs."""
-    feature_layer: int = -2
-    select: Literal["patch", "cls_patch"] = "patch"
-    scales: tuple[int, ...] = (1,)
-    preprocess: PreprocessOverrides = PreprocessOverrides()
+    name: str | None = Field(default=None, description="open_clip model name, hf-hub:org/repo or local-dir:path")
+    config: dict[str, Any] | None = Field(
+        default=None, description="open_clip's model config, written out, in place of a name"
+    )
+    pretrained: str | None = Field(
+        default=None,
+        description=(
+            "open_clip's weight tag or a file; null leaves the weights random. hf-hub: and local-dir: bring theirs"
+        ),
+    )
+    feature_layer: int = Field(
+        default=-2,
+        description=(
+            "block whose output is the feature: -1 the last, -2 the second last (LLaVA-1.5, arXiv 2310.03744)"
+        ),
+    )
+    select: Literal["patch", "cls_patch"] = Field(
+        default="patch", description="features used: those of the patches, or the class token before them"
+    )
+    scales: tuple[int, ...] = Field(
+        default=(1,),
+        description=("S² scales (arXiv 2403.13043), ascending from 1: the picture at each multiple of the base size"),
+    )
+    preprocess: PreprocessOverrides = Field(
+        default=PreprocessOverrides(), description="what to change in the tower's own preprocessing"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> VisionTowerSection:

@@ -23,15 +23,19 @@ from llava_compete.evaluation.config import EVAL_ROOT
 class LeftOut(StrictConfig):
     """Why a task is not run by default, and the environment variable with its judge's key, if a judge is the reason."""
 
-    why: str
-    judge_key: str | None = None
+    why: str = Field(description="the reason that is shown")
+    judge_key: str | None = Field(
+        default=None, description="environment variable with the judge's key, where a judge is the reason"
+    )
 
 
 class Suite(StrictConfig):
     """Tasks that are run, and tasks that belong to the suite but are not run by default."""
 
-    tasks: list[str]
-    left_out: dict[str, LeftOut] = Field(default={})
+    tasks: list[str] = Field(description="lmms-eval's own names or those of eval/tasks")
+    left_out: dict[str, LeftOut] = Field(
+        default={}, description="tasks that belong to the suite but are not run by default"
+    )
 
 
 @dataclass(frozen=True)

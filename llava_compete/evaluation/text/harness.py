@@ -14,6 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from pydantic import Field
+
 from llava_compete import shipped
 from llava_compete.config import StrictConfig, load_config
 from llava_compete.errors import UserError
@@ -32,7 +34,7 @@ _FIRST = ("acc_norm", "acc", "exact_match", "f1")
 class LmSuite(StrictConfig):
     """A list of the harness's task or group names."""
 
-    tasks: list[str]
+    tasks: list[str] = Field(description="task or group names of lm-evaluation-harness")
 
 
 def suite_tasks(name: str) -> list[str]:

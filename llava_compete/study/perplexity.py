@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from llava_compete.data.text.batches import TextCollator
 from llava_compete.data.text.bigram import Bigram
 from llava_compete.data.text.config import TextSection
-from llava_compete.data.text.rows import HeldOutRows, TextCollator, encoder, token_byte_lengths
+from llava_compete.data.text.rows import HeldOutRows, encoder, token_byte_lengths
 from llava_compete.data.text.sources import is_held_out, read_source
 from llava_compete.evaluation.unit_scores import Unit
 

@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 from llava_compete.data.collator import Collator
 from llava_compete.data.dataset import build_datasets
 from llava_compete.data.sampler import GlobalBatchSampler
+from llava_compete.data.text.batches import TextBatchSampler, TextCollator
 from llava_compete.data.text.config import TextSection
-from llava_compete.data.text.rows import HeldOutRows, TextBatchSampler, TextCollator, TextRows
+from llava_compete.data.text.rows import HeldOutRows, TextRows
 from llava_compete.errors import UserError
 from llava_compete.train.config import TrainConfig
 from llava_compete.train.distributed import Rank

@@ -362,7 +362,7 @@ def test_a_table_is_converted_once_and_again_when_the_content_changes(tmp_path, 
 
 
 def test_rows_survive_letting_pages_go_and_another_process(tmp_path, source, processor, monkeypatch):
-    monkeypatch.setattr("llava_compete.data.tables._READS_HELD", 2)
+    monkeypatch.setattr("llava_compete.data.mapped_table._READS_HELD", 2)
     bundle = build_datasets(section(tmp_path, source([row(str(i), None) for i in range(9)])), processor, 0)
     table = bundle.train.tables[0].rows
     assert [item["id"] for item in table] == [str(i) for i in range(9)]

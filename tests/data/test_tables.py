@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llava_compete.data import tables
+from llava_compete.data import conversion, mapped_table
 from llava_compete.data.config import SourceSection
 from llava_compete.data.tables import load_source
 from llava_compete.errors import UserError
@@ -59,19 +59,19 @@ def test_a_table_a_file_and_what_is_done_stays_done(tmp_path: Path, caplog: pyte
 
 def test_batches_are_cut_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand rows of 2 MiB pictures do not fit into one column of 32-bit offsets."""
-    monkeypatch.setattr(tables, "_BYTES_PER_BATCH", 1000)
+    monkeypatch.setattr(conversion, "_BYTES_PER_BATCH", 1000)
     rows = [row(str(number), bytes([number]) * 400) for number in range(10)]
     source = load_source(SourceSection(name="s", path=write(tmp_path / "a.parquet", rows)), tmp_path / "cache")
     assert [len(batch) for batch in source.rows.tables[0].to_batches()] == [3, 3, 3, 1]
     assert [item["images"][0]["bytes"] for item in source.rows] == [item["image"] for item in rows]
-    assert tables._SCHEMA.field("images").type.value_type.field("bytes").type == pa.large_binary()
+    assert mapped_table.SCHEMA.field("images").type.value_type.field("bytes").type == pa.large_binary()
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "cut between batches", "zeros", "garbage"])
 def test_a_table_that_is_not_whole_is_made_again(
     tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tables, "_ROWS_PER_BATCH", 1)
+    monkeypatch.setattr(conversion, "_ROWS_PER_BATCH", 1)
     section = SourceSection(name="s", path=write(tmp_path / "a.jsonl", [row("0"), row("1")]))
     expected = list(load_source(section, tmp_path / "cache").rows)
     (table,) = (tmp_path / "cache").glob("*.arrow")

@@ -6,15 +6,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from llava_compete.data.text.batches import TextBatchSampler, TextCollator
 from llava_compete.data.text.config import TextSection, TextSource
-from llava_compete.data.text.rows import (
-    HeldOutRows,
-    TextBatchSampler,
-    TextCollator,
-    TextRows,
-    encoder,
-    token_byte_lengths,
-)
+from llava_compete.data.text.rows import HeldOutRows, TextRows, encoder, token_byte_lengths
 from llava_compete.language.tokenizer import train_byte_level_bpe
 
 TEXTS = [f"number {number} is " + "followed by more words " * (number % 7 + 1) for number in range(200)]

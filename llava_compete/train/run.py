@@ -27,9 +27,10 @@ from llava_compete.train import checkpoints, trainable
 from llava_compete.train import resharding as universal
 from llava_compete.train.adapters import with_adapters
 from llava_compete.train.arguments import build_arguments, check_reports
-from llava_compete.train.callbacks.between_steps import CompetitionCallback, StepCallback
+from llava_compete.train.callbacks.competition import CompetitionCallback
 from llava_compete.train.callbacks.progress import AnswersCallback, WatchCallback
 from llava_compete.train.callbacks.tensorboard import ResumedTensorBoardCallback
+from llava_compete.train.callbacks.throughput import ThroughputCallback
 from llava_compete.train.config import DEEPSPEED_DIR, TrainConfig
 from llava_compete.train.distributed import Rank, all_or_none, main_first, of_main, process_group, this_rank
 from llava_compete.train.finished import has_finished, record, refuse_to_begin_again
@@ -134,7 +135,7 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
     competition = CompetitionCallback(trainer, moe)
     with whole(sharding):
         utilisation = _utilisation(trainer, data)
-    steps = StepCallback(trainer, competition, utilisation)
+    steps = ThroughputCallback(trainer, competition, utilisation)
     watch = WatchCallback(trainer, config.output_dir / "run" / "metrics.jsonl")
     answers = AnswersCallback(trainer, config.output_dir / "run" / "answers.jsonl")
     for callback in (competition, steps, watch, answers):

@@ -9,7 +9,6 @@ split into ranks and micro-batches.
 from __future__ import annotations
 
 import logging
-import math
 import resource
 import shutil
 import time
@@ -33,7 +32,7 @@ from llava_compete.train import checkpoints, trainable
 from llava_compete.train import resharding as universal
 from llava_compete.train import step_counts as counts
 from llava_compete.train.adapters import save_merged
-from llava_compete.train.bad_layers import first_bad_gradient, first_bad_layer
+from llava_compete.train.callbacks.bad_steps import BadStepsCallback
 from llava_compete.train.config import TrainConfig
 from llava_compete.train.distributed import wait_for_all
 from llava_compete.train.extension import Plan, set_rates
@@ -89,8 +88,8 @@ class StageTrainer(Trainer):
         self.step_metrics = StepMetrics(self.args.device)
         self.step_counts: counts.StepCounts | None = None
         self.stop_requested = False
-        self.bad_step = False
-        self._steps_since_log = self._good_steps_since_log = 0
+        self.bad_steps = BadStepsCallback(self)
+        self.add_callback(self.bad_steps)
         self.record: dict[str, Any] = {}
         # Throughput and times since its last call; the step callback, which measures them, sets it.
         self.take_window: Callable[[], dict[str, Any]] = dict
@@ -124,8 +123,7 @@ class StageTrainer(Trainer):
                 str(error).strip().splitlines()[-1].removeprefix("llava_compete.errors.UserError: ")
             ) from error
         self.step_counts = counts.gather(batches, device, stop=self.stop_requested)
-        self._batches = batches
-        self._loss_before_step = self._tr_loss.clone()
+        self.bad_steps.begin(batches, self._tr_loss)
         return batches, self.step_counts.supervised_tokens
 
     def _init_training_state(
@@ -212,28 +210,6 @@ class StageTrainer(Trainer):
         loss = outputs.loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
-    def first_bad_layer(self) -> list[str]:
-        """Where this step's forward first is not finite, run again; every rank must call it."""
-        with self.compute_loss_context_manager():
-            return first_bad_layer(
-                self.core_model, lambda batch: self.model_wrapped(**self._prepare_inputs(batch)), self._batches
-            )
-
-    def first_bad_gradient(self) -> list[str]:
-        """At which layer's output this step's gradient first is not finite, run again; every rank must call it.
-
-        Nothing is found out under ZeRO-3, or where the memory does not hold a gradient for each layer's output.
-        """
-        if self.deepspeed is not None and self.deepspeed.zero_optimization_stage() == 3:
-            return []
-        try:
-            with self.compute_loss_context_manager():
-                return first_bad_gradient(
-                    self.core_model, lambda batch: self.model(**self._prepare_inputs(batch)).loss, self._batches
-                )
-        except torch.OutOfMemoryError:
-            return []
-
     @property
     def core_model(self) -> Any:
         """The LlavaCompete model inside peft's wrapper."""
@@ -254,15 +230,7 @@ class StageTrainer(Trainer):
         """The step's gradient norm; a non-finite one marks the step as bad and keeps it from the weights."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         norm = norm.item() if isinstance(norm, Tensor) else float(norm if norm is not None else 0.0)
-        self.bad_step = not math.isfinite(norm) or self.accelerator.optimizer_step_was_skipped
-        norm = math.nan if self.bad_step else norm  # ZeRO-3 keeps the last good step's
-        self._steps_since_log += 1
-        self._good_steps_since_log += not self.bad_step
-        if self.bad_step:
-            # DeepSpeed has skipped the step by itself; without it, no gradient means no update.
-            model.zero_grad()
-            self._tr_loss.copy_(self._loss_before_step)
-        return norm
+        return self.bad_steps.judge(norm, self.accelerator.optimizer_step_was_skipped, model, self._tr_loss)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Nothing here: counted before training, see mfu.py."""
@@ -273,10 +241,7 @@ class StageTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add loss terms and routing metrics to a training log line; `record` keeps all of it for the writer."""
         if "loss" in logs:
-            # The Trainer divides by all steps, but a skipped one adds no loss.
-            good, steps = self._good_steps_since_log, self._steps_since_log
-            logs = {**logs, "loss": logs["loss"] * steps / good if good else math.nan}
-            self._steps_since_log = self._good_steps_since_log = 0
+            logs = {**logs, "loss": self.bad_steps.mean_loss(logs["loss"])}
         self.record = dict(logs)
         if "loss" in logs:
             metrics = self.step_metrics.collect(self.train_dataset.counters)

@@ -12,7 +12,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from llava_compete.config import parse_config
-from llava_compete.train.callbacks import between_steps
+from llava_compete.train.callbacks import throughput
 from llava_compete.train.config import TrainConfig
 from llava_compete.train.run import train
 
@@ -44,7 +44,7 @@ def fail(*_: Any, **__: Any) -> None:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[Any], None]) -> None:
     """Call `action(callback)` once, after optimizer step `step` and before its log and checkpoint."""
-    plain = between_steps.StepCallback.on_step_end
+    plain = throughput.ThroughputCallback.on_step_end
     done = []
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **options: Any) -> None:
@@ -53,7 +53,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[Any], 
             done.append(step)
             action(self)
 
-    monkeypatch.setattr(between_steps.StepCallback, "on_step_end", on_step_end)
+    monkeypatch.setattr(throughput.ThroughputCallback, "on_step_end", on_step_end)
 
 
 def stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

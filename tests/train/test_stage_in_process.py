@@ -29,8 +29,8 @@ from llava_compete.model.upcycle import upcycle
 from llava_compete.moe.config import MoeConfig
 from llava_compete.parts import part_of
 from llava_compete.train import checkpoints, run, trainer
-from llava_compete.train.callbacks import between_steps as callbacks
 from llava_compete.train.callbacks import progress as watch
+from llava_compete.train.callbacks import throughput as callbacks
 from llava_compete.train.config import TrainConfig
 from llava_compete.train.run import train
 
@@ -72,7 +72,7 @@ def _kinds(model: torch.nn.Module) -> set[str]:
 
 def _at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[Any], None]) -> None:
     """Call `action(callback)` once, after optimizer step `step`."""
-    plain = callbacks.StepCallback.on_step_end
+    plain = callbacks.ThroughputCallback.on_step_end
     done = []
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **options: Any) -> None:
@@ -81,7 +81,7 @@ def _at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[Any],
             done.append(step)
             action(self)
 
-    monkeypatch.setattr(callbacks.StepCallback, "on_step_end", on_step_end)
+    monkeypatch.setattr(callbacks.ThroughputCallback, "on_step_end", on_step_end)
 
 
 def _assert_same_curve(left: Path, right: Path, tolerance: float = 1e-5) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -23,7 +25,7 @@ from transformers.utils import can_return_tuple
 from llava_compete.errors import UserError
 from llava_compete.model.attention_masks import AttentionInputs, KeepsNothing, without_waiting
 from llava_compete.model.config import LlavaCompeteConfig
-from llava_compete.model.losses import routing_losses
+from llava_compete.model.losses import own_balance_loss, routing_losses
 from llava_compete.model.place_experts import install_language_experts, install_vision_experts, make_projector
 from llava_compete.model.placeholders import check_counts, place_features, sample_positions
 from llava_compete.moe.block import moe_blocks
@@ -78,19 +80,25 @@ class LlavaCompetePreTrainedModel(PreTrainedModel):
                 "checkpointing drops the gradients of the routing losses"
             )
         super()._activation_checkpointing_enable(options, *args, **kwargs)
-        self._checkpoint_tower(True)
 
-    def _activation_checkpointing_disable(self) -> None:
-        super()._activation_checkpointing_disable()
-        self._checkpoint_tower(False)
-
-    def _checkpoint_tower(self, enable: bool) -> None:
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        """As in transformers, also for the tower's blocks; recomputations see the routing state of their forward."""
+        function = partial(_checkpoint, gradient_checkpointing_func, self.routing)
+        super()._set_gradient_checkpointing(enable, function, every_n_layers)
         for module in self.modules():
             if isinstance(module, VisionTower):
-                module.set_grad_checkpointing(enable)
+                module.set_grad_checkpointing(enable, function)
             elif isinstance(module, GradientCheckpointingLayer):
                 # In training the one cache that layers are given keeps nothing (`attention_masks`).
                 module._can_checkpoint_with_cache = enable
+
+
+def _checkpoint(function: Any, routing: RoutingState, *args: Any, **kwargs: Any) -> Any:
+    # A compiled graph recomputes from the tensors of its own forward, and torch.compile takes no such contexts.
+    contexts = {} if torch.compiler.is_compiling() else {"context_fn": routing.checkpoint_contexts}
+    return function(*args, **contexts, **kwargs)
 
 
 class LlavaCompeteModel(LlavaCompetePreTrainedModel):
@@ -137,6 +145,16 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
 
     def get_decoder(self) -> nn.Module:
         return self.language_model
+
+    @property
+    def own_balance_coef(self) -> float:
+        """Factor of the balance loss of experts that the language model brings; 0 where it has none, or none such."""
+        recorded = getattr(self.language_model, "_can_record_outputs", None) or {}
+        return (
+            float(getattr(self.config.text_config, "router_aux_loss_coef", 0) or 0)
+            if "router_logits" in recorded
+            else 0
+        )
 
     # --- images ----------------------------------------------------------------------------------------------------
 
@@ -234,6 +252,11 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
         output_routing: leave records in `self.routing.records`; default: while training.
         """
         self._check_length(input_ids if input_ids is not None else inputs_embeds)
+        if sequence_ids is not None and self.language_model._is_stateful:
+            raise UserError(
+                f"packing: a {self.config.text_config.model_type!r} model has layers with a running state, which would "
+                "pass from one packed sample to the next; set data.packing: false"
+            )
         record = self.training if output_routing is None else output_routing
         with self._routing_mode(), self.routing.recording() if record else nullcontext():
             if inputs_embeds is None:
@@ -250,6 +273,9 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
             attention = AttentionInputs(None if sequence_ids is not None else attention_mask, past_key_values)
             if use_cache is False and past_key_values is None and (right_padded or sequence_ids is not None):
                 attention = without_waiting(self.language_model.config, inputs_embeds, attention, sequence_ids)
+            balances_own = self.routing.is_recording and self.own_balance_coef > 0
+            if balances_own:
+                kwargs["output_router_logits"] = True
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
                 position_ids=position_ids,
@@ -258,6 +284,11 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
                 **kwargs,
             )
         aux_losses, loss_terms = routing_losses(self.routing.records) if record else ({}, {})
+        if balances_own:
+            chosen = self.config.text_config.num_experts_per_tok
+            own = own_balance_loss(outputs.router_logits, chosen, self.routing.groups["language"])
+            aux_losses["language"] = self.own_balance_coef * own
+            loss_terms["language/own_balance_loss"] = own.detach()
         return LlavaCompeteModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=None if isinstance(outputs.past_key_values, KeepsNothing) else outputs.past_key_values,

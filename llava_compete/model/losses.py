@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_compete.moe.state import RoutingRecord
+from llava_compete.moe.state import RoutingRecord, TokenGroups
 from llava_compete.parts import IGNORE_INDEX
 
 
@@ -45,3 +46,19 @@ def routing_losses(records: dict[str, RoutingRecord]) -> tuple[dict[str, Tensor]
                 key = f"{part}/{term}"
                 terms[key] = terms.get(key, 0) + value.detach().to(device) / len(part_records)
     return aux_losses, terms
+
+
+def own_balance_loss(router_logits: Sequence[Tensor], num_chosen: int, groups: TokenGroups) -> Tensor:
+    """The balance loss of a language model's own experts (Switch, arXiv 2101.03961, equations 4 to 6): E x sum over
+    experts of share of choices x mean probability, both over all tokens of all layers; 1 x K when uniform.
+
+    As transformers' `load_balancing_loss_func` of one sequence; of several it is the mean over sequences, so that no
+    cut of a batch changes it, as in all losses here.
+
+    router_logits: of each layer, [T, E].
+    """
+    probs_LTE = torch.stack([logits.flatten(0, -2).float() for logits in router_logits]).softmax(-1)
+    ones_LTE = torch.zeros_like(probs_LTE).scatter_(-1, probs_LTE.topk(num_chosen, dim=-1).indices, 1.0)
+    shares_SE = groups.sequence_weights_ST @ ones_LTE.mean(0)
+    mean_probs_SE = groups.global_weights_ST @ probs_LTE.mean(0)
+    return (shares_SE * mean_probs_SE).sum() * probs_LTE.shape[-1]

@@ -20,9 +20,12 @@ from llava_compete.model.generation import ImageGenerationMixin
 from llava_compete.model.language_head import LanguageHead
 from llava_compete.model.losses import language_loss
 from llava_compete.model.parameter_names import old_names_mapping
+from llava_compete.model.placeholders import placeholder_rows
+from llava_compete.model.sequence_shares import sequences_by_labels
 from llava_compete.model.strict_loading import refuse_offloaded_tower, spare_from_quantization
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.state import RoutingState
+from llava_compete.parts import Part
 from llava_compete.vision.projector import Projector
 from llava_compete.vision.tower import VisionTower
 
@@ -157,9 +160,14 @@ class LlavaCompeteForConditionalGeneration(LlavaCompetePreTrainedModel, ImageGen
         labels: int64 [B, N], -100 where nothing is predicted.
         label_positions: int64 [M], where in [B, N] flattened the next token has a label, as `Collator` finds them. The
             head then computes these logits alone, [1, M, V]: most of a conversation's tokens have no label.
-        num_items_in_batch: supervised tokens of the whole optimizer step, over which lm_loss is a mean.
+        num_items_in_batch: supervised tokens of the whole optimizer step, over which lm_loss is a mean. Without
+            `num_sequences_in_batch`, as from Hugging Face's Trainer, a sample counts by them in the routing losses.
         logits_to_keep: compute logits of so many last tokens of each row (0: all), or of these positions.
         """
+        if num_items_in_batch is not None and labels is not None and kwargs.get("num_sequences_in_batch") is None:
+            kwargs["num_sequences_in_batch"] = self._sequences(
+                labels, num_items_in_batch, input_ids, pixel_values, kwargs
+            )
         outputs = self.model(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
         hidden = outputs.last_hidden_state
         if label_positions is None:
@@ -181,4 +189,24 @@ class LlavaCompeteForConditionalGeneration(LlavaCompetePreTrainedModel, ImageGen
             lm_loss=None if lm_loss is None else lm_loss.detach(),
             aux_losses=outputs.aux_losses,
             loss_terms=outputs.loss_terms,
+        )
+
+    def _sequences(
+        self,
+        labels: Tensor,
+        num_items: Tensor | int,
+        input_ids: Tensor | None,
+        pixel_values: Tensor | None,
+        options: dict[str, Any],
+    ) -> dict[Part, Tensor] | None:
+        """What each sequence counts, where the caller counts supervised tokens alone; None if nothing asks for it."""
+        if not self.training or (self.config.moe is None and not self.model.own_balance_coef):
+            return None
+        first = None
+        if pixel_values is not None and input_ids is not None:
+            size = self.config.num_image_tokens
+            places = input_ids == self.config.image_token_id
+            first = placeholder_rows(places, len(pixel_values) * size)[::size]
+        return sequences_by_labels(
+            labels, num_items, options.get("sequence_ids"), options.get("num_local_sequences"), first
         )

@@ -31,10 +31,17 @@ def place_features(embeds_BNH: Tensor, places_BN: Tensor, features_FH: Tensor) -
     """The embeddings with feature f in the f-th true place, in reading order over the batch.
 
     `masked_scatter` would do in the forward, but its backward selects by the mask, whose size a GPU's host waits for.
-    A stable sort brings the places to the front in their order; there are as many as features (`check_counts`).
     """
-    rows_F = torch.argsort(places_BN.flatten().to(torch.uint8), descending=True, stable=True)[: len(features_FH)]
+    rows_F = placeholder_rows(places_BN, len(features_FH))
     return embeds_BNH.flatten(0, 1).index_copy(0, rows_F, features_FH).view_as(embeds_BNH)
+
+
+def placeholder_rows(places_BN: Tensor, count: int) -> Tensor:
+    """Where in [B, N] flattened the `count` true places are, without waiting for the device.
+
+    A stable sort brings them to the front in their order; there are as many as features (`check_counts`).
+    """
+    return torch.argsort(places_BN.flatten().to(torch.uint8), descending=True, stable=True)[:count]
 
 
 def sample_positions(attention_mask: Tensor | None, sequence_ids: Tensor | None) -> Tensor | None:

@@ -18,6 +18,7 @@ from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.moe.block import competition_layers, moe_blocks
 from llava_compete.moe.config import MoeConfig
+from llava_compete.moe.experts import PackedExperts
 from llava_compete.parts import PREFIXES
 from llava_compete.plan.recipe import Recipe, read_recipe
 from llava_compete.plan.step_cost import StepCost, simulate
@@ -172,6 +173,7 @@ def count_parameters(model: LlavaCompeteForConditionalGeneration) -> dict[str, P
         unused[block.part] += (
             experts * (block.config.num_experts - block.config.num_experts_per_tok) // block.config.num_experts
         )
+    unused["language"] += _unused_own_experts(model)
     counts: dict[str, PartCount] = {}
     for part, prefix in PREFIXES.items():
         parameters = [parameter for name, parameter in model.named_parameters() if name.startswith(prefix)]
@@ -180,6 +182,17 @@ def count_parameters(model: LlavaCompeteForConditionalGeneration) -> dict[str, P
             trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
             counts[part] = PartCount(total, trainable, total - unused[part])
     return counts
+
+
+def _unused_own_experts(model: LlavaCompeteForConditionalGeneration) -> int:
+    """Parameters of experts that the language model brings and a token does not use; they are packed [E, ...]."""
+    chosen = getattr(model.config.text_config, "num_experts_per_tok", None)
+    unused = 0
+    for name, module in model.language_model.named_modules():
+        if chosen and name.endswith(".experts") and not isinstance(module, PackedExperts):
+            for parameter in module.parameters():
+                unused += parameter.numel() * (len(parameter) - chosen) // len(parameter)
+    return unused
 
 
 def weight_bytes(model: LlavaCompeteForConditionalGeneration, quantization: str | None) -> int:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llava_compete.errors import UserError
 from llava_compete.vision.tower_config import PreprocessConfig, TowerConfig
@@ -81,9 +82,17 @@ class VisionTower(nn.Module):
         ids = torch.cat([images.repeat_interleave(scale * scale) for scale in self.config.scales])
         return ids[:, None].expand(-1, self.tokens_per_tile)
 
-    def set_grad_checkpointing(self, enable: bool) -> None:
-        """Recompute each block's activations in backward (without reentrance)."""
-        self.trunk.set_grad_checkpointing(enable)
+    def set_grad_checkpointing(self, enable: bool, function: Any = None) -> None:
+        """Recompute each block's activations in backward, by `function` (default: torch's `checkpoint`).
+
+        Not by the trunk's own switch, which takes no function. `forward` and not the block is wrapped, as transformers
+        does: hooks on the block (those of ZeRO-3 and FSDP) must not run again in the recomputation.
+        """
+        function = function or partial(checkpoint, use_reentrant=False)
+        for block in self.blocks:
+            block.__dict__.pop("forward", None)
+            if enable:
+                block.forward = partial(_checkpointed, block, type(block).forward, function)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Features of each image; the checks' message says both sizes."""
@@ -277,3 +286,9 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             root.setLevel(level)
+
+
+def _checkpointed(block: nn.Module, forward: Any, function: Any, *inputs: Any, **keywords: Any) -> Any:
+    if not block.training:
+        return forward(block, *inputs, **keywords)
+    return function(forward, block, *inputs, **keywords)

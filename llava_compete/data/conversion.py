@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 _ROWS_PER_BATCH = 1000
 _BYTES_PER_BATCH = 64 << 20
 _MAX_WORKERS = 16
+_SILENT_S = 5  # before a bar is shown
 
 
 class _Outcome(NamedTuple):
@@ -65,20 +67,21 @@ def convert_all(section: SourceSection, folder: Path, missing: dict[Path, Path])
 def _outcomes(missing: dict[Path, Path]) -> list[_Outcome]:
     """Convert each file to the table at its path; several at a time, in processes of their own."""
     workers = min(len(missing), len(os.sched_getaffinity(0)), _MAX_WORKERS)
-    bar = tqdm(total=len(missing), unit=" files", desc="converting", delay=5)  # silent for five seconds
-    with bar:
+    context = get_context("fork")
+    rows = context.Value("q", 0)
+    with tqdm(unit=" rows", desc="converting", delay=_SILENT_S) as bar:
         if workers == 1:
-            outcomes = []
-            for path, file in missing.items():
-                outcomes.append(_convert(file, path))
-                bar.update()
-            return outcomes
-        with ProcessPoolExecutor(workers, get_context("fork")) as pool:
-            tasks = [pool.submit(_convert, file, path) for path, file in missing.items()]
+            return [_convert(file, path, bar.update) for path, file in missing.items()]
+        with ProcessPoolExecutor(workers, context, _start_worker, (rows,)) as pool:
+            tasks = [pool.submit(_convert_in_worker, file, path) for path, file in missing.items()]
+            waiting = set(tasks)
             try:
-                for task in as_completed(tasks):
-                    task.result()
-                    bar.update()
+                while waiting:
+                    done, waiting = wait(waiting, timeout=1, return_when=FIRST_EXCEPTION)
+                    for task in done:
+                        task.result()
+                    bar.set_postfix_str(f"{len(tasks) - len(waiting)} of {len(tasks)} files", refresh=False)
+                    bar.update(rows.value - bar.n)
             except BrokenProcessPool as error:
                 raise UserError(
                     f"{next(iter(missing.values())).parent}: a process that converted files died (out of memory?); "
@@ -89,7 +92,23 @@ def _outcomes(missing: dict[Path, Path]) -> list[_Outcome]:
             return [task.result() for task in tasks]
 
 
-def _convert(file: Path, target: Path) -> _Outcome:
+_rows: Any = None  # in a worker: the rows that all workers have read, in shared memory
+
+
+def _start_worker(rows: Any) -> None:
+    global _rows
+    _rows = rows
+
+
+def _convert_in_worker(file: Path, target: Path) -> _Outcome:
+    def count(number: int) -> None:
+        with _rows.get_lock():
+            _rows.value += number
+
+    return _convert(file, target, count)
+
+
+def _convert(file: Path, target: Path, count: Callable[[int], Any]) -> _Outcome:
     """Write one table beside its place and rename it; no table if a row is bad."""
     with FileLock(f"{target}.lock"):
         if open_table(target) is not None:  # another process was faster
@@ -98,7 +117,7 @@ def _convert(file: Path, target: Path) -> _Outcome:
             left_over.unlink(missing_ok=True)
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         try:
-            outcome = _write_table(file, partial)
+            outcome = _write_table(file, partial, count)
             if not outcome.bad:
                 partial.replace(target)
             return outcome
@@ -106,16 +125,16 @@ def _convert(file: Path, target: Path) -> _Outcome:
             partial.unlink(missing_ok=True)
 
 
-def _write_table(file: Path, partial: Path) -> _Outcome:
+def _write_table(file: Path, partial: Path, count: Callable[[int], Any]) -> _Outcome:
     with partial.open("wb") as sink:
         with pa.ipc.new_stream(sink, SCHEMA) as writer:
-            outcome = _write_rows(file, writer)
+            outcome = _write_rows(file, writer, count)
         sink.flush()
         os.fsync(sink.fileno())
     return outcome
 
 
-def _write_rows(file: Path, writer: pa.RecordBatchWriter) -> _Outcome:
+def _write_rows(file: Path, writer: pa.RecordBatchWriter, count: Callable[[int], Any]) -> _Outcome:
     bad, first, ignored = 0, "", set[str]()
     batch: list[dict[str, Any]] = []
     size = 0
@@ -134,9 +153,11 @@ def _write_rows(file: Path, writer: pa.RecordBatchWriter) -> _Outcome:
         size += sum(len(image) for image in conversation.images if isinstance(image, bytes))
         if len(batch) == _ROWS_PER_BATCH or size >= _BYTES_PER_BATCH:
             writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
+            count(len(batch))
             batch, size = [], 0
     if batch:
         writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
+        count(len(batch))
     return _Outcome(bad, first, sorted(ignored))
 
 

@@ -57,6 +57,15 @@ def test_a_table_a_file_and_what_is_done_stays_done(tmp_path: Path, caplog: pyte
     assert not list(cache.glob(".*.partial"))
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_bar_counts_rows_over_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], count: int
+) -> None:
+    monkeypatch.setattr(conversion, "_SILENT_S", 0)
+    load_source(shards(tmp_path / "data", count), tmp_path / "cache")
+    assert f"{3 * count} rows" in capsys.readouterr().err
+
+
 def test_batches_are_cut_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand rows of 2 MiB pictures do not fit into one column of 32-bit offsets."""
     monkeypatch.setattr(conversion, "_BYTES_PER_BATCH", 1000)

@@ -127,7 +127,7 @@ class PackedExperts(nn.Module):
             picked = Picked(*PickWinners.apply(y_ETO, self.affinity, self.num_winners))
         else:
             picked = self._recomputed(weights, x_TD)
-        return ExpertsOutput(*mix_winners(picked))
+        return ExpertsOutput(*mix_winners(picked, self.affinity))
 
     @torch.compiler.disable  # its backward differentiates the activation again
     def _recomputed(self, weights: ExpertWeights, x_TD: Tensor) -> Picked:

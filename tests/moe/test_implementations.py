@@ -10,6 +10,7 @@ from block_kit import largest_error, make_block, run_step
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_compete.errors import UserError
+from llava_compete.moe import competition, pairs
 from llava_compete.moe.block import SparseMoeBlock
 from llava_compete.moe.implementations import FUNCTIONS, Function, choose, dense, eager, grouped, one_token
 
@@ -59,6 +60,23 @@ def test_expert_without_tokens_has_a_gradient_of_zeros(implementation: str) -> N
         assert (step.grads[f"experts.{name}"][3] == 0).all(), name
         assert (step.grads[f"experts.{name}"][:3] != 0).any(), name
         assert parameter.grad.shape == parameter.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("competing", [False, True])
+def test_what_a_gpu_runs_gives_a_cpus_numbers(
+    competing: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = make_block(experts_implementation="grouped_mm", num_experts_per_tok=3, sizes=SIZES).to(dtype)
+    x = torch.randn(2, 9, 16).to(dtype)
+    expected = run_step(block, x, competing=competing)
+    monkeypatch.setattr(pairs, "is_gpu", lambda _: True)
+    monkeypatch.setattr(competition, "is_gpu", lambda _: True)
+    step = run_step(block, x, competing=competing)
+    limit = 1e-5 if dtype == torch.float32 else 0.01
+    torch.testing.assert_close(step.output, expected.output, rtol=limit, atol=limit)
+    grads = [{name: grad.float() for name, grad in found.grads.items()} for found in (step, expected)]
+    assert largest_error(*grads) < limit
 
 
 @pytest.mark.parametrize("implementation", ["eager", *OURS])

@@ -17,7 +17,7 @@ from llava_compete.moe.state import TokenGroups
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32}
 # Of a step in float32 with biases; a launch costs a GPU's host 5 to 15 microseconds.
-MOST_OPERATORS = {"router": 130, "competition": 140}
+MOST_OPERATORS = {"router": 100, "competition": 112}
 STEPS = [
     *((router, False, implementation) for router in ROUTERS for implementation in ("grouped_mm", "dense")),
     ("competition", True, "grouped_mm"),

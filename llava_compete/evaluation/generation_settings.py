@@ -1,7 +1,7 @@
 """Generation settings: what a task asks for, checked and named as transformers names it.
 
 A task's `generation_kwargs` mix transformers' names, lm-eval's (`until`, `max_gen_toks`) and other models' private
-ones; the latter are ignored and named once in the log. Caller: `evaluation.lmms_model`.
+ones; the latter are ignored and named once in the log.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ Layout of an evaluation directory:
     tasks/NAME.json    a finished task; a run that was stopped goes on with the tasks that have none
     routing.json       router agreement and expert use, for mixtures of experts
     lmms_eval/         lmms-eval's own files;  eval.log: its output;  run/: config and manifest
-
-Callers: `llava-compete eval`, scripts/eval.sh, scripts/compare_routers.sh.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def run_lmms_eval(
     if processes > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("a", encoding="utf-8") as file, _ended_by_signals():
+    with log_file.open("a", encoding="utf-8") as file, ended_by_signals():
         file.write(f"$ {' '.join(words)}\n")
         with subprocess.Popen(
             words,
@@ -109,7 +109,7 @@ def run_lmms_eval(
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
+def ended_by_signals() -> Iterator[None]:
     """Inside, TERM and HUP raise `SystemExit` as Ctrl-C raises `KeyboardInterrupt`: Python would just die."""
 
     def leave(number: int, _: Any) -> None:

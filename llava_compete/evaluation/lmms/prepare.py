@@ -1,7 +1,7 @@
 """Fetch what a suite needs while there is a network, and prove that it then runs without one.
 
 For each task lmms-eval itself builds the task and shows its first document (some fetch further files only then): once
-online, once with the network switched off. Caller: `llava-compete eval prepare`.
+online, once with the network switched off.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from llava_compete.errors import UserError
 from llava_compete.evaluation.lmms.catalogue import check_names, data_sets
+from llava_compete.evaluation.lmms.launcher import ended_by_signals
 
 log = logging.getLogger(__name__)
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -47,7 +48,8 @@ def prepare(tasks: list[str], include_path: Path, offline_only: bool = False) ->
 def _load(task: str, include_path: Path, environment: dict[str, str]) -> Prepared:
     words = [sys.executable, "-m", "llava_compete.evaluation.lmms.prepare", task, str(include_path)]
     ours = {key: value for key, value in os.environ.items() if key not in OFFLINE}
-    done = subprocess.run(words, capture_output=True, text=True, env={**ours, **environment}, check=False)
+    with ended_by_signals():  # `run` then ends the process that loads, instead of leaving it behind
+        done = subprocess.run(words, capture_output=True, text=True, env={**ours, **environment}, check=False)
     if done.returncode == 0:
         return Prepared(task, json.loads(done.stdout.splitlines()[-1])["documents"], None)
     lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]

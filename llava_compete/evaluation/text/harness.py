@@ -1,7 +1,7 @@
 """Language models on lm-evaluation-harness's own tasks, through its own `hf` model class.
 
 The adapter is thin: the checkpoint is loaded by us and handed to `HFLM` as a causal model, which batches, truncates
-and scores. Results are written as `compare` reads them. Caller: `llava-compete eval-text`.
+and scores. Results are written as `compare` reads them.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from llava_compete.data.text.config import TextSection
 from llava_compete.moe.config import MoeConfig
 from llava_compete.train.config import TrainConfig
-from llava_compete.train.image_files import fingerprints
+from llava_compete.train.image_files import fingerprint
 from llava_compete.train.inputs import Feed
 
 # Keys that change no weight, by how they begin. `max_steps` and `num_train_epochs` are compared as `total_steps`.
@@ -51,10 +51,10 @@ def identity_of(
     config: TrainConfig, moe: MoeConfig | None, data: Feed, world_size: int, zero_stage: int
 ) -> dict[str, Any]:
     """Settings, data, and how the run is shared out; looks at every image file, so on one rank only."""
-    images = {} if isinstance(config.data, TextSection) else fingerprints(data.train)
+    tables = [] if isinstance(config.data, TextSection) else data.train.tables
     return {
         **settings(config, moe),
-        **{f"data.{name}.images": digest for name, digest in images.items()},
+        **{f"data.{table.section.name}.images": fingerprint(table) for table in tables},
         "data": data.digest,
         "world_size": world_size,
         "zero_stage": zero_stage,

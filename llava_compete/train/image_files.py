@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llava_compete.data.dataset import ConversationDataset
 from llava_compete.data.tables import SourceTable
 from llava_compete.errors import UserError
 
@@ -23,7 +21,7 @@ _THREADS = 16
 _AT_ONCE = 10_000
 
 
-def check_images_are_there(dataset: ConversationDataset, *, may_skip: bool) -> None:
+def check_images_are_there(table: SourceTable, *, may_skip: bool) -> None:
     """Refuse a wrong image folder now, and not after the model has been loaded and half an epoch trained.
 
     Args:
@@ -32,33 +30,25 @@ def check_images_are_there(dataset: ConversationDataset, *, may_skip: bool) -> N
     Raises:
         UserError: naming the source, the first file that is missing and the folder.
     """
-    for number, table in enumerate(dataset.tables):
-        files = sampled_files(dataset, number)
-        missing = [path for path in files if not path.is_file()]
-        if missing and (len(missing) == len(files) or not may_skip):
-            raise UserError(
-                f"data source {table.section.name!r}: {len(missing)} of {len(files)} sampled images are not there, "
-                f"the first: {missing[0]}; images are named relative to image_folder, now {table.section.images}"
-            )
+    files = sampled_files(table)
+    missing = [path for path in files if not path.is_file()]
+    if missing and (len(missing) == len(files) or not may_skip):
+        raise UserError(
+            f"data source {table.section.name!r}: {len(missing)} of {len(files)} sampled images are not there, "
+            f"the first: {missing[0]}; images are named relative to image_folder, now {table.section.images}"
+        )
 
 
-def sampled_files(dataset: ConversationDataset, source: int) -> list[Path]:
-    """Image files of up to `SAMPLE` rows of one source, the same ones every time; embedded images are none."""
-    table = dataset.tables[source]
-    rows = np.unique(dataset.index[(dataset.sources == source) & (dataset.modalities > 0), 1])
-    chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows)), dtype=int))] if len(rows) else []
-    images = [image for row in chosen for image in table.rows.row(int(row))["images"]]
+def sampled_files(table: SourceTable) -> list[Path]:
+    """Image files of up to `SAMPLE` rows, the same ones every time; embedded images are none."""
+    rows = np.flatnonzero(table.rows.images_per_row())
+    places = np.unique(np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows)), dtype=int))
+    images = [image for row in rows[places] for image in table.rows.row(int(row))["images"]]
     return [table.section.images / image["path"] for image in images if image["path"] is not None]
 
 
-def fingerprints(dataset: ConversationDataset) -> dict[str, str]:
-    """By source: a digest of the names and sizes of its image files, and of the bytes of the sampled ones."""
-    return {
-        table.section.name: _fingerprint(table, sampled_files(dataset, n)) for n, table in enumerate(dataset.tables)
-    }
-
-
-def _fingerprint(table: SourceTable, sample: Iterable[Path]) -> str:
+def fingerprint(table: SourceTable) -> str:
+    """A digest of the names and sizes of a source's image files, and of the bytes of the sampled ones."""
     digest = hashlib.sha256()
     folder = table.section.images
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -66,7 +56,7 @@ def _fingerprint(table: SourceTable, sample: Iterable[Path]) -> str:
         while names := list(itertools.islice(paths, _AT_ONCE)):
             for name, size in zip(names, pool.map(_size, (folder / name for name in names)), strict=True):
                 digest.update(f"{name}\0{size}\0".encode())
-        for content in pool.map(_bytes, sample):
+        for content in pool.map(_bytes, sampled_files(table)):
             digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
 

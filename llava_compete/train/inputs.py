@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 from torch.utils.data import Dataset
 
 from llava_compete.data.collator import Collator
+from llava_compete.data.config import DataSection
 from llava_compete.data.dataset import build_datasets
 from llava_compete.data.sampler import GlobalBatchSampler
+from llava_compete.data.tables import load_source
 from llava_compete.data.text.batches import TextBatchSampler, TextCollator
 from llava_compete.data.text.config import TextSection
 from llava_compete.data.text.rows import HeldOutRows, TextRows
@@ -37,6 +39,14 @@ class Feed(NamedTuple):
     stats: dict[str, Any]
 
 
+def check_sources(section: DataSection | TextSection) -> None:
+    """Open conversations' sources and look for a sample of their images, before a model is loaded for them."""
+    if isinstance(section, DataSection):
+        for source in section.sources:
+            table = load_source(source, section.cache_dir)
+            check_images_are_there(table, may_skip=section.on_bad_image == "skip")
+
+
 def build_feed(config: TrainConfig, rank: Rank, arguments: Any, processor: Any) -> Feed:
     """Open the data of `config` for this rank."""
     micro = arguments.per_device_train_batch_size
@@ -44,7 +54,6 @@ def build_feed(config: TrainConfig, rank: Rank, arguments: Any, processor: Any) 
     if isinstance(config.data, TextSection):
         return _text(config, config.data, rank, arguments.max_steps, global_batch, micro, processor.tokenizer)
     data = build_datasets(config.data, processor, config.seed)
-    check_images_are_there(data.train, may_skip=config.data.on_bad_image == "skip")
     sampler = GlobalBatchSampler(
         data.train.lengths,
         data.train.modalities,

@@ -35,7 +35,7 @@ from llava_compete.train.config import DEEPSPEED_DIR, TrainConfig
 from llava_compete.train.distributed import Rank, all_or_none, main_first, of_main, process_group, this_rank
 from llava_compete.train.finished import has_finished, record, refuse_to_begin_again
 from llava_compete.train.identity import identity_of
-from llava_compete.train.inputs import Feed, build_feed
+from llava_compete.train.inputs import Feed, build_feed, check_sources
 from llava_compete.train.mfu import Utilisation, count_flops, device_peak
 from llava_compete.train.preflight import (
     check_alike,
@@ -115,16 +115,10 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
         if rank.is_main:
             check_reports(arguments)
         refuse_what_cannot_be_sharded(config)
+    with all_or_none(rank, "data"), main_first(rank):
+        check_sources(config.data)
     set_seed(config.seed)
-    with all_or_none(rank, "model"), main_first(rank):
-        sharding = sharding_of(arguments)
-        with whole(sharding):
-            model, processor, moe = start_model(config, rank)
-        config.data.check_context(context_of(model.config.text_config))
-        if sharding is not None and sharding.is_zero3():
-            gather_attention_whole(model)
-        model = with_adapters(model, config.trainable)
-        trainable.apply(model, config.trainable)
+    model, processor, moe = _prepare_model(config, rank, sharding_of(arguments))
     with all_or_none(rank, "data"), main_first(rank):
         data = build_feed(config, rank, arguments, processor)
         if data.validation is None and (config.sample_steps or arguments.eval_strategy != "no"):
@@ -133,38 +127,17 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
     check_same(rank, {"data (digest)": data.digest})
     trainer = _build_trainer(config, arguments, model, processor, data)
     competition = CompetitionCallback(trainer, moe)
-    with whole(sharding):
+    with whole(sharding_of(arguments)):
         utilisation = _utilisation(trainer, data)
     steps = ThroughputCallback(trainer, competition, utilisation)
     watch = WatchCallback(trainer, config.output_dir / "run" / "metrics.jsonl")
     answers = AnswersCallback(trainer, config.output_dir / "run" / "answers.jsonl")
     for callback in (competition, steps, watch, answers):
         trainer.add_callback(callback)
-    start = None
-    with all_or_none(rank, "checkpoint"):
-        if rank.is_main:
-            identity = identity_of(config, moe, data, rank.world_size, zero_stage(arguments))
-            total = total_steps(arguments, len(data.batch_sampler))
-            start = choose(config.output_dir, identity, arguments, total, allow_changed=allow_changed)
-            if start.checkpoint is None:
-                refuse_to_begin_again(config)
-            else:
-                logger.info("%s: going on from %s", config.stage, start.checkpoint.name)
-            checkpoints.clear_finished(config.output_dir)
-            rows = _trainable_rows(config, trainer)
-            check_space(config.output_dir, sum(r.parameters for r in rows), sum(r.trainable_parameters for r in rows))
-            if start.checkpoint is not None and start.resharded and identity["zero_stage"]:
-                universal.convert(start.checkpoint)
-            trainer.mark = {"identity": identity, "plan": start.plan._asdict(), "changes": start.changes}
-            _describe(config, trainer, data, moe)
-    start = of_main(start)
-    assert start is not None
-    trainer.plan, arguments.warmup_steps = start.plan, start.plan.warmup_steps
-    if start.resharded and sharding is not None:
-        universal.load_universal(sharding)
+    checkpoint = _begin(config, rank, trainer, data, moe, allow_changed)
     started = time.perf_counter()
     with StopOnSignal(trainer), closing(watch):
-        trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < trainer.state.max_steps:
         logger.info("stopped at step %d; the same command goes on from here", trainer.state.global_step)
         return False
@@ -185,6 +158,48 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
             logger.info("competitions added %.1f%% to the step time", 100 * overhead)
         logger.info("%s: wrote the %s model to %s", config.stage, config.stage, config.output_dir)
     return True
+
+
+def _prepare_model(config: TrainConfig, rank: Rank, sharding: Any) -> tuple[Any, Any, MoeConfig | None]:
+    """Model with adapters and with what does not train frozen, processor, and the MoE settings in force."""
+    with all_or_none(rank, "model"), main_first(rank):
+        with whole(sharding):
+            model, processor, moe = start_model(config, rank)
+        config.data.check_context(context_of(model.config.text_config))
+        if sharding is not None and sharding.is_zero3():
+            gather_attention_whole(model)
+        model = with_adapters(model, config.trainable)
+        trainable.apply(model, config.trainable)
+    return model, processor, moe
+
+
+def _begin(
+    config: TrainConfig, rank: Rank, trainer: StageTrainer, data: Feed, moe: MoeConfig | None, allow_changed: bool
+) -> Path | None:
+    """Choose the checkpoint to go on from, tell all ranks and the user, and leave a record of the run."""
+    arguments, start = trainer.args, None
+    with all_or_none(rank, "checkpoint"):
+        if rank.is_main:
+            identity = identity_of(config, moe, data, rank.world_size, zero_stage(arguments))
+            total = total_steps(arguments, len(data.batch_sampler))
+            start = choose(config.output_dir, identity, arguments, total, allow_changed=allow_changed)
+            if start.checkpoint is None:
+                refuse_to_begin_again(config)
+            else:
+                logger.info("%s: going on from %s", config.stage, start.checkpoint.name)
+            checkpoints.clear_finished(config.output_dir)
+            rows = _trainable_rows(config, trainer)
+            check_space(config.output_dir, sum(r.parameters for r in rows), sum(r.trainable_parameters for r in rows))
+            if start.checkpoint is not None and start.resharded and identity["zero_stage"]:
+                universal.convert(start.checkpoint)
+            trainer.mark = {"identity": identity, "plan": start.plan._asdict(), "changes": start.changes}
+            _describe(config, trainer, data, moe)
+    start = of_main(start)
+    assert start is not None
+    trainer.plan, arguments.warmup_steps = start.plan, start.plan.warmup_steps
+    if start.resharded and (sharding := sharding_of(arguments)) is not None:
+        universal.load_universal(sharding)
+    return start.checkpoint
 
 
 def _build_trainer(config: TrainConfig, arguments: Any, model: Any, processor: Any, data: Feed) -> StageTrainer:

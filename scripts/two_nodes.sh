@@ -209,10 +209,10 @@ done
   echo
   echo "\`bash scripts/two_nodes.sh\`: two network namespaces with ssh, one rank each on CPU (gloo), a demo stage of 80 steps"
   echo "(ZeRO-2, competition), checkpoints every 20. $(date -u +%F), $(python -c 'import torch; print("torch", torch.__version__)'), $(ssh -V 2>&1 | cut -d, -f1)$(if has_slurm; then slurmctld -V | sed "s/^slurm-wlm/, Slurm/"; fi)."
-  echo
-  echo "| what | expected | as expected |"
-  echo "| --- | --- | --- |"
-  cat "$out/rows"/*
+  for file in "$out/rows"/*; do
+    printf '\n## %s\n\n| what | expected | as expected |\n| --- | --- | --- |\n' "$(basename "$file")"
+    cat "$file"
+  done
 } >"$out/README.md"
 say "$failures not as expected: $out/README.md"
 [ "$failures" -eq 0 ]

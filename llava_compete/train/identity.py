@@ -41,7 +41,7 @@ SPLIT = ("world_size", "training.per_device_train_batch_size", "training.gradien
 def settings(config: TrainConfig, moe: MoeConfig | None) -> dict[str, Any]:
     """What the config alone says; `moe` are the settings in force, the checkpoint's with the config's laid over."""
     content = config.model_dump(exclude={"moe"}) | {"moe": None if moe is None else moe.model_dump()}
-    found = {key: value for key, value in _flat(content, "") if not key.startswith(_WITHOUT_EFFECT)}
+    found = {key: value for key, value in flat(content, "") if not key.startswith(_WITHOUT_EFFECT)}
     if config.model.checkpoint is not None:
         found["model.checkpoint"] = checkpoint_digest(Path(config.model.checkpoint))
     return found
@@ -97,16 +97,16 @@ _MODEL_FILES = (".json", ".jinja", ".safetensors", ".model", ".txt")
 _BLOCKS, _BLOCK = 64, 2**16
 
 
-def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Pairs of dotted key and plain value; paths are left out."""
+def flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Pairs of dotted key and plain value; paths are left out, items of a list go by their names."""
     if isinstance(value, BaseModel):
         value = value.model_dump()
     if isinstance(value, dict):
         for name, item in value.items():
-            yield from _flat(item, f"{key}.{name}" if key else str(name))
+            yield from flat(item, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value):
         for number, item in enumerate(value):
-            yield from _flat(item, f"{key}.{item.get('name', number) if isinstance(item, dict) else number}")
+            yield from flat(item, f"{key}.{item.get('name', number) if isinstance(item, dict) else number}")
     elif isinstance(value, list | tuple):
         if not any(isinstance(item, Path) for item in value):
             yield key, list(value)

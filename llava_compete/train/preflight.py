@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from pydantic import BaseModel
 from llava_compete.errors import UserError
 from llava_compete.manifest import package_versions
 from llava_compete.train.distributed import Rank
+from llava_compete.train.identity import flat
 from llava_compete.train.waiting import SharedError, meet
 
 logger = logging.getLogger(__name__)
@@ -119,18 +120,11 @@ def comparable_settings(config: BaseModel) -> dict[str, Any]:
 
     Paths are left out too, since a machine may keep its copy elsewhere: the digest of the data is compared by itself.
     """
-    return dict(_flat(config.model_dump(), ""))
+    return {key: value for key, value in flat(config.model_dump(), "") if not _is_own(key.rpartition(".")[2])}
 
 
-def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    leaf = key.rpartition(".")[2]
-    if isinstance(value, Path) or leaf in _OWN or leaf.startswith("dataloader_"):
-        return
-    if isinstance(value, dict | list) and value:
-        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _flat(item, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, value
+def _is_own(name: str) -> bool:
+    return name in _OWN or name.startswith("dataloader_")
 
 
 def log_devices(rank: Rank) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from ranks_kit import errors_of_ranks
 
+from llava_compete.config import StrictConfig
 from llava_compete.errors import UserError
 from llava_compete.train import distributed, preflight
 from llava_compete.train.distributed import Rank
+from llava_compete.train.identity import flat
 
 HOST = socket.gethostname()
 
@@ -88,7 +90,7 @@ def test_a_disk_too_small_for_a_checkpoint_is_refused(tmp_path: Path, monkeypatc
         ({"training": {"save_steps": 5}}, "training.save_steps=5, rank 0 with training.save_steps=4"),
         ({"training": {"save_steps": 4, "lr": 0.5}}, "training.lr=0.5, rank 0 with no training.lr"),
         ({"training": {}}, "no training.save_steps, rank 0 with training.save_steps=4"),
-        ({"sources": [{"name": "a", "weight": 2.0}]}, "sources.0.weight=2.0, rank 0 with sources.0.weight=1.0"),
+        ({"sources": [{"name": "a", "weight": 2.0}]}, "sources.a.weight=2.0, rank 0 with sources.a.weight=1.0"),
     ],
 )
 def test_other_settings_are_named(change: dict[str, Any], message: str) -> None:
@@ -96,23 +98,28 @@ def test_other_settings_are_named(change: dict[str, Any], message: str) -> None:
 
     def check(rank: Rank, store: Any) -> None:
         mine = settings if rank.number == 0 else {**settings, **change}
-        preflight.check_same(rank, dict(preflight._flat(mine, "")))
+        preflight.check_same(rank, dict(flat(mine, "")))
 
     expected = f"rank 1 on {HOST} was started with {message}; give all the same command"
     assert errors_of_ranks(check) == [expected, expected]
 
 
+class _Settings(StrictConfig):
+    output_dir: Path
+    training: dict[str, Any]
+    sources: list[dict[str, Any]]
+
+
 def test_what_a_machine_may_have_for_itself_is_not_compared() -> None:
-    values = {
-        "output_dir": Path("/here"),
-        "training": {"logging_dir": "/logs", "dataloader_num_workers": 4, "report_to": "none", "logging_steps": 5},
-        "data": {"sources": [{"name": "a", "path": Path("/data")}], "max_length": 128},
-    }
-    # How often is logged stays: the ranks add up their metrics then.
-    assert dict(preflight._flat(values, "")) == {
-        "training.logging_steps": 5,
-        "data.sources.0.name": "a",
-        "data.max_length": 128,
+    settings = _Settings(
+        output_dir=Path("/here"),
+        training={"logging_dir": "/x", "dataloader_num_workers": 4, "report_to": "none", "logging_steps": 5},
+        sources=[{"name": "a", "path": Path("/data"), "weight": 1.0}],
+    )
+    assert preflight.comparable_settings(settings) == {
+        "training.logging_steps": 5,  # stays: the ranks add up their metrics then
+        "sources.a.name": "a",
+        "sources.a.weight": 1.0,
     }
 
 

@@ -17,7 +17,8 @@ from llava_compete.moe.block import SparseMoeBlock
 from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.state import RoutingState
 from llava_compete.vision.projector import Projector
-from llava_compete.vision.tower import VisionTower, block_feed_forward
+from llava_compete.vision.tower import VisionTower
+from llava_compete.vision.trunks import block_feed_forward
 
 
 def install_vision_experts(tower: VisionTower, moe: MoeLayerConfig, state: RoutingState) -> None:

@@ -19,8 +19,8 @@ from llava_compete.errors import UserError
 from llava_compete.model.checkpoint import read_config
 from llava_compete.train.config import TrainConfig
 from llava_compete.vision.sources import resolve_tower
-from llava_compete.vision.tower import build_trunk
 from llava_compete.vision.tower_config import TowerConfig
+from llava_compete.vision.trunks import build_trunk
 
 
 def sharding_of(arguments: Any) -> Any:

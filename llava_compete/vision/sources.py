@@ -16,8 +16,9 @@ from torch import Tensor
 from llava_compete.config import parse_config
 from llava_compete.errors import UserError, and_more, nearest
 from llava_compete.files import read_json
-from llava_compete.vision.tower import VisionTower, build_trunk, tower_facts
+from llava_compete.vision.tower import VisionTower
 from llava_compete.vision.tower_config import CLIP_MEAN, CLIP_STD, LATEST_PIXELS, TowerConfig, VisionTowerSection
+from llava_compete.vision.trunks import build_trunk, tower_facts
 
 logger = logging.getLogger(__name__)
 

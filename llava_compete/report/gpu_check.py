@@ -145,11 +145,14 @@ def _test_lines(cases: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _moe_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
-    yield "| D, I, E, K | case | ms | ratio | peak MB |"
-    yield "| --- | --- | --- | --- | --- |"
+    yield "| D, I, E, K | case | ms | ratio | kernels, ms | launches | peak MB |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
     for row in rows:
         sizes = ", ".join(str(row["shape"][letter]) for letter in "DIEK")
-        yield f"| {sizes} | {row['case']} | {row['ms']:.2f} | {row['ratio']:.2f} | {row['peak_mb']:.0f} |"
+        kernels = "-" if row.get("kernel_ms") is None else f"{row['kernel_ms']:.2f}"
+        launches = "-" if row.get("launches") is None else str(row["launches"])
+        numbers = f"{row['ms']:.2f} | {row['ratio']:.2f} | {kernels} | {launches} | {row['peak_mb']:.0f}"
+        yield f"| {sizes} | {row['case']} | {numbers} |"
 
 
 def _train_lines(result: dict[str, Any]) -> Iterator[str]:

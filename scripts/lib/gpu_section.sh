@@ -8,7 +8,7 @@ if [ "$GPU_CHECK_CPU" = yes ]; then
   moe=(--tokens 128 --rounds 1 --shape 64 128 4 2) train=(--repeats 1)
   generate=(--batch-size 1 --new-tokens 2 --rounds 1)
 else
-  moe=(--tokens 8192 --rounds 3) train=(--repeats 4)
+  moe=(--tokens 8192 --rounds 3) train=(--repeats 3)
   generate=(--device cuda --dtype bfloat16 --batch-size 32 --new-tokens 48 --rounds 3)
 fi
 

@@ -42,9 +42,13 @@ class RenderedChat(NamedTuple):
 
 
 def content_parts(message: Message) -> Sequence[dict[str, Any]]:
-    """The content of a message as parts."""
+    """The content of a message as parts; one that is neither a text nor an image is an `EncodingError`."""
     content = message["content"]
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    for part in parts:
+        if part["type"] not in ("text", "image"):
+            raise EncodingError(f"a content part of type {part['type']!r}: this model takes texts and images")
+    return parts
 
 
 def render_chat(

@@ -91,6 +91,13 @@ def test_pixels_do_not_depend_on_the_way_in(kind: str, web: tuple[Path, str]) ->
         assert np.array_equal(chat(images=[ways[way]], text="<image>")["pixel_values"][0], expected), way
 
 
+def test_a_video_in_a_conversation_is_refused_by_name() -> None:
+    chat = LlavaCompeteProcessor(LlavaCompeteImageProcessor(8), tiny_tokenizer(), num_image_tokens=4)
+    messages = [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "What?"}]}]
+    with pytest.raises(UserError, match="a content part of type 'video'"):
+        chat.apply_chat_template(messages, tokenize=True)
+
+
 def test_a_pillow_image_is_left_as_it_was() -> None:
     image = oddities()["turned"]
     LlavaCompeteImageProcessor(16)(image)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import logging
 import random
@@ -41,13 +42,15 @@ TRAIN_SEED, TEST_SEED, DIGIT_SEED = 1, 2, 0
 NUM_CAPTION_SCENES = 2000
 NUM_INSTRUCT_SCENES = 5000
 NUM_TEXT_ONLY = 300
-GENERATOR = "4"  # raise when the same settings give other data
+GENERATOR = "5"  # raise when the same settings give other data
 DIGIT_QUESTION = "Which digit is this?"
-DIGIT_CAPTION_PROMPT = "What is this?"
+DESCRIBE_PROMPT = "Describe the image."
+DIGIT_CAPTION_PROMPTS = ("What is this?", DESCRIBE_PROMPT)
 # Captions are asked for in the words of the later questions: the demo's tokenizer is trained on them.
 CAPTION_PROMPTS = (
     "Which objects are there, from left to right?",
     "What color and shape is each object, from left to right?",
+    DESCRIBE_PROMPT,
 )
 
 
@@ -76,7 +79,8 @@ def build_demo(out_dir: str | Path, force: bool = False) -> DemoSummary:
     digit_rows, digit_test = _digits(partial / "images")
     scene_rows, captions, seen = _train_scenes(partial / "images")
     digit_captions = [
-        {**row, "conversations": llava_turns([(DIGIT_CAPTION_PROMPT, f"digit {row['answer']}")])} for row in digit_rows
+        {**row, "conversations": llava_turns([(prompt, f"digit {row['answer']}")])}
+        for row, prompt in zip(digit_rows, itertools.cycle(DIGIT_CAPTION_PROMPTS), strict=False)
     ]
     pretrain = [*captions, *digit_captions]
     instruct = [

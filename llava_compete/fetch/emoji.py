@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,11 @@ def _convert(archives: Mapping[str, Path], folder: Path, options: Mapping[str, A
     wanted = {code_of(entry["hexcode"]) for entry in table}
     draw: dict[str, Callable[[bytes], bytes]] = {"openmoji": _draw_svg, "fluent": _scale}
     found: dict[str, set[str]] = {}
-    for vendor, prefix in _FOLDERS.items():
+    for vendor in _FOLDERS:
         out = folder / "images" / vendor
         out.mkdir(parents=True)
         found[vendor] = set()
-        for name, content in members(archives[vendor], lambda name, prefix=prefix: name.startswith(prefix)):
+        for name, content in members(archives[vendor], partial(_lies_in, _FOLDERS[vendor])):
             code = code_of(Path(name).stem)
             if code in wanted and code not in found[vendor]:
                 (out / f"{code}.png").write_bytes(draw.get(vendor, bytes)(content))
@@ -70,6 +71,10 @@ def _convert(archives: Mapping[str, Path], folder: Path, options: Mapping[str, A
     entries = [_entry(entry) for entry in table if code_of(entry["hexcode"]) in everywhere]
     (folder / "emoji.json").write_text(json.dumps(entries, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     (folder / "ATTRIBUTION.md").write_text(_ATTRIBUTION, encoding="utf-8")
+
+
+def _lies_in(folder: str, name: str) -> bool:
+    return name.startswith(folder)
 
 
 def code_of(name: str) -> str:

@@ -16,6 +16,7 @@ from tower_kit import open_clip_tower
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, CLIPConfig, LlamaConfig, LlamaForCausalLM
 
 from llava_compete.errors import UserError
+from llava_compete.language.templates import read_template, set_chat_template
 from llava_compete.model.build import build_model
 from llava_compete.model.checkpoint import load_checkpoint, save_checkpoint
 from llava_compete.model.section import ModelSection
@@ -155,3 +156,16 @@ def test_flash_attention_that_is_not_installed_is_said(language: Path) -> None:
         pytest.skip("may be installed")
     with pytest.raises(UserError, match=r"model\.attention: flash_attention_2 needs a CUDA GPU and its package"):
         build_model(section(language, attention="flash_attention_2"), None, seed=0)
+
+
+def test_a_later_stage_may_set_another_chat_template(tmp_path: Path) -> None:
+    """LLaVA-1.5: captions with `plain`, then Vicuna's conversation; answers end where the new template's turns do."""
+    model, processor = tiny_model()
+    set_chat_template(processor.tokenizer, "plain")
+    processor.chat_template = processor.tokenizer.chat_template
+    save_checkpoint(model, processor, tmp_path)
+    section = ModelSection.model_validate({"checkpoint": tmp_path, "chat_template": "chatml"})
+    model, processor = build_model(section, None, seed=0)
+    assert processor.tokenizer.chat_template == processor.chat_template == read_template("chatml")
+    ends = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<eos>"])
+    assert model.generation_config.eos_token_id == sorted(ends)

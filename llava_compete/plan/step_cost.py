@@ -192,7 +192,8 @@ def _competition(experts: PackedExperts, x_TD: Tensor) -> ExpertsOutput:
     up_TEM = F.linear(x_TD, experts.up.flatten(0, 1)).unflatten(-1, (experts.num_experts, -1))
     hidden_ETI = _activate(experts, up_TEM).transpose(0, 1)
     y_ETO = torch.bmm(hidden_ETI, experts.down_proj.transpose(1, 2))
-    affinity_ET = F.softplus(y_ETO).mean(-1)
+    # Softplus keeps y; the sigmoid stands for the gradient of y's size that a backward begins with.
+    affinity_ET = (F.softplus(y_ETO) + y_ETO.sigmoid()).mean(-1)
     won_KTO = y_ETO[: experts.num_winners].clone()
     output_TO = (won_KTO * affinity_ET[: experts.num_winners].unsqueeze(-1)).sum(0)
     # Where nothing is recorded, only the output is read.

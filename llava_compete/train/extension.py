@@ -17,6 +17,13 @@ from transformers import TrainingArguments, get_scheduler
 _SAME = 1e-9
 
 
+class Schedule(NamedTuple):
+    """Learning rates as the config says now: the Trainer's schedule, and the base rates of the optimizer's groups."""
+
+    arguments: TrainingArguments
+    base_rates: list[float]
+
+
 class Plan(NamedTuple):
     """How long a run is, its warm-up, and where each of the plans that it was made of ends (in optimizer steps)."""
 
@@ -50,6 +57,10 @@ class Jump(NamedTuple):
     @property
     def is_one(self) -> bool:
         """Whether any rate is another."""
+        if len(self.before) != len(self.after):  # other parts train, which is refused for itself
+            return True
+        if len(self.before) != len(self.after):  # other parts train, which is refused for itself
+            return True
         pairs = zip(self.before, self.after, strict=True)
         return any(abs(one - other) > _SAME * max(abs(one), abs(other)) for one, other in pairs)
 
@@ -58,24 +69,23 @@ class Jump(NamedTuple):
         return f"the learning rate of step {self.step + 1} is {rates}"
 
 
-def jump(checkpoint: Path, step: int, arguments: TrainingArguments, plan: Plan) -> Jump:
+def jump(checkpoint: Path, step: int, schedule: Schedule, plan: Plan) -> Jump:
     """What going on from `checkpoint` (written after `step` steps) by `plan` does to the learning rates."""
-    state = torch.load(checkpoint / "scheduler.pt", weights_only=True)
-    after = rates_at(step, state["base_lrs"], arguments, plan)
-    return Jump(step, list(state["_last_lr"]), after)
+    before = torch.load(checkpoint / "scheduler.pt", weights_only=True)["_last_lr"]
+    return Jump(step, list(before), rates_at(step, schedule, plan))
 
 
-def rates_at(step: int, base_rates: Sequence[float], arguments: TrainingArguments, plan: Plan) -> list[float]:
+def rates_at(step: int, schedule: Schedule, plan: Plan) -> list[float]:
     """Rates of the groups for the step after the first `step` ones, by the Trainer's own schedules."""
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in base_rates]
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in schedule.base_rates]
     scheduler = get_scheduler(
-        arguments.lr_scheduler_type,
+        schedule.arguments.lr_scheduler_type,
         torch.optim.SGD(groups, lr=1.0),
         num_warmup_steps=plan.warmup_steps,
         num_training_steps=plan.total_steps,
-        scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
+        scheduler_specific_kwargs=dict(schedule.arguments.lr_scheduler_kwargs or {}),
     )
-    return [base * shape(step) for base, shape in zip(base_rates, scheduler.lr_lambdas, strict=True)]
+    return [base * shape(step) for base, shape in zip(schedule.base_rates, scheduler.lr_lambdas, strict=True)]
 
 
 def set_rates(scheduler: Any, base_rates: Sequence[float]) -> list[float]:

@@ -12,7 +12,7 @@ from transformers import SchedulerType, TrainingArguments
 
 from llava_compete.errors import UserError
 from llava_compete.train import checkpoints
-from llava_compete.train.extension import Jump, Plan, jump
+from llava_compete.train.extension import Jump, Plan, Schedule, jump
 from llava_compete.train.identity import SPLIT, cannot_be_obeyed, differences
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,12 @@ class Start(NamedTuple):
 
 
 def choose(
-    output_dir: Path, identity: dict[str, Any], arguments: TrainingArguments, total_steps: int, *, allow_changed: bool
+    output_dir: Path,
+    identity: dict[str, Any],
+    schedule: Schedule,
+    total_steps: int,
+    *,
+    allow_changed: bool,
 ) -> Start:
     """The last sound checkpoint, if it may be gone on from.
 
@@ -45,15 +50,15 @@ def choose(
     sound = checkpoints.sound(output_dir)
     checkpoint = next(sound, None)
     if checkpoint is None:
-        return Start(None, False, Plan.first(arguments, total_steps), [])
+        return Start(None, False, Plan.first(schedule.arguments, total_steps), [])
     plan, extension = Plan.of_record(checkpoints.mark(checkpoint)["plan"]), None
     if total_steps != plan.total_steps:
         plan = plan.extended(total_steps)
-        checkpoint, extension = _without_jump(checkpoint, sound, arguments, plan)
+        checkpoint, extension = _without_jump(checkpoint, sound, schedule, plan)
     mark = checkpoints.mark(checkpoint)
     changed = check_identity(checkpoint, mark["identity"], identity, allow_changed=allow_changed)
     if "training.warmup_steps" in changed:
-        plan = plan._replace(warmup_steps=arguments.get_warmup_steps(total_steps))
+        plan = plan._replace(warmup_steps=schedule.arguments.get_warmup_steps(total_steps))
     if extension is not None:
         changed["total_steps"] = f"total_steps was {mark['plan']['total_steps']}, is {total_steps}: {extension}"
         if extension.is_one and not allow_changed:
@@ -67,15 +72,15 @@ def choose(
     return Start(checkpoint, resharded, plan, changes)
 
 
-def _without_jump(newest: Path, older: Iterator[Path], arguments: TrainingArguments, plan: Plan) -> tuple[Path, Jump]:
+def _without_jump(newest: Path, older: Iterator[Path], schedule: Schedule, plan: Plan) -> tuple[Path, Jump]:
     """A run of another length goes on from its newest checkpoint.
 
     With `warmup_stable_decay`, from the newest one before the decay if there is one: the decayed weights are a branch.
     """
-    found = jump(newest, _step(newest), arguments, plan)
-    if found.is_one and arguments.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+    found = jump(newest, _step(newest), schedule, plan)
+    if found.is_one and schedule.arguments.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
         for checkpoint in older:
-            earlier = jump(checkpoint, _step(checkpoint), arguments, plan)
+            earlier = jump(checkpoint, _step(checkpoint), schedule, plan)
             if _step(checkpoint) >= plan.warmup_steps and not earlier.is_one:
                 return checkpoint, earlier
     return newest, found

@@ -182,7 +182,7 @@ def _begin(
         if rank.is_main:
             identity = identity_of(config, moe, data, rank.world_size, zero_stage(arguments))
             total = total_steps(arguments, len(data.batch_sampler))
-            start = choose(config.output_dir, identity, arguments, total, allow_changed=allow_changed)
+            start = choose(config.output_dir, identity, trainer.schedule(), total, allow_changed=allow_changed)
             if start.checkpoint is None:
                 refuse_to_begin_again(config)
             else:

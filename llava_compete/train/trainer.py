@@ -35,7 +35,7 @@ from llava_compete.train.adapters import save_merged
 from llava_compete.train.callbacks.bad_steps import BadStepsCallback
 from llava_compete.train.config import TrainConfig
 from llava_compete.train.distributed import wait_for_all
-from llava_compete.train.extension import Plan, set_rates
+from llava_compete.train.extension import Plan, Schedule, set_rates
 from llava_compete.train.held_out import validation_loss
 from llava_compete.train.metrics import StepMetrics, scalars
 from llava_compete.train.stopping import deaf_children
@@ -145,19 +145,26 @@ class StageTrainer(Trainer):
         """One group for each part and decay setting, from the `trainable:` map."""
         if self.optimizer is None:
             model = self.model if model is None else model
-            groups = trainable.optimizer_groups(
-                model,
-                self.config.trainable,
-                learning_rate=self.args.learning_rate,
-                weight_decay=self.args.weight_decay,
-                decayed=set(self.get_decay_parameter_names(model)),
-            )
+            groups = self._groups(model)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(groups, **options)
             self._group_settings = [
                 {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
             ]
         return self.optimizer
+
+    def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        return trainable.optimizer_groups(
+            model,
+            self.config.trainable,
+            learning_rate=self.args.learning_rate,
+            weight_decay=self.args.weight_decay,
+            decayed=set(self.get_decay_parameter_names(model)),
+        )
+
+    def schedule(self) -> Schedule:
+        """The learning rates that the config asks for, before there is an optimizer."""
+        return Schedule(self.args, [group["lr"] for group in self._groups(self.model)])
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; running out of memory, wherever, says what did not fit and which settings to change."""

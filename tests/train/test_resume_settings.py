@@ -211,6 +211,18 @@ def test_a_finished_run_is_extended(
     assert finished["steps"] == 10
 
 
+def test_a_longer_run_with_another_rate_says_the_rate_it_will_have(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = _stage(start, tmp_path / "out", lr_scheduler_type="linear")
+    run_stage_here(config)
+    longer = _changed(_changed(config, "training.max_steps", 8), "training.learning_rate", 0.002)
+    out = run_stage_here(longer, allow_changed=True)
+    assert "the learning rate of step 5 is 0.001, by the plan so far 0" in capsys.readouterr().err
+    assert read_metrics(out)[3]["learning_rate/projector"] == 0  # after step 4 of 4
+    assert read_metrics(out)[4]["learning_rate/projector"] == pytest.approx(0.002 * 3 / 8)  # after step 5 of 8
+
+
 def test_more_epochs_extend_a_run(start: Path, tmp_path: Path) -> None:
     config = _stage(start, tmp_path / "out", num_train_epochs=0.5)
     del config["training"]["max_steps"]

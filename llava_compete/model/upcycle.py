@@ -222,7 +222,8 @@ def _group(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
 
 def _make(key: str, source: _Source, headers: dict[str, TensorFacts], dtype: torch.dtype, seed: int) -> Tensor:
     if source.router is not None:
-        return _router_tensor(key, source.router, seed).to(dtype)
+        tensor = _router_tensor(key, source.router, seed)
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor  # a buffer of counts stays whole
     parts = []
     for dense_key in source.keys:
         with safe_open(headers[dense_key].file, framework="pt") as shard:
@@ -233,7 +234,8 @@ def _make(key: str, source: _Source, headers: dict[str, TensorFacts], dtype: tor
 
 def _router_tensor(key: str, block: SparseMoeBlock, seed: int) -> Tensor:
     """The router's parameter, drawn from (seed, layer) alone, so that no other layer's choice moves it."""
-    router = type(block.router)(block.config, block.experts.up.shape[2])
+    config = block.config
+    router = type(block.router)(config.num_experts, config.num_experts_per_tok, block.experts.up.shape[2])
     router.reset_parameters(torch.Generator().manual_seed(zlib.crc32(f"{seed}/{block.name}".encode())))
     return router.state_dict()[key.rpartition(".router.")[2]]
 

@@ -16,7 +16,8 @@ from llava_compete.moe.competition import Contest
 from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.experts import PackedExperts
 from llava_compete.moe.precision import without_autocast
-from llava_compete.moe.routers import ROUTER_CLASSES, Routing
+from llava_compete.moe.router_table import ROUTER_CLASSES
+from llava_compete.moe.routers import Routing
 from llava_compete.moe.state import RoutingObservation, RoutingRecord, RoutingState, TokenGroups
 from llava_compete.parts import PARTS
 
@@ -48,7 +49,7 @@ class SparseMoeBlock(nn.Module):
         self.config, self.name, self.state = config, name, state
         self.part = name.split(".")[0]
         state.join(name)
-        self.router = ROUTER_CLASSES[config.router](config, hidden_size)
+        self.router = ROUTER_CLASSES[config.router](config.num_experts, config.num_experts_per_tok, hidden_size)
         self.experts = PackedExperts(
             config,
             hidden_size=hidden_size,

@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
 
 from llava_compete.config import StrictConfig
+from llava_compete.errors import did_you_mean
+from llava_compete.moe.router_table import ROUTER_CLASSES
 
 log = logging.getLogger(__name__)
 
-RouterName = Literal[
-    "softmax", "sigmoid", "xmoe", "perturbed_cosine", "shared_softmax", "shared_sigmoid", "competition"
-]
 AffinityName = Literal["softplus", "relu", "silu", "sigmoid", "l2"]
 # The first four are ours, the others transformers' (`transformers.integrations.moe`).
 ExpertsImplementation = Literal["auto", "eager", "grouped_mm", "dense", "batched_mm", "sonicmoe", "deepgemm"]
 KeptActivations = Literal["everything", "pre_activations", "input"]
-ROUTERS: tuple[str, ...] = get_args(RouterName)
-COSINE_ROUTERS = ("xmoe", "perturbed_cosine")
-SHARED_ROUTERS = ("shared_softmax", "shared_sigmoid")
+ROUTERS = tuple(ROUTER_CLASSES)
 
-# The loss terms of every router, and those that only competition has, with the paper's coefficients.
+# The loss terms of every router, and those that only competition has, with the paper's coefficients; a router may have
+# one of its own for the balance loss.
 ROUTER_COEFS = {"balance_coef": 0.01, "router_z_coef": 0.001}
 COMPETITION_COEFS = {
     "distillation_coef": 0.01,
@@ -53,7 +51,7 @@ class MoeLayerConfig(StrictConfig):
     num_experts_per_tok: int = Field(
         default=2, ge=1, description="experts K chosen for a token; a shared expert counts"
     )
-    router: RouterName = Field(default="competition", description="how a token's K experts are chosen")
+    router: str = Field(default="competition", description=f"how a token's K experts are chosen: {', '.join(ROUTERS)}")
     layers: Literal["all"] | EveryNth | list[int] = Field(
         default="all", description="which blocks become mixtures: all, numbers from 0, or {every, offset}"
     )
@@ -69,7 +67,8 @@ class MoeLayerConfig(StrictConfig):
         description="choices that the balance loss counts: the first (the paper's) or all K (Switch)",
     )
     balance_coef: float | None = Field(
-        default=None, description="of the balance loss of a router step; default 0.01 (the paper's)"
+        default=None,
+        description="of a router step's balance loss; default 0.01 (the paper's), 0 for bias_balanced",
     )
     router_z_coef: float | None = Field(
         default=None, description="of the mean square of the router's logsumexp; default 0.001 (the paper's)"
@@ -117,11 +116,20 @@ class MoeLayerConfig(StrictConfig):
         """
         if not isinstance(data, dict):
             return handler(data)
-        competes = data.get("router", "competition") == "competition"
-        defaults = ROUTER_COEFS | (COMPETITION_COEFS if competes else {})
+        router = data.get("router", "competition")
+        defaults = ROUTER_COEFS | (COMPETITION_COEFS if router == "competition" else {})
+        if router in ROUTER_CLASSES:
+            defaults["balance_coef"] = ROUTER_CLASSES[router].balance_coef
         config = handler({**data, **{key: value for key, value in defaults.items() if data.get(key) is None}})
         config.model_fields_set.intersection_update(data)
         return config
+
+    @field_validator("router")
+    @classmethod
+    def _check_router(cls, value: str) -> str:
+        if value not in ROUTERS:
+            raise ValueError(f"found {value!r}, expected one of {', '.join(ROUTERS)}{did_you_mean(value, ROUTERS)}")
+        return value
 
     @field_validator(*ROUTER_COEFS, *COMPETITION_COEFS)
     @classmethod
@@ -144,12 +152,12 @@ class MoeLayerConfig(StrictConfig):
                 f"num_experts_per_tok: found {self.num_experts_per_tok}, "
                 f"expected at most num_experts = {self.num_experts}"
             )
-        if self.router in COSINE_ROUTERS and self.num_experts % 2:
+        if ROUTER_CLASSES[self.router].even_experts and self.num_experts % 2:
             raise ValueError(
                 f"num_experts: found {self.num_experts}, expected an even number, "
                 f"for router {self.router!r} reduces tokens to num_experts / 2 dimensions"
             )
-        if self.router in SHARED_ROUTERS and self.num_experts_per_tok < 2:
+        if self.num_experts_per_tok <= ROUTER_CLASSES[self.router].num_shared:
             raise ValueError(
                 f"num_experts_per_tok: found {self.num_experts_per_tok}, expected at least 2, "
                 f"for router {self.router!r} always uses its shared expert"
@@ -242,7 +250,7 @@ class MoeConfig(StrictConfig):
         Its weight is normalised over the choices, so it is 1 whatever the router says (SharedE-V2 and V3 at K = 2).
         """
         for name, part in self.parts().items():
-            if part.router in SHARED_ROUTERS and part.num_experts_per_tok == 2:
+            if part.num_experts_per_tok - 1 == ROUTER_CLASSES[part.router].num_shared > 0:
                 log.warning(
                     "moe.%s: router %s with num_experts_per_tok 2 routes one expert, of weight 1, beside its shared "
                     "one: the task gives this router no gradient; 3 would",

@@ -1,4 +1,4 @@
-"""The routers: from a token to K chosen experts and their weights. One class each, one line each in `ROUTER_CLASSES`.
+"""The routers: from a token to K chosen experts and their weights. One class each, one line each in router_table.py.
 
 All arithmetic is float32 whatever the model's dtype or autocast; ties go to the lowest expert, and NaN comes first. A
 logit of -inf just loses here; the losses show it (`losses.py`). Suffixes: T tokens,
@@ -8,13 +8,12 @@ Sources: X-MoE 2204.09179, perturbed cosine 2405.14131, DeepSeek-V2/V3 2405.0443
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.precision import without_autocast
 
 INIT_STD = 0.02
@@ -69,12 +68,26 @@ class _Direction(torch.autograd.Function):
 
 
 class Router(nn.Module):
-    """Base class: float32 region, parameters, and the renormalised top-K that most routers share."""
+    """Base class: float32 region, parameters, and the renormalised top-K that most routers share.
 
-    def __init__(self, config: MoeLayerConfig, hidden_size: int) -> None:
+    Args:
+        num_experts, num_experts_per_tok: E and K, a shared expert counted.
+        hidden_size: width D of a token.
+
+    A class says what its configuration may be: `even_experts` where E must be even, `num_shared` experts that are
+    always on, and `balance_coef`, the default coefficient of its balance loss. Any parameter or buffer is upcycled,
+    saved and resumed; a router with `needs_loads` gets `end_step` after each optimizer step.
+    """
+
+    even_experts: ClassVar[bool] = False
+    num_shared: ClassVar[int] = 0
+    balance_coef: ClassVar[float] = 0.01
+    needs_loads: ClassVar[bool] = False
+
+    def __init__(self, num_experts: int, num_experts_per_tok: int, hidden_size: int) -> None:
         super().__init__()
-        self.num_routed = config.num_experts
-        self.num_choices = config.num_experts_per_tok
+        self.num_routed = num_experts - self.num_shared
+        self.num_choices = num_experts_per_tok - self.num_shared
         self.make_parameters(hidden_size)
 
     def make_parameters(self, hidden_size: int) -> None:
@@ -94,6 +107,9 @@ class Router(nn.Module):
 
     def route(self, logits_TR: Tensor) -> Routing:
         raise NotImplementedError
+
+    def end_step(self, load_E: Tensor) -> None:
+        """After an optimizer step, with the choices that each expert got in it, on all ranks; needs `needs_loads`."""
 
     def renormalised(self, logits_TR: Tensor, log_scores_TR: Tensor) -> Routing:
         """Choose the largest scores and weight by them, renormalised over the choices.
@@ -122,6 +138,8 @@ class SigmoidRouter(Router):
 
 class XMoeRouter(Router):
     """Cosine scores in E/2 dimensions against rows of norm 1.5; weights are a softmax over the chosen probabilities."""
+
+    even_experts = True
 
     def make_parameters(self, hidden_size: int) -> None:
         reduced = self.num_routed // 2
@@ -161,9 +179,7 @@ class PerturbedCosineRouter(XMoeRouter):
 class _SharedExpert(Router):
     """The last expert is always on with weight 1/2; the others share the other half among K-1 choices."""
 
-    def __init__(self, config: MoeLayerConfig, hidden_size: int) -> None:
-        routed = {"num_experts": config.num_experts - 1, "num_experts_per_tok": config.num_experts_per_tok - 1}
-        super().__init__(config.model_copy(update=routed), hidden_size)
+    num_shared = 1
 
     def renormalised(self, logits_TR: Tensor, log_scores_TR: Tensor) -> Routing:
         routing = super().renormalised(logits_TR, log_scores_TR)
@@ -181,14 +197,3 @@ class SharedSoftmaxRouter(_SharedExpert, SoftmaxRouter):
 
 class SharedSigmoidRouter(_SharedExpert, SigmoidRouter):
     """SharedE-V3: the sigmoid router beside a shared expert."""
-
-
-ROUTER_CLASSES: dict[str, type[Router]] = {
-    "softmax": SoftmaxRouter,
-    "sigmoid": SigmoidRouter,
-    "xmoe": XMoeRouter,
-    "perturbed_cosine": PerturbedCosineRouter,
-    "shared_softmax": SharedSoftmaxRouter,
-    "shared_sigmoid": SharedSigmoidRouter,
-    "competition": SoftmaxRouter,
-}

@@ -30,6 +30,8 @@ class StepMetrics:
         self._terms: dict[str, Tensor] = {}
         self._steps_with: dict[str, int] = {}
         self._routing: dict[str, RoutingMetrics] = {}
+        # Choices that each expert of a layer got on this rank in the last step; none if it was bad.
+        self.last_loads: dict[str, Tensor] = {}
 
     def add_forward(self, terms: Mapping[str, Tensor], records: Mapping[str, RoutingRecord]) -> None:
         """Add one micro-batch: loss terms by name (scalars) and the routing records by layer."""
@@ -46,6 +48,7 @@ class StepMetrics:
             what was not finite on this rank, empty for a good step: the first layer in forward order, then loss terms.
         """
         culprits: list[str] = []
+        self.last_loads = {} if bad else {name: metrics.load_E for name, metrics in self._step_routing.items()}
         if bad:
             layers = [name for name, value in self._layer_aux.items() if not bool(torch.isfinite(value).all())]
             culprits = [f"layer {name}" for name in layers[:1]]

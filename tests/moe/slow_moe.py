@@ -49,7 +49,8 @@ def route(router: str, tensors: dict[str, Tensor], x: Tensor, count: int) -> tup
     logits = tensors["router.weight"] @ x
     probs = softmax(logits)
     scores = 1 / (1 + torch.exp(-logits)) if "sigmoid" in router else probs
-    choices = largest(scores.tolist(), count)
+    bias = tensors.get("router.bias", torch.zeros_like(scores))  # steers the choice, not the weights
+    choices = largest((scores + bias).tolist(), count)
     return logits, probs, choices, scores[choices] / scores[choices].sum()
 
 

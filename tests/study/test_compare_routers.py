@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_compete.moe.routers import ROUTER_CLASSES
+from llava_compete.moe.router_table import ROUTER_CLASSES
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 RECORDER = """#!/usr/bin/env bash

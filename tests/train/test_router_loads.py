@@ -1,0 +1,46 @@
+"""A bias-balanced router in a stage: its bias is what the logged loads of each step say, and survives a kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from in_process_kit import run_stage_here, stop_at_step
+from safetensors.torch import load_file
+from stage_kit import read_metrics, stage_config, tiny_moe, write_data
+
+STEPS = 4
+
+
+def _stage(folder: Path, data: Path, **training: Any) -> dict[str, Any]:
+    layer = {"num_experts": 4, "num_experts_per_tok": 2, "router": "bias_balanced"}
+    moe = tiny_moe(vision=layer, projector=layer, language=layer)
+    settings = {"max_steps": STEPS, "logging_steps": 1, "gradient_accumulation_steps": 2, "save_steps": 2, **training}
+    return stage_config("sft", data, folder, moe=moe, training=settings, deepspeed=None)
+
+
+def _biases(directory: Path) -> dict[str, list[int]]:
+    weights = load_file(directory / "model.safetensors")
+    return {name: tensor.tolist() for name, tensor in weights.items() if name.endswith("router.bias_steps")}
+
+
+def test_the_bias_is_the_sum_of_the_steps_signs_also_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_data(tmp_path / "data", rows=48)
+    whole = run_stage_here(_stage(tmp_path / "whole", data))
+    records = [record for record in read_metrics(whole) if "expert_load/language.0" in record]
+    loads = torch.tensor([record["expert_load/language.0"] for record in records], dtype=torch.float64)
+    assert len(loads) == STEPS
+    # Shares of one step's choices; an expert with exactly the mean load moves by nothing.
+    expected = torch.where((loads - 0.25).abs() < 1e-6, 0, torch.sign(0.25 - loads)).sum(0)
+    found = _biases(whole)
+    assert found["model.language_model.layers.0.mlp.router.bias_steps"] == expected.tolist()
+    assert sum(map(any, found.values())) == len(found) > 2
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_at_step(patched, 3)
+        run_stage_here(_stage(tmp_path / "killed", data))
+    assert _biases(run_stage_here(_stage(tmp_path / "killed", data))) == found

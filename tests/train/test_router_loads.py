@@ -40,7 +40,9 @@ def test_the_bias_is_the_sum_of_the_steps_signs_also_after_a_kill(
     assert found["model.language_model.layers.0.mlp.router.bias_steps"] == expected.tolist()
     assert sum(map(any, found.values())) == len(found) > 2
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    killed = _stage(tmp_path / "killed", data)
+    with monkeypatch.context() as patched:
         stop_at_step(patched, 3)
-        run_stage_here(_stage(tmp_path / "killed", data))
-    assert _biases(run_stage_here(_stage(tmp_path / "killed", data))) == found
+        with pytest.raises(KeyboardInterrupt):
+            run_stage_here(killed)
+    assert _biases(run_stage_here(killed)) == found

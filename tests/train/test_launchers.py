@@ -2,51 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from launcher_kit import OUR_TORCHRUN, environment_of, make_venv, write_script
 from stage_kit import ROOT
-
-OUR_TORCHRUN = ROOT / "scripts" / "lib" / "torchrun.py"
-OURS = ("NUM_GPUS", "NUM_PROCESSES", "HOSTFILE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture
 def venv(tmp_path: Path) -> Path:
-    """An installed environment, to the scripts' eyes, on a machine with 4 GPUs."""
-    folder = tmp_path / "venv"
-    (folder / "bin").mkdir(parents=True)
+    """On a machine with 4 GPUs."""
     says = 'echo "devices=${CUDA_VISIBLE_DEVICES-all} NUM_GPUS=$NUM_GPUS"'
-    _script(folder / "bin" / "deepspeed", f'echo deepspeed "$@"; {says}')
-    ours = f'[ "$1" = "{OUR_TORCHRUN}" ] || exec {sys.executable} "$@"'
-    _script(folder / "bin" / "python", f'{ours}; shift; echo torchrun "$@"; {says}')
-    _script(folder / "bin" / "nvidia-smi", 'for n in 0 1 2 3; do echo "GPU $n: H100"; done')
-    stamp = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
-    (folder / ".installed").write_text(hashlib.sha256(stamp).hexdigest() + "\n", encoding="utf-8")
+    folder = make_venv(tmp_path / "venv", f'echo deepspeed "$@"; {says}', f'echo torchrun "$@"; {says}')
+    write_script(folder / "bin" / "nvidia-smi", 'for n in 0 1 2 3; do echo "GPU $n: H100"; done')
     return folder
 
 
-def _script(path: Path, body: str) -> None:
-    path.write_text(f"#!/usr/bin/env bash\n{body}\n", encoding="utf-8")
-    path.chmod(0o755)
-
-
 def _run(venv: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {key: value for key, value in os.environ.items() if key not in (*OURS, "CUDA_VISIBLE_DEVICES")}
-    path = f"{venv / 'bin'}:{os.environ['PATH']}"
-    return subprocess.run(
-        ["bash", str(ROOT / "scripts" / "sft.sh"), *arguments],
-        env={**inherited, "PATH": path, "VENV": str(venv), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["bash", str(ROOT / "scripts" / "sft.sh"), *arguments]
+    return subprocess.run(command, env=environment_of(venv, **environment), capture_output=True, text=True, check=False)
 
 
 def _launch(venv: Path, *arguments: str, **environment: str) -> tuple[str, str, str]:
@@ -147,10 +125,10 @@ exec env -i HOME="$HOME" PATH="$PATH" HOST="$1" bash -c "$2"
 
 
 def test_a_hostfile_starts_the_stage_on_each_machine(venv: Path, tmp_path: Path) -> None:
-    _script(venv / "bin" / "ssh", SSH)
+    write_script(venv / "bin" / "ssh", SSH)
     says = 'echo "$HOST" torchrun "$@" OMP=$OMP_NUM_THREADS WANDB="$WANDB_NAME" OTHER="$OTHER"'
     ours = f'[ "$1" = "{OUR_TORCHRUN}" ] || exec {sys.executable} "$@"'
-    _script(venv / "bin" / "python", f"{ours}; shift; {says}")
+    write_script(venv / "bin" / "python", f"{ours}; shift; {says}")
     hosts = tmp_path / "hosts"
     hosts.write_text("one slots=2  # the first\n\ntwo slots=3", encoding="utf-8")
     name = 'it\'s "mine" $HOME\nand more'
@@ -166,8 +144,8 @@ def test_a_hostfile_starts_the_stage_on_each_machine(venv: Path, tmp_path: Path)
 
 
 def test_a_machine_that_cannot_be_reached_ends_the_stage_on_all(venv: Path, tmp_path: Path) -> None:
-    _script(venv / "bin" / "ssh", '[ "${!#}" != -G ] && [[ "$*" == *"two exec"* ]] && exit 255\n' + SSH)
-    _script(venv / "bin" / "python", f'[ "$1" = "{OUR_TORCHRUN}" ] || exec {sys.executable} "$@"; sleep 60')
+    write_script(venv / "bin" / "ssh", '[ "${!#}" != -G ] && [[ "$*" == *"two exec"* ]] && exit 255\n' + SSH)
+    write_script(venv / "bin" / "python", f'[ "$1" = "{OUR_TORCHRUN}" ] || exec {sys.executable} "$@"; sleep 60')
     hosts = tmp_path / "hosts"
     hosts.write_text("one slots=1\ntwo slots=1\n", encoding="utf-8")
     done = _run(venv, "my.yaml", HOSTFILE=str(hosts))
@@ -191,27 +169,3 @@ def test_train_all_is_for_one_launching_machine(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert message in done.stderr
         assert len(done.stderr.splitlines()) == 1
-
-
-def test_train_all_that_is_told_to_stop_starts_no_further_stage(venv: Path, tmp_path: Path) -> None:
-    """Also where the stage that was running has just finished."""
-    started = tmp_path / "started"
-    rank = f'exec -a "python -m llava_compete.cli train" {sys.executable} -c'
-    # A launcher with one rank, which finishes when it is told.
-    told = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))"
-    program = f"import signal, sys; {told}; print(1, flush=True); signal.pause()"
-    _script(venv / "bin" / "deepspeed", f"echo $* >>{started}; (export RANK=0; {rank} '{program}' >{tmp_path}/ready)")
-    configs = tmp_path / "configs"
-    configs.mkdir()
-    for stage in ("pretrain_align", "sft"):
-        (configs / f"{stage}.yaml").write_text(f"stage: {stage}\n", encoding="utf-8")
-    environment = {**os.environ, "PATH": f"{venv / 'bin'}:{os.environ['PATH']}", "VENV": str(venv), "NUM_GPUS": "0"}
-    command = ["bash", str(ROOT / "scripts" / "train_all.sh"), str(configs)]
-    with subprocess.Popen(command, env=environment) as process:
-        end = time.monotonic() + 30
-        while not (tmp_path / "ready").is_file() or not (tmp_path / "ready").read_text(encoding="utf-8"):
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        process.terminate()
-        assert process.wait(timeout=30) == 143
-    assert len(started.read_text(encoding="utf-8").splitlines()) == 1

@@ -165,9 +165,7 @@ class MoeLayerConfig(StrictConfig):
         if self.router != "competition":
             unused = [key for key in COMPETITION_COEFS if getattr(self, key) is not None]
             unused += ["affinity"] if self.affinity != "softplus" else []
-            unused += [
-                key for key in ("competition_chunk_tokens", "competition_keeps") if getattr(self, key) is not None
-            ]
+            unused += [key for key in COMPETITION_MEMORY if getattr(self, key) is not None]
             if unused:
                 raise ValueError(f"{unused[0]}: router {self.router!r} has no such term, only 'competition' has")
         if self.competition_keeps == "everything" and self.competition_chunk_tokens is not None:

@@ -105,8 +105,17 @@ def list_complete(output_dir: Path) -> list[Path]:
 
 
 def sound(output_dir: Path) -> Iterator[Path]:
-    """Complete checkpoints whose files are as they were written, newest first; a damaged one is named in a warning."""
+    """Complete checkpoints whose files are as they were written, newest first; a damaged one is named in a warning.
+
+    Raises:
+        UserError: a checkpoint of an earlier version, which recorded too little to go on from.
+    """
     for checkpoint in reversed(list_complete(output_dir)):
+        if "crc32" not in mark(checkpoint):
+            raise UserError(
+                f"{checkpoint}: written by an earlier version of llava_compete; finish the run with that version, or "
+                f"train on from its weights alone: another output_dir, and model.checkpoint={checkpoint}"
+            )
         written = mark(checkpoint)["crc32"]
         found = _checksums(checkpoint, written)
         damaged = [name for name, checksum in written.items() if found[name] != checksum]

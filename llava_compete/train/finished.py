@@ -36,8 +36,8 @@ def has_finished(config: TrainConfig, *, allow_changed: bool) -> bool:
     if finished is None:
         return False
     parent = config.model.checkpoint
-    if parent is not None and not Path(parent).exists():
-        return True  # nothing to compare with, and nothing needs it any more
+    if "settings" not in finished or (parent is not None and not Path(parent).exists()):
+        return True  # of an earlier version, or its parent is gone: nothing to compare with
     changed = differences(finished["settings"], settings(config, moe_settings(config)))
     if changed and not allow_changed:
         raise UserError(

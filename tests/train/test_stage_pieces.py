@@ -214,6 +214,13 @@ def test_a_checkpoint_that_lost_a_file_is_skipped(
     assert "checkpoint-6: incomplete checkpoint skipped (global_step6/weights should have 7 bytes" in caplog.text
 
 
+def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / checkpoints.COMPLETE).write_text('{"identity": {}, "bytes": {}}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"checkpoint-3: written by an earlier version.*model\.checkpoint="):
+        next(checkpoints.sound(tmp_path))
+
+
 def test_what_changed_is_named_unless_allowed(tmp_path: Path) -> None:
     saved = {"seed": 1, "data": "a", "trainable.vision.mode": "full", **_identity(2, 4, 1)}
     checkpoint = tmp_path / "checkpoint-3"

@@ -1,7 +1,4 @@
-"""Does a table of 665,000 rows stay on disk? Start-up time once converted, and what a worker's memory grows by.
-
-Caller: `llava-compete bench data --scale`.
-"""
+"""Does a table of 665,000 rows stay on disk? Start-up time once converted, and what a worker's memory grows by."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The demo data: real scans of digits and rendered scenes, in LLaVA's own format, in a few seconds.
 
-Caller: `llava-compete data demo`. Layout below the output folder:
+Layout below the output folder:
 
     pretrain.json            captions (stage 1), LLaVA JSON
     instruct.json            instructions (stage 2): several turns, and some rows of text only

@@ -1,6 +1,6 @@
 """Rendered scenes: one to three coloured shapes, and truthful questions about them.
 
-Caller: `data.demo`, which turns scenes into LLaVA JSON and test tables. Objects never share a row or a column of a 3×3
+Objects never share a row or a column of a 3×3
 grid, so that "left of" and "above" are never a matter of taste. Everything is drawn from a `random.Random`, hence the
 same on every machine.
 

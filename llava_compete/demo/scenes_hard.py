@@ -1,6 +1,6 @@
 """The harder benchmark: compositional questions about crowded scenes, at three levels, and unseen combinations.
 
-Callers: `llava-compete data scenes-hard`; the router study trains on it. Objects (colour × shape, or a scanned digit on
+Objects (colour × shape, or a scanned digit on
 a coloured tile) lie in different cells of a 4×4 grid. Output, below the output folder:
 
     pretrain.json, instruct.json      LLaVA JSON: captions with places, and several questions an image, of all levels

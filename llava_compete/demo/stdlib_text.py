@@ -2,7 +2,6 @@
 
 One document a module: its docstrings and comment blocks in the order of the source. A fixed share of the modules, by
 a hash of their names, is the held-out shard. The text depends on the Python version, which `meta.json` records.
-Caller: `llava-compete data stdlib-text`.
 """
 
 from __future__ import annotations

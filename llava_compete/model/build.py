@@ -1,6 +1,6 @@
 """Put a model together from a YAML's `model:` section: load a checkpoint, or join tower, projector and language model.
 
-Everything random is drawn after `seed` is set. Called by training, tests and `plan`.
+Everything random is drawn after `seed` is set.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""LoRA with peft on any part: attention, dense MLPs and packed experts; and merging it into a plain checkpoint.
-
-Called by training (`trainable: {language: lora}`), evaluation and `llava-compete merge`.
-"""
+"""LoRA with peft on any part: attention, dense MLPs and packed experts; and merging it into a plain checkpoint."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Put MoE blocks in the places of dense feed-forward blocks while a model is built (also on the meta device).
 
-Called by `LlavaCompeteForConditionalGeneration.__init__` alone; the weights come from a checkpoint, or stay random.
+The weights come from a checkpoint, or stay random.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Every expert starts as a copy of the dense MLP and routers at N(0, 0.02) from a fixed seed; weights of the chosen
 experts sum to 1, so the result answers exactly as its parent. No model is built with weights: tensors are read one by
-one from the parent's shards and written in shards, so memory stays near one shard. Caller: `llava-compete upcycle`.
+one from the parent's shards and written in shards, so memory stays near one shard.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The closing report of a quickstart: metrics.json, report.md, two figures and a table on the console.
 
-Called by `llava-compete report`. Every number is read from what the stages wrote: wall time from stages/*, losses
+Every number is read from what the stages wrote: wall time from stages/*, losses
 and tokens/s from */run/metrics.jsonl, scores from eval/summary.json, routing on held-out tokens from eval/routing.json.
 """
 

@@ -3,7 +3,7 @@
 From one dense parent every run upcycles, trains `sft` on the first n rows of one shuffled order (so that smaller sets
 are inside larger ones) and is evaluated. Every run takes the same number of optimizer steps, enough to see all rows
 once: only the number of different samples changes, small sets are seen more often. Each run is done by the user's own
-commands in a process of its own, and finished runs are kept. Caller: `llava-compete study learning-curve`.
+commands in a process of its own, and finished runs are kept.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 
 Experts: linear h = a x + b, and two-layer h = v tanh(w x + c). Everything is batched over fits (repetitions and
 starts) in float64, and the first two derivatives are exact and analytic, because rates such as n^(-1/2) are only
-visible when each likelihood is maximised far below its own statistical error. Called by `fit.py`.
+visible when each likelihood is maximised far below its own statistical error.
 
 Shape suffixes: B fits, N samples, K experts, P parameters of one expert, H of them inside h.
 Parameter order of one expert: tau, [omega], h's parameters, lambda = log nu.

@@ -2,7 +2,7 @@
 
 A row's first token is not predicted. Bits per byte divides all bits of the predicted tokens by the bytes of text that
 they stand for, so that models with other tokenizers can be compared. The bigrams count the training text from its
-beginning, up to 20 million symbols: text from the hub has no end. Caller: `llava-compete perplexity`.
+beginning, up to 20 million symbols: text from the hub has no end.
 """
 
 from __future__ import annotations

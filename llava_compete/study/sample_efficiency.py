@@ -28,7 +28,6 @@ others do two atoms close in on a true one from both sides, which is what n^(-1/
 The loss of `voronoi.py` with power 1 is the parameters' error; its part from crowded cells is what the over-specified
 rates are about, the rest (single cells, masses) falls like n^(-1/2) throughout. With the paper's power 2 on crowded
 cells the whole loss should fall like n^(-1/2) wherever the parameters do like n^(-1/4).
-Called by `llava-compete study sample-efficiency`.
 """
 
 from __future__ import annotations

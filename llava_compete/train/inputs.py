@@ -1,7 +1,4 @@
-"""What a stage trains on, in one shape for conversations and for text: rows, micro-batches, collator.
-
-Called by `train.run` on every rank, rank 0 first.
-"""
+"""What a stage trains on, in one shape for conversations and for text: rows, micro-batches, collator."""
 
 from __future__ import annotations
 

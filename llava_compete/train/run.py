@@ -1,7 +1,7 @@
 """One training stage from config to a finished, self-contained model directory.
 
-Reads as the stage happens: process group, lock, model, data, trainer, train, save, mark as finished. Called by
-`llava-compete train` on every rank of the launcher. Everything a rank refuses is refused by all ranks together.
+Reads as the stage happens: process group, lock, model, data, trainer, train, save, mark as finished; on
+every rank of the launcher. Everything a rank refuses is refused by all ranks together.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Real parts for the tests marked `packages`, fetched once into a cache folder.
 
-The folder is `$LLAVA_COMPETE_TEST_CACHE`, or `llava_compete/tests` below `$XDG_CACHE_HOME` (`~/.cache`). Where a
+The folder is `$LLAVA_COMPETE_TEST_CACHE`, or llava_compete/tests below `$XDG_CACHE_HOME` (`~/.cache`). Where a
 registry is not reached, the tests are skipped with one line; a package with another digest fails them.
 """
 

@@ -14,8 +14,8 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
 
-SECTIONS=(parity waiting nccl moe train generate demo)
-declare -A LIMITS=([parity]=60 [waiting]=45 [nccl]=60 [moe]=50 [train]=120 [generate]=60 [demo]=140)
+SECTIONS=(parity waiting nccl moe train demo generate)
+declare -A LIMITS=([parity]=60 [waiting]=45 [nccl]=60 [moe]=50 [train]=120 [generate]=120 [demo]=140)
 
 out=outputs/gpu_check chosen=()
 export GPU_CHECK_CPU=no

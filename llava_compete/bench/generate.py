@@ -32,6 +32,9 @@ LLAVA, DENSE, SAME_ACTIVE, SAME_BYTES, MOE = (
 )  # fmt: skip
 
 
+STATIC = ", static cache"
+
+
 @dataclass(frozen=True)
 class Size:
     """One size for all models; the default is small enough for a CPU and large enough to be bound by arithmetic."""
@@ -55,9 +58,19 @@ class Speed:
 
 
 def bench_generate(
-    size: Size, batch_size: int, prompt_tokens: int, new_tokens: int, rounds: int, device: str, dtype: str
+    size: Size,
+    batch_size: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    rounds: int,
+    device: str,
+    dtype: str,
+    static_cache: bool = False,
 ) -> dict[str, Any]:
-    """Speeds by model, each relative to transformers' Llava of the dense size, and of the mixture to each dense one."""
+    """Speeds by model, each relative to transformers' Llava of the dense size, and of the mixture to each dense one.
+
+    static_cache: also the same models with a static cache, whose steps transformers compiles to CUDA graphs on a GPU.
+    """
     num_image_tokens = (IMAGE_SIZE // PATCH_SIZE) ** 2
     if prompt_tokens <= num_image_tokens:
         raise UserError(
@@ -86,16 +99,20 @@ def bench_generate(
         "min_new_tokens": new_tokens,
         "do_sample": False,
     }
-    times: dict[str, list[float]] = {name: [] for name in models}
+    runs = {name: partial(model.generate, **inputs) for name, model in models.items()}
+    if static_cache:
+        for name in (LLAVA, DENSE, MOE):
+            runs[f"{name}{STATIC}"] = partial(models[name].generate, **inputs, cache_implementation="static")
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds + 1):  # the first warms up
-        for name, model in models.items():
-            times[name].append(_timed(partial(model.generate, **inputs), device))
+        for name, run in runs.items():
+            times[name].append(_timed(run, device))
     tokens = batch_size * new_tokens
     speeds = {
         name: Speed(
             round(tokens / statistics.median(seconds[1:]), 1),
             round(tokens / max(seconds[1:]), 1),
-            sum(parameter.numel() for parameter in models[name].parameters()),
+            sum(parameter.numel() for parameter in models[name.removesuffix(STATIC)].parameters()),
         )
         for name, seconds in times.items()
     }
@@ -115,8 +132,7 @@ def bench_generate(
 
 def _timed(run: Callable[[], Any], device: str) -> float:
     started = time.perf_counter()
-    with torch.inference_mode():
-        run()
+    run()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     return time.perf_counter() - started

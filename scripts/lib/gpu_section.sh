@@ -9,7 +9,7 @@ if [ "$GPU_CHECK_CPU" = yes ]; then
   generate=(--batch-size 1 --new-tokens 2 --rounds 1)
 else
   moe=(--tokens 8192 --rounds 3) train=(--repeats 3)
-  generate=(--device cuda --dtype bfloat16 --batch-size 32 --new-tokens 48 --rounds 3)
+  generate=(--device cuda --dtype bfloat16 --batch-size 32 --new-tokens 48 --rounds 3 --static-cache)
 fi
 
 llava() { "$PYTHON" -m llava_compete.cli "$@"; }

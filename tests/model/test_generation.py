@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import tiny_model
-from transformers import AutoTokenizer, TextIteratorStreamer
+from transformers import AutoTokenizer, CompileConfig, TextIteratorStreamer
 
 from llava_compete.errors import UserError
 from llava_compete.model.build import load_checkpoint, save_checkpoint
@@ -126,3 +126,15 @@ def test_a_literal_placeholder_in_a_text_is_text(pair: Any) -> None:
     assert torch.equal(alone["input_ids"], inputs["input_ids"][:1])
     with pytest.raises(UserError, match="gives no image"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], **options)
+
+
+@pytest.mark.slow
+def test_a_static_cache_changes_nothing_and_its_steps_compile_as_one_graph(pair: Any) -> None:
+    """What `generate(cache_implementation="static")` does on a GPU, where the graph is replayed without launches."""
+    expected = answers(pair, PROMPTS[:1], pictures()[:1])
+    static = {"cache_implementation": "static"}
+    assert torch.equal(answers(pair, PROMPTS[:1], pictures()[:1], **static, disable_compile=True), expected)
+    settings = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    settings._compile_all_devices = True
+    compiled = answers(pair, PROMPTS[:1], pictures()[:1], **static, compile_config=settings)
+    assert torch.equal(compiled, expected)

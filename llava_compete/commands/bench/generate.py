@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128, help="with 64 image tokens among them (%(default)s)")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds after one that warms up (%(default)s)")
+    parser.add_argument("--static-cache", action="store_true", help="also with a static cache (on a GPU: CUDA graphs)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--json", metavar="FILE", help="write the result here as well")
@@ -41,6 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.rounds,
         arguments.device,
         arguments.dtype,
+        arguments.static_cache,
     )
     table = Table("model", "parameters", "tokens/s", "slowest round", "relative", "MoE over it", title="Generation")
     for name, speed in result["speeds"].items():

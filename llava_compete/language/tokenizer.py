@@ -18,7 +18,7 @@ def train_byte_level_bpe(
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most `vocab_size` tokens, the special ones first; any text can be encoded with it.
 
-    Has a pad and an end token; more come with a chat template (`data.templates.set_chat_template`).
+    Has a pad and an end token; more come with a chat template (`language.templates.set_chat_template`).
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

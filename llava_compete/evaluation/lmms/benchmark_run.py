@@ -5,7 +5,7 @@ Layout of an evaluation directory:
     summary.json       {"tasks": {NAME: {"accuracy", "chance", "n", "by_type", ...}}, "failures", "checkpoint", ...}
     samples/NAME.jsonl one line a unit: id, score, weight, type, answer, target, group
     tasks/NAME.json    a finished task; a run that was stopped goes on with the tasks that have none
-    routing.json       router agreement and expert use, for mixtures of experts
+    routing.json       what routing is worth, winners found, expert use, for mixtures of experts
     lmms_eval/         lmms-eval's own files;  eval.log: its output;  run/: config and manifest
 """
 

@@ -15,7 +15,7 @@ fi
 llava() { "$PYTHON" -m llava_compete.cli "$@"; }
 
 gpu_tests() {
-  "$PYTHON" -m pytest -m gpu -p no:cacheprovider "tests/gpu/test_$1.py" --junitxml "$results/$1.xml"
+  "$PYTHON" -m pytest -m gpu -p no:cacheprovider -o junit_family=xunit1 "tests/gpu/test_$1.py" --junitxml "$results/$1.xml"
 }
 
 # demo_stage NAME STAGE ZERO SOURCE [KEY=VALUE ...]: a few steps of a stage of the demo, under a launcher, with one rank.

@@ -60,7 +60,8 @@ def test_padded_rows_of_every_family(family: str, monkeypatch: pytest.MonkeyPatc
     assert_same(model, batch_of(processor, packed=False), monkeypatch)
 
 
-@pytest.mark.parametrize("family", DENSE)
+# A running state would pass from sample to sample: packing such a model is refused (test_own_experts.py).
+@pytest.mark.parametrize("family", [name for name in DENSE if name != "qwen3_5_text"])
 def test_packed_rows_of_every_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = family_model(family)
     batch = batch_of(processor, packed=True)

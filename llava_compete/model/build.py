@@ -45,31 +45,48 @@ def build_model(
     """
     torch.manual_seed(seed)
     _check_attention(section)
-    dtype = getattr(torch, section.dtype)
     if section.checkpoint is not None:
-        attention = {} if section.attention is None else {"attn_implementation": section.attention}
-        model, processor = load_checkpoint(
-            section.checkpoint,
-            dtype=dtype,
-            trust_remote_code=section.trust_remote_code,
-            **attention,
-            **_quantized(section),
-        )
-        if section.chat_template is not None:
-            _refuse_growth(set_chat_template(processor.tokenizer, section.chat_template), section)
-            processor.chat_template = processor.tokenizer.chat_template
-            model.generation_config = _generation_config(processor.tokenizer, model.config)
+        model, processor = _load(section)
         if moe is not None:
             apply_moe_settings(model, moe)
-        return model.train(), processor
-    text_config, tokenizer = _language_of(section, tokenizer)
-    config = build_config(section, moe, text_config, tokenizer)
-    model = _join(section, config, tokenizer).to(dtype)
-    config.dtype = dtype
-    model.generation_config = _generation_config(tokenizer, config)
-    image_processor = None if config.tower is None else LlavaCompeteImageProcessor.from_tower(config.tower)
-    processor = LlavaCompeteProcessor(image_processor, tokenizer, num_image_tokens=config.num_image_tokens)
+    else:
+        model, processor = _make(section, moe, tokenizer)
     return model.train(), processor
+
+
+def _load(section: ModelSection) -> tuple[LlavaCompeteForConditionalGeneration, LlavaCompeteProcessor]:
+    """The checkpoint that `section` names, with the section's chat template where it names one."""
+    assert section.checkpoint is not None
+    attention = {} if section.attention is None else {"attn_implementation": section.attention}
+    model, processor = load_checkpoint(
+        section.checkpoint,
+        dtype=getattr(torch, section.dtype),
+        trust_remote_code=section.trust_remote_code,
+        **attention,
+        **_quantized(section),
+    )
+    if section.chat_template is not None:
+        _refuse_growth(set_chat_template(processor.tokenizer, section.chat_template), section)
+        processor.chat_template = processor.tokenizer.chat_template
+        model.generation_config = _generation_config(processor.tokenizer, model.config)
+    return model, processor
+
+
+def _make(
+    section: ModelSection, moe: MoeConfig | None, trained_tokenizer: Any
+) -> tuple[LlavaCompeteForConditionalGeneration, LlavaCompeteProcessor]:
+    """A new model out of its parts: language model's config and tokenizer, the tower, the whole config, the weights."""
+    text_config, tokenizer = _language_of(section, trained_tokenizer)
+    config = build_config(section, moe, text_config, tokenizer)
+    config.dtype = getattr(torch, section.dtype)
+    model = _join(section, config, tokenizer).to(config.dtype)
+    model.generation_config = _generation_config(tokenizer, config)
+    return model, _processor_of(config, tokenizer)
+
+
+def _processor_of(config: LlavaCompeteConfig, tokenizer: Any) -> LlavaCompeteProcessor:
+    image_processor = None if config.tower is None else LlavaCompeteImageProcessor.from_tower(config.tower)
+    return LlavaCompeteProcessor(image_processor, tokenizer, num_image_tokens=config.num_image_tokens)
 
 
 def _check_attention(section: ModelSection) -> None:
@@ -102,9 +119,7 @@ def _quantized(section: ModelSection) -> dict[str, Any]:
 def build_processor(section: ModelSection, tokenizer: Any = None) -> LlavaCompeteProcessor:
     """The processor of a new model, without the model: for checks of the data before training."""
     text_config, tokenizer = _language_of(section, tokenizer)
-    config = build_config(section, None, text_config, tokenizer)
-    image_processor = None if config.tower is None else LlavaCompeteImageProcessor.from_tower(config.tower)
-    return LlavaCompeteProcessor(image_processor, tokenizer, num_image_tokens=config.num_image_tokens)
+    return _processor_of(build_config(section, None, text_config, tokenizer), tokenizer)
 
 
 def _language_of(section: ModelSection, trained: Any) -> tuple[PreTrainedConfig, Any]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The router study: from one parent checkpoint, with the same data order and steps, dense training goes on beside all
-# seven routers, with several seeds; then evaluation and a paired comparison with intervals over questions and seeds.
+# eight routers, with several seeds; then evaluation and a paired comparison with intervals over questions and seeds.
 #   bash scripts/compare_routers.sh                 3 seeds on the demo, under an hour on 2 cores
 #   bash scripts/compare_routers.sh --quick         1 seed, few steps, under 10 minutes
 #   PARENT=outputs/demo_hard/pretrain_align bash scripts/compare_routers.sh --seeds 5 --suite demo_hard --out outputs/hard \

@@ -65,7 +65,8 @@ def measure(model: Any, tokenizer: Any, section: TextSection, batch_size: int = 
         del batch["sample_ids"]
         labels_BN = batch.pop("labels")[:, 1:]
         with torch.inference_mode():
-            output = model(**{key: value.to(model.device) for key, value in batch.items()})
+            tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+            output = model(**{key: value.to(model.device) for key, value in tensors.items()})
         logits_BNV = output.logits[:, :-1].float().cpu()
         bits_BN = F.cross_entropy(logits_BNV.transpose(1, 2), labels_BN, reduction="none") / math.log(2)
         right_BN = logits_BNV.argmax(-1) == labels_BN

@@ -64,29 +64,29 @@ def test_all_routers_and_dense_from_one_parent(study):
     status, commands, _ = study("--seeds", "2", "training.max_steps=7")
     assert status == 0
     trained = having(commands, "train configs/demo/sft.yaml")
-    assert len(trained) == 16
+    assert len(trained) == 18
     assert len(having(trained, "moe=false", "model.checkpoint=outputs/compare_routers/parent")) == 2
     assert all("training.max_steps=250 " in command and command.endswith("training.max_steps=7") for command in trained)
     for seed in (0, 1):
-        assert len(having(trained, f"seed={seed} ")) == 8
+        assert len(having(trained, f"seed={seed} ")) == 9
     upcycled = having(commands, "upcycle --config", "model.checkpoint=outputs/compare_routers/parent")
-    assert len(upcycled) == 14
+    assert len(upcycled) == 16
     # One of them is the shared expert of shared_*, whose router would learn nothing with two.
-    assert len(having(upcycled, "moe.language.num_experts_per_tok=3 ")) == 14
+    assert len(having(upcycled, "moe.language.num_experts_per_tok=3 ")) == 16
     for router in ROUTER_CLASSES:
         assert len(having(upcycled, f"moe.language.router={router} ")) == 2
-    assert len(having(commands, "eval --config", "suite=demo", "limit=null")) == 16
+    assert len(having(commands, "eval --config", "suite=demo", "limit=null")) == 18
     compared = having(commands, "compare ")[0].split()
     directory = "outputs/compare_routers"
     assert compared[1] == f"softmax={directory}/softmax/seed0/eval,{directory}/softmax/seed1/eval"
-    assert len(compared) == 1 + 8 + 2
+    assert len(compared) == 1 + 9 + 2
 
 
 def test_quick_is_one_seed(study):
     status, commands, _ = study("--quick")
     assert status == 0
-    assert len(having(commands, "train ")) == 8
-    assert len(having(commands, "eval ", "limit=200")) == 8
+    assert len(having(commands, "train ")) == 9
+    assert len(having(commands, "eval ", "limit=200")) == 9
 
 
 def test_a_failure_stops_the_study_and_the_next_run_goes_on(study):

@@ -90,7 +90,7 @@ def test_the_section_has_arguments_of_the_trainer_and_every_argument_is_known() 
     ("changes", "expected"),
     [
         ({"moe": {**tiny_moe(), "competition_rate": 2}}, "moe.competition_rate: found 2: Input should be less"),
-        ({"moe": {"language": {"router": "softmx"}}}, "moe.language.router: found 'softmx': Input should be 'softmax'"),
+        ({"moe": {"language": {"router": "softmx"}}}, "moe.language.router: found 'softmx', expected one of softmax"),
         (
             {"moe": 5},
             "moe: found 5: Input should be a valid dictionary or instance of MoeConfig or Input should be False",

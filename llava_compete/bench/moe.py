@@ -28,7 +28,9 @@ from llava_compete.moe.state import RoutingState, TokenGroups
 NAME = "language.0"
 COMPETITION = "competition_step"
 RECOMPUTED, PRE_ACTIVATIONS = f"{COMPETITION}_recompute", f"{COMPETITION}_pre_activations"
-CASES = ("dense_k", "dense_e", *ROUTERS, COMPETITION, RECOMPUTED, PRE_ACTIVATIONS)
+# A router step whose backward asks every expert that was not chosen, or those whose probability comes near.
+JUDGED, JUDGED_NEAR = "judged_step_all", "judged_step_margin"
+CASES = ("dense_k", "dense_e", *ROUTERS, COMPETITION, RECOMPUTED, PRE_ACTIVATIONS, JUDGED, JUDGED_NEAR)
 # Tokens of a chunk: on a CPU a cache holds few, on a GPU more chunks cost more launches.
 CHUNK_TOKENS = {"cpu": 256, "cuda": 4096}
 STEPS_IN_A_ROW = 5
@@ -221,10 +223,12 @@ def _build(shape: Shape, case: str, device: torch.device) -> nn.Module:
     state = RoutingState()
     state.competition_enabled, state.competing = competes, frozenset({NAME} if competes else ())
     config: dict[str, Any] = {"num_experts": shape.E, "num_experts_per_tok": shape.K}
-    config["router"] = "competition" if competes else case
+    config["router"] = "competition" if competes or case in (JUDGED, JUDGED_NEAR) else case
     if case in (RECOMPUTED, PRE_ACTIVATIONS):
         config["competition_keeps"] = "input" if case == RECOMPUTED else "pre_activations"
         config["competition_chunk_tokens"] = CHUNK_TOKENS[device.type]
+    if case in (JUDGED, JUDGED_NEAR):
+        config |= {"competition_judge": "loss", "competition_margin": 0.0 if case == JUDGED else 0.8}
     return SparseMoeBlock(
         MoeLayerConfig.model_validate(config),
         name=NAME,

@@ -76,8 +76,11 @@ class SparseMoeBlock(nn.Module):
         groups = self._groups(x_TD.shape[0])
         # Called on a competition step too, on every rank: ZeRO-3 gathers a router's weights by its call.
         routing: Routing = self.router(x_TD)
-        competes = self.config.router == "competition" and self.state.competes(self.name)
-        chosen = () if competes else (routing.selected_experts_TK, routing.routing_weights_TK)
+        chosen: tuple[Tensor, ...] = (routing.selected_experts_TK, routing.routing_weights_TK)
+        if self.config.competition_judge == "loss":
+            chosen += (routing.logits_TR,) if self._asks(routing) else ()
+        elif self.config.router == "competition" and self.state.competes(self.name):
+            chosen = ()
         output_TO, contest = self.experts(x_TD, *chosen)
         if groups is not None:
             # Also done in a recomputation, which must save the same tensors; only a recording keeps the result.
@@ -85,6 +88,11 @@ class SparseMoeBlock(nn.Module):
             if self.state.is_recording:
                 self.state.records[self.name] = record
         return self.output_dropout(output_TO).view(*hidden_states.shape[:-1], output_TO.shape[-1])
+
+    def _asks(self, routing: Routing) -> bool:
+        """Whether this step's loss judges the experts that were not chosen; at a rate of 1 without any schedule."""
+        learns = self.training and torch.is_grad_enabled() and routing.logits_TR.requires_grad
+        return learns and (self.config.competition_rate == 1 or self.state.competes(self.name))
 
     def _groups(self, num_tokens: int) -> TokenGroups | None:
         """How this forward's tokens group, or None where nothing reads statistics."""
@@ -137,9 +145,9 @@ def moe_blocks(model: nn.Module) -> dict[str, SparseMoeBlock]:
 
 
 def competition_layers(model: nn.Module) -> list[str]:
-    """Names of the layers that a competition schedule covers; a frozen one would learn nothing from it."""
+    """Names of the layers that hold contests in the steps of a schedule; a frozen one would learn nothing from it."""
     blocks = moe_blocks(model).items()
-    return [name for name, block in blocks if block.config.router == "competition" and _trains(block)]
+    return [name for name, block in blocks if block.config.holds_contests and _trains(block)]
 
 
 def _trains(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ import logging
 import math
 from typing import Any, Literal
 
-from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, PositiveInt, field_validator, model_validator
 
 from llava_compete.config import StrictConfig
 from llava_compete.errors import did_you_mean
@@ -32,6 +32,15 @@ COMPETITION_COEFS = {
     "winner_distillation_coef": 0.1,
     "diversity_coef": 0.01,
     "competition_balance_coef": 0.01,
+}
+
+# What only a competition by response has, and what one judged by the loss has instead, with its defaults.
+RESPONSE_KEYS = (*COMPETITION_COEFS, "affinity", "competition_keeps")
+JUDGED_DEFAULTS: dict[str, Any] = {
+    "competition_baseline": "output",
+    "competition_margin": 0.8,
+    "competition_contenders": "all",
+    "competition_rate": 1.0,
 }
 
 COMPETITION_MEMORY = ("competition_chunk_tokens", "competition_keeps")
@@ -89,6 +98,43 @@ class MoeLayerConfig(StrictConfig):
     competition_balance_coef: float | None = Field(
         default=None, description="competition: of the balance loss of a competition step; default 0.01"
     )
+    competition_judge: Literal["response", "loss"] = Field(
+        default="response",
+        description=(
+            "competition: what says which expert should have been chosen: the experts' responses (the paper's "
+            "affinity, in competition steps), or the loss: the router then also learns by how much the loss would "
+            "change, to first order, had an expert that it did not choose spoken; the forward is the router's"
+        ),
+    )
+    competition_baseline: Literal["output", "none"] | None = Field(
+        default=None,
+        description=(
+            "competition_judge loss: what an expert's answer is compared with, the block's output (default) or "
+            "nothing, which moves an upcycled start, where all experts still agree"
+        ),
+    )
+    competition_margin: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description=(
+            "competition_judge loss: asks experts whose probability is at least this share of the last chosen one's; "
+            "default 0.8, 0 for every expert"
+        ),
+    )
+    competition_contenders: Literal["all"] | PositiveInt | None = Field(
+        default=None,
+        description="competition_judge loss: asks at most so many experts, the likeliest not chosen; default all",
+    )
+    competition_rate: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description=(
+            "competition_judge loss: probability that a layer asks in a step, without warm-up and without "
+            "max_competing_layers; default 1"
+        ),
+    )
     experts_implementation: ExpertsImplementation = Field(
         default="auto",
         description="kernel of the chosen experts; auto takes what is fastest on the device and for the widths",
@@ -117,7 +163,8 @@ class MoeLayerConfig(StrictConfig):
         if not isinstance(data, dict):
             return handler(data)
         router = data.get("router", "competition")
-        defaults = ROUTER_COEFS | (COMPETITION_COEFS if router == "competition" else {})
+        of_competition = JUDGED_DEFAULTS if data.get("competition_judge") == "loss" else COMPETITION_COEFS
+        defaults = ROUTER_COEFS | (of_competition if router == "competition" else {})
         if router in ROUTER_CLASSES:
             defaults["balance_coef"] = ROUTER_CLASSES[router].balance_coef
         config = handler({**data, **{key: value for key, value in defaults.items() if data.get(key) is None}})
@@ -165,15 +212,42 @@ class MoeLayerConfig(StrictConfig):
         if self.router != "competition":
             unused = [key for key in COMPETITION_COEFS if getattr(self, key) is not None]
             unused += ["affinity"] if self.affinity != "softplus" else []
-            unused += [key for key in COMPETITION_MEMORY if getattr(self, key) is not None]
+            unused += [key for key in (*COMPETITION_MEMORY, *JUDGED_DEFAULTS) if getattr(self, key) is not None]
+            unused += ["competition_judge"] if self.competition_judge != "response" else []
             if unused:
                 raise ValueError(f"{unused[0]}: router {self.router!r} has no such term, only 'competition' has")
+        self._check_judge()
         if self.competition_keeps == "everything" and self.competition_chunk_tokens is not None:
             raise ValueError(
                 "competition_keeps: found 'everything' beside competition_chunk_tokens, expected 'pre_activations' or "
                 "'input', since chunks are for what is computed again"
             )
         return self
+
+    def _check_judge(self) -> None:
+        judged = self.competition_judge == "loss"
+        for key in RESPONSE_KEYS if judged else JUDGED_DEFAULTS:
+            if getattr(self, key) != ("softplus" if key == "affinity" else None):
+                raise ValueError(
+                    f"{key}: found {getattr(self, key)!r}, expected none, "
+                    f"for competition_judge {self.competition_judge!r} has no such term"
+                )
+        others = self.num_experts - self.num_experts_per_tok
+        if judged and others == 0:
+            raise ValueError(
+                f"competition_judge: found 'loss' with num_experts_per_tok = num_experts = {self.num_experts}, "
+                "expected an expert that is not chosen, whom the loss can judge"
+            )
+        if isinstance(self.competition_contenders, int) and self.competition_contenders > others:
+            raise ValueError(
+                f"competition_contenders: found {self.competition_contenders}, expected at most the {others} experts "
+                "that are not chosen"
+            )
+
+    @property
+    def holds_contests(self) -> bool:
+        """Whether all experts run in competition steps and their responses win: not where the loss judges."""
+        return self.router == "competition" and self.competition_judge == "response"
 
     @property
     def competition_kept(self) -> KeptActivations:
@@ -206,6 +280,14 @@ class MoeLayerConfig(StrictConfig):
         }
 
 
+def without_other_judges_keys(stored: dict[str, Any], judge: str) -> dict[str, Any]:
+    """A stored part's settings without those of its competition that `judge`, if it is another one, has no use for."""
+    if stored.get("competition_judge", "response") == judge:
+        return stored
+    other = JUDGED_DEFAULTS if judge == "response" else RESPONSE_KEYS
+    return {key: value for key, value in stored.items() if key not in other}
+
+
 class MoeConfig(StrictConfig):
     """Where the model has MoE layers, and the schedule of competition that they share."""
 
@@ -215,7 +297,7 @@ class MoeConfig(StrictConfig):
         le=1,
         description=(
             "probability that a layer competes in a step after warm-up; 0.05, for language pre-training 0.07 "
-            "(CompeteSMoE)"
+            "(CompeteSMoE); a part with competition_judge loss has its own"
         ),
     )
     competition_warmup_ratio: float = Field(
@@ -229,7 +311,7 @@ class MoeConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _check_warmup(self) -> MoeConfig:
-        competes = any(part.router == "competition" for part in self.parts().values())
+        competes = any(part.holds_contests for part in self.parts().values())
         if self.competition_warmup_ratio > 1 or (competes and self.competition_warmup_ratio == 1):
             raise ValueError(
                 f"competition_warmup_ratio: found {self.competition_warmup_ratio}, expected below 1, "
@@ -241,6 +323,16 @@ class MoeConfig(StrictConfig):
         """The parts that have MoE layers, in forward order."""
         parts = {"vision": self.vision, "projector": self.projector, "language": self.language}
         return {name: part for name, part in parts.items() if part is not None}
+
+    def warn_of_moved_starts(self) -> None:
+        """Name the parts whose judgement has no baseline: with equal experts it is <g, y> for each one asked, not 0."""
+        for name, part in self.parts().items():
+            if part.competition_baseline == "none":
+                log.warning(
+                    "moe.%s: competition_baseline none moves the router of an upcycled start, whose experts still "
+                    "agree; output leaves it",
+                    name,
+                )
 
     def warn_of_untaught_routers(self) -> None:
         """Name the parts whose router learns nothing from the task: one routed choice beside the shared expert.

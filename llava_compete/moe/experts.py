@@ -19,10 +19,12 @@ from llava_compete.moe.all_experts import AllExpertsDown, AllExpertsUp
 from llava_compete.moe.competition import Contest, Picked, PickWinners, mix_winners
 from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.implementations import ExpertWeights, choose
+from llava_compete.moe.judged import JudgedOutput, Judgement
 from llava_compete.moe.precision import without_autocast
 from llava_compete.moe.recomputed import Recomputation, RecomputedContest
 
-# Elements of all experts' outputs at a time where a competition runs in chunks of its own choice: 64 MB in float32.
+# Elements of all experts' outputs, or of their hidden rows where the loss judges, at a time where a competition runs in
+# chunks of its own choice: 64 MB in float32.
 CHUNK_OUTPUTS = 2**24
 
 
@@ -64,6 +66,7 @@ class PackedExperts(nn.Module):
         self.affinity = config.affinity
         self.chunk_tokens = config.competition_chunk_tokens
         self.kept = config.competition_kept
+        self.judgement = _judgement(config)
         self.implementation = config.experts_implementation
         self.activation = activation
         self.has_gate, self.has_bias = gated, bias
@@ -94,9 +97,17 @@ class PackedExperts(nn.Module):
         return ", ".join(f"{name}={tuple(p.shape)}" for name, p in self.named_parameters(recurse=False))
 
     def forward(
-        self, x_TD: Tensor, selected_experts_TK: Tensor | None = None, routing_weights_TK: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        selected_experts_TK: Tensor | None = None,
+        routing_weights_TK: Tensor | None = None,
+        judged_logits_TE: Tensor | None = None,
     ) -> ExpertsOutput:
-        """The weighted sum of the selected experts' outputs; with none given, a competition of them all."""
+        """The weighted sum of the selected experts' outputs; with none given, a competition of them all.
+
+        `judged_logits_TE`: the router's logits, where the loss judges the experts that were not selected (judged.py).
+        Done here because ZeRO-3 gathers the parameters for this module's call and for its backward.
+        """
         weights = self._weights(_compute_dtype(x_TD, self.down_proj))
         with without_autocast(x_TD.device.type):
             x_TD = x_TD.to(weights.down.dtype)
@@ -104,7 +115,10 @@ class PackedExperts(nn.Module):
                 return self._compete(weights, x_TD)
             num_tokens, num_choices = selected_experts_TK.shape
             function = choose(self.implementation, weights, num_tokens, num_choices, x_TD.device)
-            return ExpertsOutput(function(weights, x_TD, selected_experts_TK, routing_weights_TK), None)
+            output_TO = function(weights, x_TD, selected_experts_TK, routing_weights_TK)
+            if judged_logits_TE is not None:
+                output_TO = self._judged(weights, output_TO, judged_logits_TE, x_TD, selected_experts_TK)
+            return ExpertsOutput(output_TO, None)
 
     def _weights(self, dtype: torch.dtype) -> ExpertWeights:
         up_bias = getattr(self, f"{self.up_name}_bias", None)
@@ -119,6 +133,25 @@ class PackedExperts(nn.Module):
             gated=self.has_gate,
             gate_dropout=self.gate_dropout,
         )
+
+    @torch.compiler.disable  # its backward runs experts by rules of its own
+    def _judged(
+        self, weights: ExpertWeights, output_TO: Tensor, logits_TE: Tensor, x_TD: Tensor, selected_TK: Tensor
+    ) -> Tensor:
+        assert self.judgement is not None
+        hidden = self.up[:, :, 0].numel()
+        how = self.judgement._replace(
+            activate=self._activate_without_dropout, chunk_tokens=self.chunk_tokens or max(1, CHUNK_OUTPUTS // hidden)
+        )
+        experts = (weights.up, weights.up_bias, weights.down, weights.down_bias)
+        return JudgedOutput.apply(output_TO, logits_TE, x_TD, selected_TK, *experts, how)
+
+    def _activate_without_dropout(self, up: Tensor) -> Tensor:
+        act_fn = self.act_fn[0] if isinstance(self.act_fn, nn.Sequential) else self.act_fn
+        if not self.has_gate:
+            return act_fn(up)
+        gate, up = up.chunk(2, dim=-1)
+        return act_fn(gate) * up
 
     def _compete(self, weights: ExpertWeights, x_TD: Tensor) -> ExpertsOutput:
         if self.kept == "everything":
@@ -149,3 +182,16 @@ def _compute_dtype(x_TD: Tensor, parameter: Tensor) -> torch.dtype:
     if x_TD.dtype != parameter.dtype:
         raise UserError(f"dtype: MoE input is {x_TD.dtype}, its experts are {parameter.dtype}; use one or autocast")
     return parameter.dtype
+
+
+def _judgement(config: MoeLayerConfig) -> Judgement | None:
+    """What the configuration says of the loss's judgement; the call adds the rest."""
+    if config.competition_judge != "loss":
+        return None
+    assert config.competition_margin is not None
+    contenders = config.competition_contenders
+    return Judgement(
+        subtracts_output=config.competition_baseline == "output",
+        margin=config.competition_margin,
+        contenders=contenders if isinstance(contenders, int) else None,
+    )

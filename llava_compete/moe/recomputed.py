@@ -47,7 +47,7 @@ class RecomputedContest(torch.autograd.Function):
         ctx.random_state = _random_state(x_TD) if how.draws else None
         up_TEM = all_experts_up(x_TD, up_EMD, up_bias_EM) if how.keeps_pre_activations else None
         picked = []
-        for tokens in _chunks(len(x_TD), how.chunk_tokens):
+        for tokens in chunks(len(x_TD), how.chunk_tokens):
             chunk_up_TEM = all_experts_up(x_TD[tokens], up_EMD, up_bias_EM) if up_TEM is None else up_TEM[tokens]
             y_ETO = all_experts_down(how.activate(chunk_up_TEM), down_EOI, down_bias_EO)
             picked.append(pick_winners(y_ETO, how.affinity, how.num_winners))
@@ -68,7 +68,7 @@ class RecomputedContest(torch.autograd.Function):
         grad_up_bias_EM = torch.zeros_like(up_bias_EM) if up_bias_wanted else None
         grad_down_bias_EO = torch.zeros_like(down_bias_EO) if down_bias_wanted else None
         with _replayed(ctx.random_state):
-            for tokens in _chunks(len(x_TD), how.chunk_tokens):
+            for tokens in chunks(len(x_TD), how.chunk_tokens):
                 kept = 0 if tokens.start == 0 else 1  # how much of a gradient's memory counts: at first it holds noise
                 x_CD, winners_CK = x_TD[tokens], winners_TK[tokens]
                 up_CEM = all_experts_up(x_CD, up_EMD, up_bias_EM) if up_TEM is None else up_TEM[tokens]
@@ -98,7 +98,7 @@ class RecomputedContest(torch.autograd.Function):
         return grad_x_TD, grad_up_EMD, grad_up_bias_EM, grad_down_EOI, grad_down_bias_EO, None
 
 
-def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
+def chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
     """At least one, of no tokens where there are none."""
     return (slice(start, start + chunk_tokens) for start in range(0, max(num_tokens, 1), chunk_tokens))
 

@@ -19,7 +19,7 @@ from llava_compete.language.sources import missing_control_tokens
 from llava_compete.language.tokenizer import train_byte_level_bpe
 from llava_compete.model.build import build_model
 from llava_compete.model.checkpoint import read_config
-from llava_compete.moe.config import MoeConfig
+from llava_compete.moe.config import MoeConfig, without_other_judges_keys
 from llava_compete.train.config import TrainConfig
 
 if TYPE_CHECKING:  # `plan` reads recipes with this module where DeepSpeed is not installed
@@ -45,6 +45,7 @@ def start_model(config: TrainConfig, rank: Rank) -> tuple[Any, Any, MoeConfig | 
     model.config.stage = config.stage
     if moe is not None and rank.is_main:
         moe.warn_of_untaught_routers()
+        moe.warn_of_moved_starts()
     return model, processor, moe
 
 
@@ -108,6 +109,9 @@ def moe_in_force(config: TrainConfig, stored: dict[str, Any] | None) -> MoeConfi
     if config.stage in ("pretrain_align", "pft"):
         raise UserError(f"{checkpoint}: has MoE blocks, but {config.stage} trains a dense model (upcycle comes after)")
     changes = config.moe.model_dump(exclude_unset=True, mode="json") if config.moe else {}
+    for part, values in changes.items():
+        if isinstance(values, dict) and isinstance(stored.get(part), dict) and "competition_judge" in values:
+            stored = {**stored, part: without_other_judges_keys(stored[part], values["competition_judge"])}
     return MoeConfig.model_validate(_overlaid(stored, changes))
 
 

@@ -10,6 +10,8 @@ from llava_compete.config import parse_config
 from llava_compete.errors import UserError
 from llava_compete.moe.config import ROUTERS, MoeConfig, MoeLayerConfig
 
+JUDGED = {"competition_judge": "loss"}
+
 
 @pytest.mark.parametrize(
     ("layer", "message"),
@@ -23,6 +25,14 @@ from llava_compete.moe.config import ROUTERS, MoeConfig, MoeLayerConfig
         ({"router": "softmax", "diversity_coef": 0.1}, "diversity_coef: router 'softmax' has no such term"),
         ({"router": "sigmoid", "affinity": "relu"}, "affinity: router 'sigmoid' has no such term"),
         ({"router": "sigmoid", "competition_chunk_tokens": 5}, "competition_chunk_tokens: router 'sigmoid'"),
+        ({"router": "softmax", "competition_judge": "loss"}, "competition_judge: router 'softmax' has no such term"),
+        ({"competition_margin": 0.5}, "competition_margin: found 0.5, expected none, for competition_judge 'response'"),
+        ({**JUDGED, "affinity": "relu"}, "affinity: found 'relu', expected none, for competition_judge 'loss'"),
+        ({**JUDGED, "distillation_coef": 0.1}, "distillation_coef: found 0.1, expected none"),
+        ({**JUDGED, "diversity_coef": 0.1}, "diversity_coef: found 0.1, expected none"),
+        ({**JUDGED, "competition_balance_coef": 0.1}, "competition_balance_coef: found 0.1, expected none"),
+        ({**JUDGED, "num_experts": 2}, "competition_judge: found 'loss' with num_experts_per_tok = num_experts = 2"),
+        ({**JUDGED, "competition_contenders": 3}, "competition_contenders: found 3, expected at most the 2 experts"),
         ({"balance_coef": -1.0}, "balance_coef: expected a finite coefficient"),
         ({"affinity": "tanh"}, "affinity: found 'tanh'"),
         ({"layers": [1, 1]}, "layers"),
@@ -59,6 +69,11 @@ def test_the_papers_defaults_are_resolved_and_survive_a_round_trip() -> None:
     for router in ROUTERS:
         config = MoeConfig(language=MoeLayerConfig(router=router))
         assert MoeConfig.model_validate(config.model_dump(mode="json")) == config
+    judged = MoeLayerConfig.model_validate(JUDGED)
+    assert (judged.competition_baseline, judged.competition_margin) == ("output", 0.8)
+    assert (judged.competition_contenders, judged.competition_rate) == ("all", 1)
+    assert judged.distillation_coef is judged.diversity_coef is judged.competition_balance_coef is None
+    assert MoeLayerConfig.model_validate(judged.model_dump(mode="json")) == judged
     assert list(MoeConfig(language=layer, vision=layer).parts()) == ["vision", "language"]
 
 

@@ -62,6 +62,15 @@ def test_nor_does_it_for_other_experts_and_competitions(sizes: dict[str, Any], c
     assert few == many
 
 
+@pytest.mark.parametrize(
+    "rule", [{"competition_margin": 0.0}, {"competition_contenders": 1}, {"competition_chunk_tokens": 20}], ids=str
+)
+def test_nor_does_it_where_the_loss_judges(rule: dict[str, Any]) -> None:
+    few, many = (count("competition", False, "dense", experts, competition_judge="loss", **rule) for experts in (4, 64))
+    # On a CPU the rows of contested experts go through one operator for all of them.
+    assert few == many
+
+
 def test_inference_computes_nothing_for_statistics() -> None:
     for tokens, most in ((1, 14), (2, 26)):
         block, x = make_block(experts_implementation="grouped_mm", sizes=SIZES), torch.randn(1, tokens, 16)

@@ -1,12 +1,14 @@
 """The `llava-compete` command: a table of subcommands, each a thin module in `llava_compete.commands`.
 
 A command module has `add_arguments(parser)` and `run(arguments) -> int | None`, and is imported only when it is
-chosen, so that `--help` is instant. A `UserError` becomes one line on stderr and exit status 2.
+chosen, so that `--help` is instant. A `UserError`, and a path or
+disk that cannot be written to, becomes one line on stderr and exit status 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -44,6 +46,18 @@ GROUPS = {
     "bench": "measure the speed of a part",
     "data": "build, check and measure training data",
     "study": "studies of the claims on sample efficiency",
+}
+# What a path that the user named can be, or a disk: no fault of this code, so no traceback.
+NOT_OURS = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
 }
 
 
@@ -98,6 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.run(arguments) or 0
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
+        return 2
+    except OSError as error:
+        if error.errno not in NOT_OURS or error.filename is None:
+            raise
+        sys.stderr.write(f"error: {error.filename}: {error.strerror}\n")
         return 2
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT: the user knows why

@@ -80,17 +80,33 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
             value = YAML(typ="safe", pure=True).load(io.StringIO(raw))
         except YAMLError as error:
             raise UserError(f"override {override!r}: value is not valid YAML") from error
-        node = content
+        node: Any = content
         *parents, leaf = key.split(".")
         for parent in parents:
-            child = node.setdefault(parent, {})
-            if child is None:
-                child = node[parent] = {}
-            if not isinstance(child, dict):
-                raise UserError(f"override {override!r}: {parent!r} holds {child!r}, not a section with keys")
-            node = child
-        node[leaf] = value
+            node = _below(node, parent, override)
+        node[_place(node, leaf, override)] = value
     return content
+
+
+def _below(node: Any, name: str, override: str) -> Any:
+    """The section or list at `name`; a section that is not there yet is made."""
+    place = _place(node, name, override)
+    if isinstance(node, dict) and node.get(place) is None:
+        node[place] = {}
+    if not isinstance(node[place], dict | list):
+        raise UserError(f"override {override!r}: {name!r} holds {node[place]!r}, not a section with keys")
+    return node[place]
+
+
+def _place(node: Any, name: str, override: str) -> str | int:
+    """A key of a section as it is; of a list, such as `data.sources.0.path`, the number of an entry that is there."""
+    if isinstance(node, dict):
+        return name
+    if not (name.isdecimal() and int(name) < len(node)):
+        raise UserError(
+            f"override {override!r}: found {name!r}, expected the number of a list's entry below {len(node)}"
+        )
+    return int(name)
 
 
 def load_config(cls: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
@@ -127,6 +143,8 @@ def _expanded(value: Any, source: str, key: tuple[str, ...]) -> Any:
     return os.path.expanduser(value) if value == "~" or value.startswith("~/") else value
 
 
+# Kinds of error whose text by pydantic names its classes, or ours.
+_EXPECTED = {"model_type": "expected a section with keys", "path_type": "expected a path"}
 # How pydantic calls the members of a union, which are no part of a key: <tag>, MoeConfig, literal[False], int.
 _MEMBER = re.compile(r"<|.*[\[A-Z]|(int|float|str|bool|none)$")
 
@@ -170,7 +188,7 @@ def _explain(cls: type[BaseModel], item: Any, location: Sequence[str]) -> str:
         return f"unknown key {key!r}{hint}"
     if item["type"] == "missing":
         return f"missing key {key!r}"
-    message = item["msg"].removeprefix("Value error, ")
+    message = _EXPECTED.get(item["type"]) or item["msg"].removeprefix("Value error, ")
     if not key or message.startswith((f"{key}.", f"{key}:")):
         return message
     if isinstance(item["input"], dict | list) or item["type"] == "value_error":

@@ -14,13 +14,13 @@ class UserError(Exception):
     """Bad input: a config, a data record, a checkpoint directory or an environment that cannot be used."""
 
 
-def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.4) -> str:
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """The hint "; did you mean 'nearest'?", or nothing where no known name is near."""
     near = nearest(name, known, 1, cutoff)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3, cutoff: float = 0.4) -> list[str]:
+def nearest(name: str, known: Iterable[str], count: int = 3, cutoff: float = 0.6) -> list[str]:
     """Up to `count` known names that look like `name`, the nearest first."""
     return difflib.get_close_matches(name, sorted(known), n=count, cutoff=cutoff)
 

@@ -27,6 +27,31 @@ def test_user_error_is_one_line_and_status_2(tmp_path, capsys: pytest.CaptureFix
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", [["recipes", "demo", "--out"], ["config", "--markdown"]], ids=" ".join)
+def test_path_that_cannot_be_written_is_one_line(command, tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("kept", encoding="utf-8")
+    inside = tmp_path / "file" / "below"
+    assert main([*command, str(inside)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(tmp_path / "file") in error
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "kept"
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["recipes", "nosuch"], "demo, demo_hard"),
+        (["config", "zzz"], "eval"),
+        (["perplexity", "nowhere"], "nowhere: no checkpoint here"),
+    ],
+    ids=["recipes", "config", "perplexity"],
+)
+def test_unknown_names_say_what_there_is(command, expected, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command) == 2
+    assert expected in capsys.readouterr().err
+
+
 def test_module_runs_as_a_command() -> None:
     result = subprocess.run([sys.executable, "-m", "llava_compete.cli", "--help"], capture_output=True, text=True)
     assert result.returncode == 0

@@ -19,6 +19,8 @@ class Outer(StrictConfig):
     training: Inner = Inner()
     parts: dict[str, Inner] = Field(default_factory=dict)
     maybe: Inner | None = None
+    entries: list[Inner] = Field(default_factory=list)
+    folder: Path = Path("a")
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -46,12 +48,24 @@ def test_reads_numbers_and_overrides(tmp_path: Path) -> None:
         ("training", r"expected key.subkey=value"),
         ("=3", r"expected key.subkey=value"),
         ("name.first=3", r"'name' holds 'a', not a section"),
+        ("zzz=3", r"unknown key 'zzz'; valid keys: entries, folder, maybe"),
+        ("training=5", r"training: found 5: expected a section with keys$"),
+        ("folder=", r"folder: found None: expected a path$"),
     ],
 )
 def test_errors_name_the_key(tmp_path: Path, override: str, message: str) -> None:
     path = write(tmp_path, "name: a\n")
     with pytest.raises(UserError, match=message):
         load_config(Outer, path, [override])
+
+
+def test_overrides_reach_into_lists(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: a\nentries:\n- steps: 1\n- steps: 2\n")
+    assert load_config(Outer, path, ["entries.1.steps=5"]).entries == [Inner(steps=1), Inner(steps=5)]
+    assert load_config(Outer, path, ["entries.0={steps: 7}"]).entries[0] == Inner(steps=7)
+    for name in ("2", "-1", "first"):
+        with pytest.raises(UserError, match=rf"found '{name}', expected the number of a list's entry below 2"):
+            apply_overrides(read_yaml(path), [f"entries.{name}.steps=5"])
 
 
 def test_errors_name_the_file(tmp_path: Path) -> None:

@@ -241,10 +241,17 @@ def check_moe_settings(config: LlavaCompeteConfig, moe: MoeConfig) -> None:
     stored = MoeConfig.model_validate(config.moe)
     if set(stored.parts()) != set(moe.parts()):
         raise UserError(f"moe: found parts {sorted(moe.parts())}, the checkpoint has {sorted(stored.parts())}")
-    for part, layer in moe.parts().items():
+    refuse_other_architecture(config.moe, moe.model_dump(mode="json"))
+
+
+def refuse_other_architecture(stored: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Raise a `UserError` for the first key of `changes`, plain MoE settings, by which the weights would not fit."""
+    for part, layer in changes.items():
+        if not (isinstance(layer, dict) and isinstance(stored.get(part), dict)):
+            continue
         for key in ("num_experts", "num_experts_per_tok", "router", "layers"):
-            found, expected = getattr(layer, key), getattr(stored.parts()[part], key)
-            if found != expected:
+            found, expected = layer.get(key), stored[part].get(key)
+            if None not in (found, expected) and found != expected:
                 raise UserError(f"moe.{part}.{key}: found {found!r}, the checkpoint has {expected!r}")
 
 

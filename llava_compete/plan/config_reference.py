@@ -140,7 +140,8 @@ def find(name: str) -> list[Section]:
     found = [item for item in stage if any(path == name or path.startswith(below) for path in item.paths)]
     if not found:
         known = {*FILES, *(path for item in stage for path in item.paths if path)}
-        raise UserError(f"section {name!r}: found none of this name{did_you_mean(name, known)}")
+        hint = did_you_mean(name, known) or f"; there are {', '.join(sorted(known))}"
+        raise UserError(f"section {name!r}: found none of this name{hint}")
     return found
 
 
@@ -151,7 +152,7 @@ def to_markdown() -> str:
         "",
         "Every key of the YAML files, written by `llava-compete config --markdown docs/config.md`. `[]` stands for",
         "each entry of a list, `<name>` for each name of a mapping; any key can be set on the command line, such as",
-        "`training.learning_rate=1e-3`.",
+        "`training.learning_rate=1e-3` or `data.sources.0.weight=0.5`.",
     ]
     for kind, config in FILES.items():
         lines += ["", f"## {TITLES[kind]}"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerFast
 
+from llava_compete.config import parse_config
 from llava_compete.data.config import DataSection
 from llava_compete.data.records import message_texts
 from llava_compete.data.tables import load_source
@@ -17,7 +18,7 @@ from llava_compete.data.text.sources import read_source
 from llava_compete.errors import UserError
 from llava_compete.language.sources import missing_control_tokens
 from llava_compete.language.tokenizer import train_byte_level_bpe
-from llava_compete.model.build import build_model
+from llava_compete.model.build import build_model, refuse_other_architecture
 from llava_compete.model.checkpoint import read_config
 from llava_compete.moe.config import MoeConfig, without_other_judges_keys
 from llava_compete.train.config import TrainConfig
@@ -112,7 +113,8 @@ def moe_in_force(config: TrainConfig, stored: dict[str, Any] | None) -> MoeConfi
     for part, values in changes.items():
         if isinstance(values, dict) and isinstance(stored.get(part), dict) and "competition_judge" in values:
             stored = {**stored, part: without_other_judges_keys(stored[part], values["competition_judge"])}
-    return MoeConfig.model_validate(_overlaid(stored, changes))
+    refuse_other_architecture(stored, changes)  # before validation, which would blame settings kept from the checkpoint
+    return parse_config(MoeConfig, _overlaid(stored, changes), source=f"{checkpoint} with the config's moe")
 
 
 def _overlaid(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

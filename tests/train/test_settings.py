@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from transformers import TrainingArguments
 
 from llava_compete.config import dump_yaml, load_config, parse_config
 from llava_compete.errors import UserError
+from llava_compete.moe.config import MoeConfig
 from llava_compete.train import run
 from llava_compete.train.arguments import build_arguments
 from llava_compete.train.config import TrainConfig
+from llava_compete.train.starting_point import moe_in_force
 from llava_compete.train.training_section import ELSEWHERE, TrainingSection
 
 
@@ -90,11 +93,8 @@ def test_the_section_has_arguments_of_the_trainer_and_every_argument_is_known() 
     ("changes", "expected"),
     [
         ({"moe": {**tiny_moe(), "competition_rate": 2}}, "moe.competition_rate: found 2: Input should be less"),
-        ({"moe": {"language": {"router": "softmx"}}}, "moe.language.router: found 'softmx', expected one of softmax"),
-        (
-            {"moe": 5},
-            "moe: found 5: Input should be a valid dictionary or instance of MoeConfig or Input should be False",
-        ),
+        ({"moe": {"language": {"router": "softmx"}}}, "moe.language.router: found 'softmx', expected one of softmax,"),
+        ({"moe": 5}, "moe: found 5: expected a section with keys or Input should be False"),
         ({"moe": {"language": {"layers": [1, -1]}}}, "moe.language.layers: expected distinct layer numbers"),
         ({"output_dir": ""}, "output_dir: found '', expected a path"),
         ({"model": {"checkpoint": ""}}, "model.checkpoint: found '', expected a path"),
@@ -107,6 +107,31 @@ def test_a_wrong_key_has_the_name_it_has_in_the_file(changes: dict[str, Any], ex
         _parse(**changes)
     assert str(caught.value).startswith(f"x.yaml: {expected}")
     assert str(caught.value).count("Input should") <= 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"router": "softmax"}, "moe.language.router: found 'softmax', the checkpoint has 'competition'"),
+        (
+            {"num_experts": 4, "num_experts_per_tok": 1},
+            "moe.language.num_experts_per_tok: found 1, the checkpoint has 2",
+        ),
+    ],
+    ids=["router", "chosen"],
+)
+def test_moe_settings_that_do_not_fit_the_checkpoint_are_named(changes: dict[str, Any], expected: str) -> None:
+    # The affinity kept from the checkpoint belongs to its router: validation alone would blame the affinity.
+    stored = MoeConfig.model_validate({"language": {"affinity": "relu"}}).model_dump(mode="json")
+    with pytest.raises(UserError, match=re.escape(expected)):
+        moe_in_force(_parse(moe={"language": {**changes}}), stored)
+
+
+def test_moe_settings_kept_from_the_checkpoint_must_fit_the_config_s() -> None:
+    stored = MoeConfig.model_validate({"language": {"competition_chunk_tokens": 8}}).model_dump(mode="json")
+    config = _parse(moe={"language": {"competition_keeps": "everything"}})
+    with pytest.raises(UserError, match=r"with the config's moe: language: competition_keeps: found 'everything'"):
+        moe_in_force(config, stored)
 
 
 def test_home_and_variables_in_paths_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

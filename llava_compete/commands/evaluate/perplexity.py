@@ -33,9 +33,9 @@ def run(arguments: argparse.Namespace) -> None:
     from llava_compete.model.checkpoint import load_checkpoint
     from llava_compete.study.perplexity import comparison_units, measure
 
+    facts = checkpoint_facts(arguments.checkpoint)
     path = arguments.config or arguments.checkpoint / "run" / "config.yaml"
     section = parse_config(TextSection, read_yaml(path).get("data", {}), source=f"{path}: data")
-    facts = checkpoint_facts(arguments.checkpoint)
     model, processor = load_checkpoint(arguments.checkpoint)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     found, scores = measure(model, processor.tokenizer, section, arguments.batch_size)

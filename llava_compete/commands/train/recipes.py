@@ -34,10 +34,10 @@ def run(arguments: argparse.Namespace) -> None:
         Console().print(table)
         return
     if arguments.name not in recipes:
-        hint = did_you_mean(arguments.name, recipes)
+        hint = did_you_mean(arguments.name, recipes) or f"; there are {', '.join(recipes)}"
         raise UserError(f"recipe {arguments.name!r}: found no folder of this name in {root}{hint}")
     out = arguments.out or Path(arguments.name)
-    if out.exists() and any(out.iterdir()):
+    if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out}: not empty; choose another --out")
     shutil.copytree(recipes[arguments.name], out, dirs_exist_ok=True)
     Console().print(f"copied {', '.join(file.name for file in sorted(out.glob('*.yaml')))} to {out}")

@@ -30,5 +30,5 @@ say "One short stage under ZeRO-2, and an evaluation"
 llava train demo/pretrain_align.yaml --stage pretrain_align output_dir=out deepspeed=zero2 training.max_steps=2
 [ -f out/model.safetensors ]
 llava eval out --suite demo --limit 4 --out out/eval
-compgen -G 'out/eval/scores/*' >/dev/null || compgen -G 'out/eval/**/summary.json' >/dev/null
+[ -f out/eval/summary.json ]
 say "The wheel works outside the checkout"

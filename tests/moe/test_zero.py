@@ -36,12 +36,14 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("competing", [False, True])
+@pytest.mark.parametrize(
+    "mode", ["router", "contest", "judged", "judged behind a frozen front", "judged, routers only"]
+)
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_gradients_equal_one_process(
-    cases: list[list[dict[str, Any]]], stage: int, competing: bool, micro_batches: int
+    cases: list[list[dict[str, Any]]], stage: int, mode: str, micro_batches: int
 ) -> None:
-    key = {"stage": stage, "competing": competing, "micro_batches": micro_batches}
+    key = {"stage": stage, "mode": mode, "micro_batches": micro_batches}
     for rank_cases in cases:
         (case,) = [case for case in rank_cases if key.items() <= case.items()]
         assert case["error"] <= 1e-5, case

@@ -21,21 +21,29 @@ from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.state import RoutingState, TokenGroups
 
 WIDTH, EXPERTS, SEQUENCES, LENGTH = 8, 4, 8, 6
+MODES = ("router", "contest", "judged", "judged behind a frozen front", "judged, routers only")
 
 
 class Model(nn.Module):
     """Linear, two residual MoE blocks, linear; loss = mean over sequences + auxiliary losses."""
 
-    def __init__(self) -> None:
+    def __init__(self, mode: str) -> None:
         super().__init__()
         torch.manual_seed(0)
+        # The second layer asks by rows sorted by expert, the first every expert.
+        judged = {"competition_judge": "loss", "competition_margin": 0.0} if mode.startswith("judged") else {}
+        asks_one = {"competition_contenders": 1} if judged else {}
         self.routing = RoutingState()
         self.first = nn.Linear(WIDTH, WIDTH)
         self.blocks = nn.ModuleList(
             SparseMoeBlock(
                 # The second layer holds its competition in chunks, and recomputes each in the backward pass.
                 MoeLayerConfig(
-                    num_experts=EXPERTS, num_experts_per_tok=2, competition_chunk_tokens=5 if layer == 1 else None
+                    num_experts=EXPERTS,
+                    num_experts_per_tok=2,
+                    competition_chunk_tokens=5 if layer == 1 else None,
+                    **judged,
+                    **(asks_one if layer == 1 else {}),
                 ),
                 name=f"language.{layer}",
                 state=self.routing,
@@ -53,11 +61,16 @@ class Model(nn.Module):
             for block in self.blocks:
                 # Experts 0 and 1 like a positive first coordinate, 2 and 3 a negative one, router and affinity alike.
                 sign_E = torch.tensor([1.0, 1.0, -1.0, -1.0])
-                block.router.weight[:, 0] = 2 * sign_E
+                # Where the loss judges, probabilities of experts that were not chosen must not vanish.
+                block.router.weight[:, 0] = (0.1 if judged else 2) * sign_E
                 block.experts.up[:, :, 0] = sign_E[:, None]
                 block.experts.down_proj.add_(0.1)
                 if block.experts.has_gate:
                     block.experts.up[:, block.experts.up.shape[1] // 2 :, 0] = sign_E[:, None]
+
+        for name, parameter in self.named_parameters():
+            frozen = {"judged behind a frozen front": "first" in name, "judged, routers only": "router" not in name}
+            parameter.requires_grad_(not frozen.get(mode, False))
 
     def forward(self, x: Tensor, num_sequences: int) -> Tensor:
         self.routing.begin("language", TokenGroups.from_mask(torch.ones(x.shape[:2]), num_sequences))
@@ -77,28 +90,28 @@ def data() -> Tensor:
     return x
 
 
-def set_mode(model: Model, competing: bool) -> None:
+def make_model(mode: str) -> Model:
+    model = Model(mode)
     model.routing.competition_enabled = True
-    model.routing.competing = frozenset(competition_layers(model)) if competing else frozenset()
+    model.routing.competing = frozenset(competition_layers(model)) if mode == "contest" else frozenset()
+    return model
 
 
-def one_process(competing: bool) -> dict[str, Tensor]:
-    model = Model()
-    set_mode(model, competing)
+def one_process(mode: str) -> dict[str, Tensor]:
+    model = make_model(mode)
     model(data(), SEQUENCES).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def two_processes(stage: int, competing: bool, micro_batches: int) -> tuple[dict[str, Tensor], list[float]]:
+def two_processes(stage: int, mode: str, micro_batches: int) -> tuple[dict[str, Tensor], list[float]]:
     """Full gradients under ZeRO, and how many choices this rank made of each expert of the first layer."""
-    model = Model()
-    set_mode(model, competing)
+    model = make_model(mode)
     rank, world = dist.get_rank(), dist.get_world_size()
     rows = SEQUENCES // world // micro_batches
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3),
+        optimizer=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3),
         config={
             "train_micro_batch_size_per_gpu": rows,
             "gradient_accumulation_steps": micro_batches,
@@ -114,7 +127,8 @@ def two_processes(stage: int, competing: bool, micro_batches: int) -> tuple[dict
         load_E += model.routing.records["language.0"].metrics.load_E
         if not engine.is_gradient_accumulation_boundary():
             engine.step()
-    grads = {name: deepspeed.utils.safe_get_full_grad(parameter) for name, parameter in model.named_parameters()}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    grads = {name: deepspeed.utils.safe_get_full_grad(parameter) for name, parameter in trained.items()}
     engine.destroy()
     return grads, load_E.tolist()
 
@@ -124,14 +138,14 @@ def main(stages: list[int], out: Path) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
     results: list[dict[str, Any]] = []
-    for competing in (False, True):
-        expected = one_process(competing)
+    for mode in MODES:
+        expected = one_process(mode)
         for stage in stages:
             for micro_batches in (1, 2):
-                grads, load = two_processes(stage, competing, micro_batches)
+                grads, load = two_processes(stage, mode, micro_batches)
                 errors = {name: float((grads[name] - expected[name]).norm() / expected[name].norm()) for name in grads}
                 worst = max(errors, key=lambda name: errors[name])
-                case = {"stage": stage, "competing": competing, "micro_batches": micro_batches}
+                case = {"stage": stage, "mode": mode, "micro_batches": micro_batches}
                 results.append({**case, "load": load, "worst": worst, "error": errors[worst]})
     out.with_suffix(f".{dist.get_rank()}.json").write_text(json.dumps(results), encoding="utf-8")
     dist.destroy_process_group()

@@ -59,7 +59,7 @@ class UpcycleConfig(StrictConfig):
     model: ModelSection = Field(description="the dense checkpoint")
     output_dir: Path = Field(description="the MoE checkpoint goes here")
     moe: MoeConfig = Field(description="which layers become which mixtures")
-    seed: int = Field(default=0, description="of the routers' weights")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of the routers' weights")
 
 
 class UpcycledLayer(NamedTuple):

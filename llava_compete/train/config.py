@@ -96,7 +96,7 @@ class TrainConfig(StrictConfig):
         ),
     )
     deepspeed: str | None = Field(default="zero2", description="a file of configs/deepspeed by name, or null for none")
-    seed: int = Field(default=0, description="of new weights and of the order of rows")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of new weights and of the order of rows")
     guards: Guards = Field(default=Guards(), description="when a run stops or warns by itself")
     sample_steps: int = Field(
         default=0, ge=0, description="write a few greedy answers on held-out rows every this many steps; 0 writes none"

@@ -96,6 +96,8 @@ def test_the_section_has_arguments_of_the_trainer_and_every_argument_is_known() 
         ({"moe": {"language": {"router": "softmx"}}}, "moe.language.router: found 'softmx', expected one of softmax,"),
         ({"moe": 5}, "moe: found 5: expected a section with keys or Input should be False"),
         ({"moe": {"language": {"layers": [1, -1]}}}, "moe.language.layers: expected distinct layer numbers"),
+        ({"seed": -1}, "seed: found -1: Input should be greater than or equal to 0"),
+        ({"seed": 2**32}, "seed: found 4294967296: Input should be less than 4294967296"),
         ({"output_dir": ""}, "output_dir: found '', expected a path"),
         ({"model": {"checkpoint": ""}}, "model.checkpoint: found '', expected a path"),
         ({"output_dir": "${NOWHERE}/out"}, "output_dir: found '${NOWHERE}/out', but $NOWHERE is not set"),

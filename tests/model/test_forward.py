@@ -233,3 +233,14 @@ def test_competition_at_inference_runs_only_when_asked() -> None:
 def test_tokenizer_keeps_the_placeholder_whole() -> None:
     tokenizer = tiny_tokenizer()
     assert tokenizer.convert_ids_to_tokens(tokenizer("a<image>b")["input_ids"]).count("<image>") == 1
+
+
+def test_tuples_in_place_of_outputs() -> None:
+    model, processor = tiny_model()
+    inputs = processor(text=["how many shapes"], return_tensors="pt")
+    named, plain = (model.eval()(**inputs, labels=inputs["input_ids"], return_dict=flag) for flag in (True, False))
+    assert isinstance(plain, tuple)
+    assert torch.equal(plain[0], named.loss)
+    assert torch.equal(plain[1], named.logits)
+    hidden = model.model(**inputs, return_dict=False)
+    assert torch.equal(hidden[0], model.model(**inputs).last_hidden_state)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from in_process_kit import LAUNCHER, at_step, run_stage_here
 from nan_worker import breaking_backward
 from safetensors.torch import load_file, save_file
 from stage_kit import read_metrics, stage_config, tiny_moe, write_data
@@ -30,9 +28,7 @@ from llava_compete.moe.config import MoeConfig
 from llava_compete.parts import part_of
 from llava_compete.train import checkpoints, run, trainer
 from llava_compete.train.callbacks import progress as watch
-from llava_compete.train.callbacks import throughput as callbacks
 from llava_compete.train.config import TrainConfig
-from llava_compete.train.run import train
 
 FRESH = {"moe": tiny_moe(), "deepspeed": None}
 
@@ -44,44 +40,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _forget_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
-
-
-def _run(content: dict[str, Any], **options: Any) -> Path:
-    config = parse_config(TrainConfig, content, source="test.yaml")
-    try:
-        train(config, **options)
-    finally:
-        # As in a new process: a group left over from the last run has gone.
-        AcceleratorState._reset_state(reset_partial_state=True)
-        for handler in list(logging.getLogger().handlers):
-            if isinstance(handler, logging.FileHandler) and handler.baseFilename.endswith("console.log"):
-                logging.getLogger().removeHandler(handler)
-                handler.close()
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(name, None)
-    return config.output_dir
 
 
 def _kinds(model: torch.nn.Module) -> set[str]:
     """Names of the classes of peft's base layers."""
     return {type(module).__name__ for name, module in model.named_modules() if name.endswith("base_layer")}
-
-
-def _at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[Any], None]) -> None:
-    """Call `action(callback)` once, after optimizer step `step`."""
-    plain = callbacks.ThroughputCallback.on_step_end
-    done = []
-
-    def on_step_end(self: Any, args: Any, state: Any, control: Any, **options: Any) -> None:
-        plain(self, args, state, control, **options)
-        if state.global_step == step and not done:
-            done.append(step)
-            action(self)
-
-    monkeypatch.setattr(callbacks.ThroughputCallback, "on_step_end", on_step_end)
 
 
 def _assert_same_curve(left: Path, right: Path, tolerance: float = 1e-5) -> None:
@@ -98,12 +64,12 @@ def _assert_same_curve(left: Path, right: Path, tolerance: float = 1e-5) -> None
 
 def test_stages_one_after_the_other(data: Path, tmp_path: Path) -> None:
     training = {"max_steps": 3, "logging_steps": 1}
-    dense = _run(stage_config("pretrain_align", data, tmp_path / "dense", training=training, deepspeed=None))
+    dense = run_stage_here(stage_config("pretrain_align", data, tmp_path / "dense", training=training, deepspeed=None))
     moe = parse_config(TrainConfig, stage_config("sft", data, tmp_path, moe=tiny_moe()), "x").moe
     assert moe
     upcycle(dense, tmp_path / "moe", moe, 0)
     parent = {"checkpoint": str(tmp_path / "moe")}
-    tuned = _run(stage_config("sft", data, tmp_path / "sft", model=parent, training=training, deepspeed=None))
+    tuned = run_stage_here(stage_config("sft", data, tmp_path / "sft", model=parent, training=training, deepspeed=None))
 
     model, _ = load_checkpoint(tuned)
     assert model.config.stage == "sft"
@@ -130,43 +96,47 @@ def test_stages_one_after_the_other(data: Path, tmp_path: Path) -> None:
 
     # A finished stage is left as it is.
     before = (tuned / "model.safetensors").stat().st_mtime_ns
-    _run(stage_config("sft", data, tmp_path / "sft", model=parent, training=training, deepspeed=None))
+    run_stage_here(stage_config("sft", data, tmp_path / "sft", model=parent, training=training, deepspeed=None))
     assert (tuned / "model.safetensors").stat().st_mtime_ns == before
 
     with pytest.raises(UserError, match=r"dense: a dense checkpoint, but sft trains a MoE; run upcycle first"):
-        _run(stage_config("sft", data, tmp_path / "no", model={"checkpoint": str(dense)}, deepspeed=None))
+        run_stage_here(stage_config("sft", data, tmp_path / "no", model={"checkpoint": str(dense)}, deepspeed=None))
     with pytest.raises(UserError, match=r"moe: has MoE blocks, but pft trains a dense model"):
-        _run(stage_config("pft", data, tmp_path / "no2", model=parent, deepspeed=None))
+        run_stage_here(stage_config("pft", data, tmp_path / "no2", model=parent, deepspeed=None))
     with pytest.raises(UserError, match=r"holds the model of stage 'sft', found stage 'pft'"):
-        _run(stage_config("pft", data, tuned, model={"checkpoint": str(dense)}, deepspeed=None))
+        run_stage_here(stage_config("pft", data, tuned, model={"checkpoint": str(dense)}, deepspeed=None))
     with pytest.raises(UserError, match=r"holds the model of stage 'upcycle', found stage 'sft'"):
-        _run(stage_config("sft", data, Path(parent["checkpoint"]), model={"checkpoint": str(tuned)}, deepspeed=None))
+        run_stage_here(
+            stage_config("sft", data, Path(parent["checkpoint"]), model={"checkpoint": str(tuned)}, deepspeed=None)
+        )
 
 
 def test_loss_does_not_depend_on_micro_batches_or_checkpointing(data: Path, tmp_path: Path) -> None:
     straight = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-    one = _run(stage_config("sft", data, tmp_path / "8x1", training=straight, **FRESH))
+    one = run_stage_here(stage_config("sft", data, tmp_path / "8x1", training=straight, **FRESH))
     split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
-    _assert_same_curve(one, _run(stage_config("sft", data, tmp_path / "1x8", training=split, **FRESH)))
+    _assert_same_curve(one, run_stage_here(stage_config("sft", data, tmp_path / "1x8", training=split, **FRESH)))
     recomputed = {**straight, "activation_checkpointing": True}
-    _assert_same_curve(one, _run(stage_config("sft", data, tmp_path / "recomputed", training=recomputed, **FRESH)))
+    _assert_same_curve(
+        one, run_stage_here(stage_config("sft", data, tmp_path / "recomputed", training=recomputed, **FRESH))
+    )
 
 
 def test_resume_equals_straight(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # 3 steps an epoch: step 4 is inside the second.
     training = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_steps": 4}
-    straight = _run(stage_config("sft", data, tmp_path / "straight", training=training, **FRESH))
+    straight = run_stage_here(stage_config("sft", data, tmp_path / "straight", training=training, **FRESH))
     broken = stage_config("sft", data, tmp_path / "broken", training=training, **FRESH)
-    _at_step(monkeypatch, 5, _fail)
+    at_step(monkeypatch, 5, _fail)
     with pytest.raises(KeyboardInterrupt):
-        _run(broken)
+        run_stage_here(broken)
     assert [path.name for path in checkpoints.list_complete(tmp_path / "broken")] == ["checkpoint-4"]
     (tmp_path / "broken" / "checkpoint-5").mkdir()
     with pytest.raises(UserError, match=r"the run has changed: seed was 0, is 1"):
-        _run({**broken, "seed": 1})
+        run_stage_here({**broken, "seed": 1})
     with pytest.raises(UserError, match=r"per_device_train_batch_size was 4, is 2"):
-        _run({**broken, "training": {**broken["training"], "per_device_train_batch_size": 2}})
-    _assert_same_curve(straight, _run(broken), tolerance=1e-6)
+        run_stage_here({**broken, "training": {**broken["training"], "per_device_train_batch_size": 2}})
+    _assert_same_curve(straight, run_stage_here(broken), tolerance=1e-6)
     assert load_file(straight / "model.safetensors").keys() == load_file(tmp_path / "broken/model.safetensors").keys()
 
 
@@ -177,16 +147,16 @@ def _fail(callback: Any) -> None:
 def test_sigterm_saves_and_the_same_command_goes_on(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    straight = _run(stage_config("sft", data, tmp_path / "straight", **FRESH))
+    straight = run_stage_here(stage_config("sft", data, tmp_path / "straight", **FRESH))
     config = stage_config("sft", data, tmp_path / "stopped", **FRESH)
-    _at_step(monkeypatch, 2, lambda _: os.kill(os.getpid(), signal.SIGTERM))
-    stopped = _run(config)
+    at_step(monkeypatch, 2, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    stopped = run_stage_here(config)
     assert checkpoints.read_finished(stopped) is None
     assert [path.name for path in checkpoints.list_complete(stopped)] == ["checkpoint-3"]
-    _assert_same_curve(straight, _run(config), tolerance=1e-6)
+    _assert_same_curve(straight, run_stage_here(config), tolerance=1e-6)
 
 
-def test_non_finite_steps_are_skipped_then_stop_the_run(
+def test_non_finite_steps_are_skipped_then_stop_therun_stage_here(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain = trainer.StageTrainer.compute_loss
@@ -202,7 +172,9 @@ def test_non_finite_steps_are_skipped_then_stop_the_run(
         r"not finite: layer vision\.0, lm_loss, .*stopped after 2 such steps in a row \(guards\.max_bad_steps is 1\)"
     )
     with pytest.raises(UserError, match=terms):
-        _run(stage_config("sft", data, tmp_path / "nan", training=training, guards={"max_bad_steps": 1}, **FRESH))
+        run_stage_here(
+            stage_config("sft", data, tmp_path / "nan", training=training, guards={"max_bad_steps": 1}, **FRESH)
+        )
     good = checkpoints.list_complete(tmp_path / "nan")[0]
     assert all(tensor.isfinite().all() for tensor in load_file(good / "model.safetensors").values())
     assert "NaN" not in (tmp_path / "nan" / "run" / "metrics.jsonl").read_text()
@@ -218,12 +190,16 @@ def test_a_gradient_that_breaks_in_the_backward_alone_names_its_layer(
         r"not finite: the gradient norm, the gradient at the output of layer \S+layers\.1\.self_attn\.o_proj; stopped"
     )
     with pytest.raises(UserError, match=where):
-        _run(stage_config("sft", data, tmp_path / "nan", training=training, guards={"max_bad_steps": 0}, **FRESH))
+        run_stage_here(
+            stage_config("sft", data, tmp_path / "nan", training=training, guards={"max_bad_steps": 0}, **FRESH)
+        )
 
 
 def test_exactly_the_trainable_tensors_change(data: Path, tmp_path: Path) -> None:
-    start = _run(stage_config("pretrain_align", data, tmp_path / "start", training={"max_steps": 1}, deepspeed=None))
-    tuned = _run(
+    start = run_stage_here(
+        stage_config("pretrain_align", data, tmp_path / "start", training={"max_steps": 1}, deepspeed=None)
+    )
+    tuned = run_stage_here(
         stage_config(
             "pft",
             data,
@@ -240,7 +216,9 @@ def test_exactly_the_trainable_tensors_change(data: Path, tmp_path: Path) -> Non
 
 
 def test_lora_resume_equals_straight(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = _run(stage_config("pretrain_align", data, tmp_path / "start", training={"max_steps": 1}, deepspeed=None))
+    start = run_stage_here(
+        stage_config("pretrain_align", data, tmp_path / "start", training={"max_steps": 1}, deepspeed=None)
+    )
 
     def stage(name: str, micro: int) -> dict[str, Any]:
         return stage_config(
@@ -257,11 +235,11 @@ def test_lora_resume_equals_straight(data: Path, tmp_path: Path, monkeypatch: py
             deepspeed=None,
         )
 
-    straight = _run(stage("straight", 8))
-    _at_step(monkeypatch, 5, _fail)
+    straight = run_stage_here(stage("straight", 8))
+    at_step(monkeypatch, 5, _fail)
     with pytest.raises(KeyboardInterrupt):
-        _run(stage("broken", 2))
-    _assert_same_curve(straight, _run(stage("broken", 2)))
+        run_stage_here(stage("broken", 2))
+    _assert_same_curve(straight, run_stage_here(stage("broken", 2)))
 
 
 def test_a_checkpoint_of_weights_alone_is_not_gone_on_from(
@@ -269,12 +247,12 @@ def test_a_checkpoint_of_weights_alone_is_not_gone_on_from(
 ) -> None:
     training = {"save_steps": 2, "save_only_model": True}
     config = stage_config("sft", data, tmp_path / "out", training=training, **FRESH)
-    _at_step(monkeypatch, 3, _fail)
+    at_step(monkeypatch, 3, _fail)
     with pytest.raises(KeyboardInterrupt):
-        _run(config)
+        run_stage_here(config)
     assert not list((tmp_path / "out" / "checkpoint-2").glob("optimizer*"))
     with pytest.raises(UserError, match=r"checkpoint-2: holds the model alone \(training\.save_only_model\)"):
-        _run(config)
+        run_stage_here(config)
 
 
 @pytest.mark.parametrize("quantization", [None, "4bit"])
@@ -282,12 +260,12 @@ def test_lora_stage_writes_a_plain_merged_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str | None
 ) -> None:
     training = {"max_steps": 2}
-    start = _run(stage_config("pretrain_align", data, tmp_path / "start", training=training, deepspeed=None))
+    start = run_stage_here(stage_config("pretrain_align", data, tmp_path / "start", training=training, deepspeed=None))
     trainable = {"projector": "full", "language": {"mode": "lora", "lora_rank": 2}}
     model = {"checkpoint": str(start), "quantization": quantization}
     layers: set[str] = set()
-    _at_step(monkeypatch, 1, lambda callback: layers.update(_kinds(callback.trainer.core_model)))
-    tuned = _run(
+    at_step(monkeypatch, 1, lambda callback: layers.update(_kinds(callback.trainer.core_model)))
+    tuned = run_stage_here(
         stage_config(
             "pft", data, tmp_path / "lora", model=model, trainable=trainable, training=training, deepspeed=None
         )
@@ -304,13 +282,15 @@ def test_lora_stage_writes_a_plain_merged_checkpoint(
 def test_adapters_carry_what_trained_in_full_beside_them(data: Path, tmp_path: Path) -> None:
     """The final adapter and that of a checkpoint, merged or put on for an evaluation, are the stage's own result."""
     training = {"max_steps": 2, "save_steps": 1, "learning_rate": 0.01}
-    dense = _run(stage_config("pretrain_align", data, tmp_path / "dense", training={"max_steps": 1}, deepspeed=None))
+    dense = run_stage_here(
+        stage_config("pretrain_align", data, tmp_path / "dense", training={"max_steps": 1}, deepspeed=None)
+    )
     start = tmp_path / "start"
     upcycle(dense, start, MoeConfig.model_validate({"language": {}}))
     moe = {"competition_rate": 0.5, "competition_warmup_ratio": 0}
     trainable = {"projector": "full", "language": {"mode": "lora", "lora_rank": 2}}
     config = stage_config("sft", data, tmp_path / "lora", trainable=trainable, training=training, deepspeed=None)
-    tuned = _run(config | {"model": {"checkpoint": str(start)}, "moe": moe})
+    tuned = run_stage_here(config | {"model": {"checkpoint": str(start)}, "moe": moe})
     expected, before = load_file(tuned / "model.safetensors"), load_file(start / "model.safetensors")
     in_full = [name for name in expected if "projector" in name or name.endswith(".router.weight")]
     assert len(in_full) > 4
@@ -341,11 +321,11 @@ def test_held_out_loss_and_answers(data: Path, tmp_path: Path) -> None:
         **FRESH,
     )
     with pytest.raises(UserError, match=r"sample_steps: needs held-out rows; set data\.validation_fraction"):
-        _run(content)
+        run_stage_here(content)
     content["data"]["validation_fraction"] = 0.3
     (source,) = content["data"]["sources"]
     content["data"]["sources"] = [source | {"name": "first"}, source | {"name": "again"}]
-    out = _run(content)
+    out = run_stage_here(content)
     lines = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line for line in lines if "eval_loss" in line]
     assert len(losses) == 2
@@ -370,10 +350,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(data: Path, tmp_path: Path, monk
     monkeypatch.setattr(trainer.StageTrainer, "_save_rng_state", no_room)
     config = stage_config("sft", data, tmp_path / "out", training={"save_steps": 2}, **FRESH)
     with pytest.raises(UserError, match=r"the disk is full .* checkpoint-4 was not written"):
-        _run(config)
+        run_stage_here(config)
     monkeypatch.setattr(trainer.StageTrainer, "_save_rng_state", real)
     assert [path.name for path in checkpoints.list_complete(tmp_path / "out")] == ["checkpoint-2"]
-    out = _run(config)
+    out = run_stage_here(config)
     assert checkpoints.read_finished(out) is not None
     assert not (out / checkpoints.STAGING).exists()
 
@@ -384,7 +364,7 @@ def test_everything_watched_reaches_tensorboard(data: Path, tmp_path: Path, monk
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     monkeypatch.setattr(run, "device_peak", lambda _: 1e12)
     training = {"max_steps": 4, "report_to": "tensorboard"}  # in which every part competes
-    out = _run(stage_config("sft", data, tmp_path / "out", training=training, **FRESH))
+    out = run_stage_here(stage_config("sft", data, tmp_path / "out", training=training, **FRESH))
     board = EventAccumulator(str(tmp_path / "board"))
     board.Reload()
     shown = {tag.removeprefix("train/") for tag in board.Tags()["scalars"]}
@@ -403,7 +383,7 @@ def test_router_collapse_is_a_warning(
     # Of 2 choices a token, expert 3 of language.1 gets 0.4% (0.8% of tokens), expert 3 of language.0 0.6% (1.2%).
     loads = {"language.0": [0.4, 0.3, 0.294, 0.006], "language.1": [0.4, 0.3, 0.296, 0.004]}
     monkeypatch.setattr(watch, "expert_loads", lambda _: loads.items())
-    _run(stage_config("sft", data, tmp_path / "out", training={"max_steps": 4}, **FRESH))
+    run_stage_here(stage_config("sft", data, tmp_path / "out", training={"max_steps": 4}, **FRESH))
     (warning,) = re.findall("warning: .*collapse.*", capsys.readouterr().err)
     assert warning == "warning: step 3: router collapse in language.1: expert 3 got 0.80% of tokens for 3 logging steps"
 
@@ -412,7 +392,7 @@ def test_rows_longer_than_the_models_context_are_refused_before_the_first_step(d
     content = stage_config("sft", data, tmp_path / "out", **FRESH)
     content["data"]["max_length"] = 257
     with pytest.raises(UserError, match=r"data\.max_length: found 257, but the language model's context is 256"):
-        _run(content)
+        run_stage_here(content)
 
 
 @pytest.mark.parametrize("where", ["forward", "optimizer step"])
@@ -431,11 +411,13 @@ def test_out_of_memory_says_what_did_not_fit(
         r"training\.per_device_train_batch_size \(now 4\).*training\.activation_checkpointing=true"
     )
     with pytest.raises(UserError, match=expected):
-        _run(stage_config("sft", data, tmp_path / "out", **FRESH))
+        run_stage_here(stage_config("sft", data, tmp_path / "out", **FRESH))
 
 
 @pytest.mark.slow
 def test_a_compiled_model_trains_alike(data: Path, tmp_path: Path) -> None:
-    plain = _run(stage_config("sft", data, tmp_path / "plain", **FRESH))
+    plain = run_stage_here(stage_config("sft", data, tmp_path / "plain", **FRESH))
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
-    _assert_same_curve(plain, _run(stage_config("sft", data, tmp_path / "compiled", training=compiled, **FRESH)))
+    _assert_same_curve(
+        plain, run_stage_here(stage_config("sft", data, tmp_path / "compiled", training=compiled, **FRESH))
+    )

@@ -138,6 +138,10 @@ class TrainConfig(StrictConfig):
                 f"output_dir: model.checkpoint is {self.output_dir}{where}, which the stage would write over; "
                 "choose another output_dir"
             )
+        if start in target.parents:
+            raise ValueError(
+                f"output_dir: {self.output_dir} lies inside model.checkpoint, {start}; choose a place outside"
+            )
         return self
 
     @model_validator(mode="after")

@@ -14,7 +14,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from llava_compete.data.config import DataSection
+from llava_compete.data.tables import load_source
 from llava_compete.data.text.config import TextSection
+from llava_compete.data.text.sources import digest
 from llava_compete.moe.config import MoeConfig
 from llava_compete.train.config import TrainConfig
 from llava_compete.train.image_files import fingerprint
@@ -51,14 +54,36 @@ def identity_of(
     config: TrainConfig, moe: MoeConfig | None, data: Feed, world_size: int, zero_stage: int
 ) -> dict[str, Any]:
     """Settings, data, and how the run is shared out; looks at every image file, so on one rank only."""
-    tables = [] if isinstance(config.data, TextSection) else data.train.tables
     return {
         **settings(config, moe),
-        **{f"data.{table.section.name}.images": fingerprint(table) for table in tables},
+        **contents(config.data),
         "data": data.digest,
         "world_size": world_size,
         "zero_stage": zero_stage,
     }
+
+
+def contents(section: DataSection | TextSection) -> dict[str, str]:
+    """Digests of what each source holds, its rows and its image files; looks at every one, so on one rank only.
+
+    Raises:
+        SourceError: a source that is not there.
+    """
+    if isinstance(section, TextSection):
+        return {f"data.train{_ROWS}": digest(section.train)}
+    found = {}
+    for source in section.sources:
+        table = load_source(source, section.cache_dir)
+        found |= {f"data.{source.name}{_ROWS}": table.digest, f"data.{source.name}{_IMAGES}": fingerprint(table)}
+    return found
+
+
+def contents_in(identity: Mapping[str, Any]) -> dict[str, str]:
+    """Of an identity, what `contents` gave."""
+    return {key: value for key, value in identity.items() if key.endswith((_ROWS, _IMAGES))}
+
+
+_ROWS, _IMAGES = ".rows", ".images"
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
@@ -82,15 +107,15 @@ def checkpoint_digest(directory: Path) -> str:
     """
     if not directory.is_dir():
         return str(directory)
-    digest = hashlib.sha256()
+    total = hashlib.sha256()
     for path in sorted(file for file in directory.iterdir() if file.suffix in _MODEL_FILES):
         size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
+        total.update(f"{path.name}\0{size}\0".encode())
         with path.open("rb") as file:
             for start in range(0, size, max(size // _BLOCKS, _BLOCK)):
                 file.seek(start)
-                digest.update(file.read(_BLOCK))
-    return digest.hexdigest()[:16]
+                total.update(file.read(_BLOCK))
+    return total.hexdigest()[:16]
 
 
 _MODEL_FILES = (".json", ".jinja", ".safetensors", ".model", ".txt")

@@ -154,7 +154,7 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
             "competition_overhead": steps.competition_overhead(),
         }
         watch.write_end(summary)
-        checkpoints.write_finished(config.output_dir, {**summary, **record(config, moe)})
+        checkpoints.write_finished(config.output_dir, {**summary, **record(config, moe, trainer.mark["identity"])})
         if (overhead := summary["competition_overhead"]) is not None:
             logger.info("competitions added %.1f%% to the step time", 100 * overhead)
         logger.info("%s: wrote the %s model to %s", config.stage, config.stage, config.output_dir)

@@ -189,10 +189,21 @@ def test_a_file_system_without_locks_is_not_another_run(
     assert "no file locks here (Function not implemented): nothing keeps a second run out" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["dense", "link", "dense/checkpoint-1"])
-def test_a_stage_does_not_write_over_its_own_start(data: Path, start: Path, tmp_path: Path, name: str) -> None:
-    (tmp_path / "link").symlink_to(start)
-    checkpoint = {"dense": start, "link": tmp_path / "link", "dense/checkpoint-1": start / "checkpoint-1"}[name]
-    config = stage_config("pft", data, start, model={"checkpoint": str(checkpoint)}, deepspeed=None)
-    with pytest.raises(UserError, match=r"output_dir: model\.checkpoint is .*dense( itself|'s checkpoint-1), which"):
-        run_stage_here(config)
+@pytest.mark.parametrize(
+    ("checkpoint", "output_dir", "said"),
+    [
+        ("start", "start", r"output_dir: model\.checkpoint is .*start itself, which"),
+        ("link", "start", r"output_dir: model\.checkpoint is .*start itself, which"),
+        ("start/checkpoint-1", "start", r"output_dir: model\.checkpoint is .*start's checkpoint-1, which"),
+        ("start", "start/next/sft", r"output_dir: .*start/next/sft lies inside model\.checkpoint, .*start; choose"),
+        ("link", "start/next", r"output_dir: .*start/next lies inside model\.checkpoint, .*start; choose"),
+    ],
+)
+def test_a_stage_does_not_write_into_its_own_start(
+    data: Path, tmp_path: Path, checkpoint: str, output_dir: str, said: str
+) -> None:
+    (tmp_path / "start").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "start")
+    model = {"checkpoint": str(tmp_path / checkpoint)}
+    with pytest.raises(UserError, match=said):
+        run_stage_here(stage_config("pft", data, tmp_path / output_dir, model=model, deepspeed=None))

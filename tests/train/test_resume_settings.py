@@ -167,9 +167,25 @@ def test_a_finished_stage_with_other_settings_is_not_finished_already(start: Pat
     run_stage_here(_changed(config, "training.logging_steps", 5))
     assert (out / "model.safetensors").stat().st_mtime_ns == weights
     with pytest.raises(
-        UserError, match=r"has finished with other settings: training\.learning_rate was 0\.01, is 0\.5"
+        UserError, match=r"has finished with other settings or data: training\.learning_rate was 0\.01, is 0\.5"
     ):
         run_stage_here(_changed(config, "training.learning_rate", 0.5))
+
+
+def test_a_finished_stage_with_other_data_is_not_finished_already(start: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(start.parent / "data", tmp_path / "data")
+    config = _changed(_stage(start, tmp_path / "out", max_steps=1, save_strategy="no"), "data.sources", [])
+    config["data"]["sources"] = [{"name": "tiny", "path": str(folder / "data.json")}]
+    out = run_stage_here(config)
+    for changed, key in ((folder / "images" / "1.png", "images"), (folder / "data.json", "rows")):
+        content = changed.read_bytes()
+        changed.write_bytes(content.replace(b"IEND", b"IENE").replace(b"Which", b"What "))  # of the same size
+        with pytest.raises(UserError, match=rf"has finished with other settings or data: data\.tiny\.{key} was"):
+            run_stage_here(config)
+        changed.write_bytes(content)
+        assert run_stage_here(config) == out
+    shutil.rmtree(folder)  # nothing to compare with
+    assert run_stage_here(config) == out
 
 
 # ---- a run made longer ----

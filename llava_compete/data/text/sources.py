@@ -19,7 +19,7 @@ import numpy as np
 
 from llava_compete.data.compressed import open_text
 from llava_compete.data.json_rows import UNDECODABLE
-from llava_compete.data.source_files import matching_files, one_split
+from llava_compete.data.source_files import SourceError, matching_files, one_split
 from llava_compete.data.text.config import TextSection, TextSource
 from llava_compete.errors import UserError
 
@@ -39,7 +39,12 @@ class Document(NamedTuple):
 
 
 def list_files(source: TextSource) -> list[Path]:
-    """The local files of a source, sorted; a missing or unknown one, or several splits at once, is a `UserError`."""
+    """The local files of a source, sorted.
+
+    Raises:
+        SourceError: a missing one, or several splits at once.
+        UserError: an unknown one.
+    """
     assert source.path is not None
     found: list[Path] = []
     for path in source.path if isinstance(source.path, list) else [source.path]:
@@ -51,7 +56,9 @@ def list_files(source: TextSource) -> list[Path]:
         else:
             files = matching_files(path) if has_magic(str(path)) else []
         if not files:
-            raise UserError(f"{path}: no text file found; expected a file, directory or glob of {', '.join(_SUFFIXES)}")
+            raise SourceError(
+                f"{path}: no text file found; expected a file, directory or glob of {', '.join(_SUFFIXES)}"
+            )
         found += files
     unknown = [file for file in found if not file.name.endswith(_SUFFIXES)]
     if unknown:

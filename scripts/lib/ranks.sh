@@ -1,8 +1,10 @@
 # Sourced by launch.sh: runs one launcher with this machine's ranks until the ranks have gone, whatever ends the launcher.
 # shellcheck shell=bash
 
-# How long ranks may go on without their launcher: they save, or hang, since another rank is gone.
+# How long ranks may go on without their launcher, while they save; and those that are left once one of them has gone,
+# for which they may wait in vain. A launcher gives them 30 s, too.
 ORPHAN_SECONDS=300
+LEFT_SECONDS=30
 
 # The process ids of the ranks (and of their loader workers). Found by a mark in their environment: a launcher that was
 # killed leads to them no longer, and other runs of this user have other marks.
@@ -14,6 +16,11 @@ list_ranks() {
   [ ${#marked[@]} -gt 0 ] || return 0
   # Not what a library started in a rank (its own helpers end with it).
   grep -lszF 'llava_compete.cli' "${marked[@]/%environ/cmdline}" | cut -d/ -f3 || true
+}
+
+# How many ranks live, each with or without loader workers, which have their rank's number.
+count_ranks() {
+  list_ranks | sed 's|.*|/proc/&/environ|' | xargs -r grep -hszE '^RANK=' | tr '\0' '\n' | sort -u | wc -l
 }
 
 # stop_ranks LAUNCHER: the ranks alone are told, so that they save first; the launcher sees them leave, and leaves too.
@@ -54,8 +61,12 @@ run_ranks() {
 
 # wait_for_orphans LAUNCHER
 wait_for_orphans() {
-  local end=$((SECONDS + ORPHAN_SECONDS))
-  while [ -n "$(list_ranks)" ] && [ "$SECONDS" -lt "$end" ]; do sleep 0.5; done
+  local end=$((SECONDS + ORPHAN_SECONDS)) some_left=no count
+  while count=$(count_ranks) && [ "$count" -gt 0 ] && [ "$SECONDS" -lt "$end" ]; do
+    # shellcheck disable=SC2154 # `processes` is devices.sh's
+    if [ "$some_left" = no ] && [ "$count" -lt "$processes" ]; then some_left=yes end=$((SECONDS + LEFT_SECONDS)); fi
+    sleep 0.5
+  done
   list_ranks | xargs -r kill -KILL 2>/dev/null || true
   # `deepspeed` has a second launcher, which leaves a second after its ranks; not zombies, which nobody may fetch here.
   end=$((SECONDS + 30))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -77,7 +78,9 @@ class started:  # noqa: N801 (reads as a verb in `with`)
         self.environment, self.stderr = {**os.environ, **stage_environment(processes), **environment}, stderr
 
     def __enter__(self) -> subprocess.Popen[bytes]:
-        self.process = subprocess.Popen(self.command, env=self.environment, stderr=self.stderr, start_new_session=True)
+        self.process = subprocess.Popen(
+            self.command, env=self.environment, stderr=self.stderr, start_new_session=True, preexec_fn=hear_signals
+        )
         return self.process
 
     def __exit__(self, *_: object) -> None:
@@ -85,6 +88,12 @@ class started:  # noqa: N801 (reads as a verb in `with`)
             process.kill()
         self.process.kill()
         self.process.wait()
+
+
+def hear_signals() -> None:
+    """In a child: tests that run behind `nohup` or a script's `&` would pass their ignored signals on to it."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def run_worker(name: str, *arguments: Any) -> subprocess.CompletedProcess[str]:

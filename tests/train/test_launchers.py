@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,33 @@ def test_a_machine_that_cannot_be_reached_ends_the_stage_on_all(venv: Path, tmp_
     done = _run(venv, "my.yaml", HOSTFILE=str(hosts))
     assert done.returncode == 255
     assert "two: the connection has ended (ssh: 255)" in done.stderr
+
+
+RANKS = """import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+for rank, seconds in enumerate(sys.argv[2:]):
+    if os.fork() == 0:
+        os.environ["RANK"] = str(rank)
+        os.execv(sys.executable, [sys.executable, "-c", f"import time; time.sleep({seconds})", "llava_compete.cli"])
+time.sleep(0.5)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "least", "most"), [((60, 0.5), 1, 30), ((3, 3), 3, 50)], ids=["one hangs", "both save"]
+)
+def test_a_rank_that_hangs_without_launcher_and_company_is_ended(
+    tmp_path: Path, seconds: tuple[float, float], least: float, most: float
+) -> None:
+    """With company it may be saving, and has minutes."""
+    (tmp_path / "ranks.py").write_text(RANKS, encoding="utf-8")
+    script = f"""source {ROOT}/scripts/lib/common.sh; source {ROOT}/scripts/lib/ranks.sh
+    processes=2 LEFT_SECONDS=1; run_ranks {sys.executable} "$@" """
+    command = ["bash", "-c", script, "bash", str(tmp_path / "ranks.py"), "ranks", *map(str, seconds)]
+    began = time.monotonic()
+    assert subprocess.run(command, check=False, capture_output=True).returncode == 137
+    assert least < time.monotonic() - began < most
 
 
 def test_the_demo_is_the_default_config(venv: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from launch_kit import below, launch_config, ranks_of, running, started, wait_for_step, wait_until
+from launch_kit import below, hear_signals, launch_config, ranks_of, running, started, wait_for_step, wait_until
 from stage_kit import ROOT, stage_environment
 
 from llava_compete.config import dump_yaml
@@ -91,7 +91,9 @@ def test_the_command_alone_saves_too(data: Path, tmp_path: Path, number: signal.
     dump_yaml(config, tmp_path / "c.yaml")
     command = ["llava-compete", "train", str(tmp_path / "c.yaml")]
     environment = {**os.environ, **stage_environment(1)}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=hear_signals
+    ) as process:
         wait_for_step(process, tmp_path / "out", 2)
         process.stderr.close()
         os.killpg(process.pid, number)

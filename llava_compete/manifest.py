@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,16 @@ PACKAGES = (
 
 def package_versions() -> dict[str, str]:
     """Installed version by package; packages that are not installed are left out."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    found = ((name, _version(name)) for name in PACKAGES)
+    return {"python": platform.python_version(), **{name: version for name, version in found if version is not None}}
+
+
+@cache
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def git_state() -> dict[str, Any]:

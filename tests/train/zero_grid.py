@@ -28,7 +28,7 @@ WORKER = Path(__file__).with_name("zero_grid_worker.py")
 # Of a tensor's change, in norm, against the one-process run: float32 sums in another order.
 TOLERANCE = 1e-3
 COEFS = (*ROUTER_COEFS, *COMPETITION_COEFS)
-SILENCE = 120  # seconds without a result after which a launch is taken to hang
+SILENCE = 600  # seconds without a result after which a launch is taken to hang; imports alone take a minute if busy
 
 
 class Cell(NamedTuple):
@@ -71,20 +71,28 @@ def all_cells() -> list[Cell]:
     return [cell for cell in itertools.starmap(Cell, itertools.product(*AXES.values())) if _possible(cell)]
 
 
-def pairwise() -> list[Cell]:
-    """Few cells that hold every pair of values of every two axes: each is the one that adds the most new pairs."""
-    cells = all_cells()
-    missing = {pair for cell in cells for pair in _pairs(cell)}
-    chosen = []
+def covering(strength: int, begin: Sequence[Cell] = ()) -> list[Cell]:
+    """`begin` and few more cells that hold every combination of values of every `strength` axes.
+
+    Each is the one that adds the most new combinations.
+    """
+    held = {cell: set(itertools.combinations(enumerate(cell), strength)) for cell in all_cells()}
+    missing = set().union(*held.values()).difference(*(held[cell] for cell in begin))
+    chosen = list(begin)
     while missing:
-        best = max(cells, key=lambda cell: len(missing & _pairs(cell)))
-        missing -= _pairs(best)
+        best = max(held, key=lambda cell: len(missing & held[cell]))
+        missing -= held[best]
         chosen.append(best)
     return chosen
 
 
-def _pairs(cell: Cell) -> set[tuple[Any, ...]]:
-    return set(itertools.combinations(enumerate(cell), 2))
+def in_order() -> tuple[list[Cell], list[int]]:
+    """All cells, those first that hold every combination of two axes, then three, then four; and how many these are."""
+    chosen, sizes = list[Cell](), []
+    for strength in (2, 3, 4):
+        chosen = covering(strength, chosen)
+        sizes.append(len(chosen))
+    return list(dict.fromkeys([*chosen, *all_cells()])), sizes
 
 
 def is_refused(cell: Cell) -> bool:
@@ -191,26 +199,31 @@ class Grid:
                 command = [sys.executable, str(WORKER), str(self.folder), *arguments]
                 processes.append(subprocess.Popen(command, env=environment | own, stdout=file, stderr=file))
         size, heard = -1, time.monotonic()
-        while any(process.poll() is None for process in processes):
-            time.sleep(0.2)
-            if (now := self.results.stat().st_size if self.results.is_file() else 0) != size:
-                size, heard = now, time.monotonic()
-            if any(process.poll() for process in processes) or time.monotonic() - heard > limit:
-                time.sleep(1)
-                for process in processes:
-                    process.send_signal(signal.SIGKILL)
-        for process in processes:
-            process.wait()
+        try:
+            while any(process.poll() is None for process in processes):
+                time.sleep(0.2)
+                if (now := self.results.stat().st_size if self.results.is_file() else 0) != size:
+                    size, heard = now, time.monotonic()
+                if any(process.poll() for process in processes) or time.monotonic() - heard > limit:
+                    time.sleep(1)
+                    break
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
         return "\n".join(log.read_text(encoding="utf-8")[-1000:] for log in logs)
 
 
 HEAD = """# ZeRO grid
 
-`bash scripts/zero_grid.sh` ({kind}), {date}, commit {commit}: two SGD steps of a tiny model on two CPU ranks, against
+`bash scripts/zero_grid.sh`, {date}, commit {commit}: two SGD steps of a tiny model on two CPU ranks, against
 one process without DeepSpeed. Equal: the change of every tensor differs by less than 1e-3 of its norm (float32 sums in
 another order); refused: before the model is loaded, which is expected of LoRA on an open_clip tower under ZeRO-3 and of
 nothing else. Axes: each part frozen, full or LoRA (not all frozen) x dense, experts on a router step, experts on a
 competition step x 1 or 2 micro-batches a step x activation checkpointing off or on.
+
+**{ran} of {total}** cells ran, in this order: the first {pairs} hold every combination of the values of two axes, the
+first {triples} of three, the first {quadruples} of four; then come the rest.
 
 """
 
@@ -238,11 +251,21 @@ def report(results: dict[Cell, dict[str, Any]]) -> str:
     return "\n".join([*_rows(results), "", *(odd or ["No cell came out otherwise than expected."])]) + "\n"
 
 
-if __name__ == "__main__":
-    kind, folder, table = sys.argv[1:]
-    grid = Grid(Path(folder).resolve())
+def main(folder: Path, table: Path) -> None:
+    """All cells that have not run yet; Ctrl-C or TERM leaves the table of those that have."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    grid = Grid(folder.resolve())
     grid.folder.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    text = report(grid.run(all_cells() if kind == "full" else pairwise()))
-    sys.stdout.write(f"{text}{time.monotonic() - began:.0f} s\n")
-    Path(table).write_text(HEAD.format(kind=kind, date=date.today(), commit=git_state().get("commit", "?")[:10]) + text)
+    order, sizes = in_order()
+    try:
+        grid.run(order)
+    finally:
+        done = grid.done()
+        results = {cell: done[cell] for cell in order if cell in done}
+        facts = {"date": date.today(), "commit": git_state().get("commit", "?")[:10], "ran": f"{len(results):,}"}
+        facts |= {"total": f"{len(order):,}"} | dict(zip(("pairs", "triples", "quadruples"), sizes, strict=True))
+        table.write_text(HEAD.format(**facts) + report(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

@@ -31,7 +31,6 @@ def train(content: dict[str, Any]) -> None:
         run.train(parse_config(TrainConfig, content, source="cell"))
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
-        gc.collect()
 
 
 def difference(grid: Grid, cell: Cell, content: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,6 @@ def open_clip_tower(config: dict[str, Any], seed: int = 0) -> Any:
     visual = _build_vision_tower(
         config["embed_dim"], CLIPVisionCfg(**config["vision_cfg"]), config.get("quick_gelu", False)
     )
-    if "timm_model_name" in config["vision_cfg"]:
+    if hasattr(getattr(visual, "trunk", None), "set_input_size"):
         visual.set_input_size(config["vision_cfg"]["image_size"])
     return visual.eval()

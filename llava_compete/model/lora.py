@@ -61,8 +61,10 @@ def add_adapters(model: LlavaCompeteForConditionalGeneration, parts: Mapping[Par
             modules[name] = parts[part]
     # An attention module of torch is adapted as a whole: its output projection is not called on its own.
     modules = {name: setting for name, setting in modules.items() if name.rpartition(".")[0] not in modules}
-    if not modules and not parameters:
-        raise UserError(f"lora: the model has no linear layers in {', '.join(parts)}")
+    adapted = (*modules, *parameters)
+    for part in parts:
+        if not any(name.startswith(PREFIXES[part]) for name in adapted):
+            raise UserError(f"lora: the model has no linear layers in {part}; let it train in full, or be frozen")
     dropouts = {setting.dropout for setting in parts.values()}
     if len(dropouts) > 1:
         raise UserError(f"lora_dropout: found {sorted(dropouts)}, expected the same for all parts")

@@ -23,6 +23,11 @@ from llava_compete.vision.trunks import block_feed_forward
 
 def install_vision_experts(tower: VisionTower, moe: MoeLayerConfig, state: RoutingState) -> None:
     """Replace the MLPs of the tower's chosen blocks."""
+    if not tower.kind.has_mlps:
+        raise UserError(
+            f"moe.vision: found a tower of feature maps ({type(tower.trunk).__name__}), whose stages see maps of "
+            "different sizes; expected a vision transformer. Experts can go into the projector and the language model"
+        )
     blocks = tower.blocks
     for index in _select(moe, len(blocks), "vision"):
         shape = block_feed_forward(blocks[index])

@@ -21,6 +21,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
@@ -152,6 +153,11 @@ class StageTrainer(Trainer):
                 {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
             ]
         return self.optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As transformers', which takes a batch norm's scale for a weight."""
+        scales = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, BatchNorm)}
+        return [name for name in super().get_decay_parameter_names(model) if name not in scales]
 
     def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
         return trainable.optimizer_groups(

@@ -1,6 +1,7 @@
 """The vision tower: the visual half of an open_clip model, cut after its feature layer, with optional S² scales.
 
-What lies behind the feature layer (later blocks, pooling, projection) is dropped, since it could never get a gradient.
+The feature layer is a transformer's block or, of a convolutional or hierarchical network, a stage (`trunks`).
+What lies behind it (later blocks, pooling, projection) is dropped, since it could never get a gradient.
 S² (arXiv 2403.13043): a scale s is the image at s times the base size, cut in s x s tiles; tiles' features are put
 back in place, pooled to the base grid and concatenated over scales. All tiles of all scales pass in one batch.
 """
@@ -8,11 +9,12 @@ back in place, pooled to the base grid and concatenated over scales. All tiles o
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from llava_compete.errors import UserError
@@ -30,14 +32,26 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         self.trunk: Any = build_trunk(config.embed_dim, config.vision_cfg, config.quick_gelu)
-        self.kind = trunk_of(self.trunk)
-        self.kind.keep(feature_block(len(self.kind.blocks), config.feature_layer) + 1)
+        self.kind = trunk_of(self.trunk, config.preprocess.size)
+        self.kind.keep(feature_block(self.kind, config.feature_layer) + 1)
         self.grid = self.kind.grid
 
     @property
     def blocks(self) -> Any:
-        """The transformer blocks, in order; each has an `mlp`."""
+        """The blocks, in order; each of a transformer has an `mlp`."""
         return self.kind.blocks
+
+    def train(self, mode: bool = True) -> Self:
+        """As any module's, but batch norm keeps to its stored statistics, trained or not.
+
+        Those of a micro-batch differ by rank and by how a batch is cut, the blank picture of a text-only one would
+        count, and a recomputation in backward would count twice. Its scale and shift train like any parameter.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, BatchNorm):
+                module.train(False)
+        return self
 
     def restore_buffers(self) -> None:
         """Compute again what the architecture defines and no checkpoint stores (rotary tables of EVA towers)."""

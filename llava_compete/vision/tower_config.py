@@ -59,7 +59,8 @@ class TowerConfig(StrictConfig):
     feature_layer: int = Field(
         default=-2,
         description=(
-            "block whose output is the feature: -1 the last, -2 the second last (LLaVA-1.5, arXiv 2310.03744)"
+            "block whose output is the feature: -1 the last, -2 the second last (LLaVA-1.5, arXiv 2310.03744); "
+            "of a network of feature maps (ConvNeXt, EfficientNet, MobileCLIP, Swin) the stage"
         ),
     )
     select: Literal["patch", "cls_patch"] = Field(
@@ -73,7 +74,7 @@ class TowerConfig(StrictConfig):
     # Facts of the built tower: with them a config alone tells the number of image tokens and the projector's width.
     width: int = Field(gt=0, description="of one block's output")
     num_tokens: int = Field(gt=0, description="features of one picture")
-    num_layers: int = Field(gt=0, description="blocks kept")
+    num_layers: int = Field(gt=0, description="blocks or stages kept")
 
     @field_validator("scales")
     @classmethod
@@ -125,7 +126,8 @@ class VisionTowerSection(StrictConfig):
     feature_layer: int = Field(
         default=-2,
         description=(
-            "block whose output is the feature: -1 the last, -2 the second last (LLaVA-1.5, arXiv 2310.03744)"
+            "block whose output is the feature: -1 the last, -2 the second last (LLaVA-1.5, arXiv 2310.03744); "
+            "of a network of feature maps (ConvNeXt, EfficientNet, MobileCLIP, Swin) the stage"
         ),
     )
     select: Literal["patch", "cls_patch"] = Field(

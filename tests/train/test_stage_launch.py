@@ -18,6 +18,7 @@ from launch_kit import TOLERANCE, assert_same_curve, launch_config, run_worker, 
 from safetensors.torch import load_file
 from stage_kit import (
     ROOT,
+    fresh_model,
     run_stage,
     stage_environment,
 )
@@ -47,6 +48,19 @@ def test_two_processes_equal_one(
     data: Path, tmp_path: Path, reference: Path, micro: int, accumulation: int, changes: dict[str, Any]
 ) -> None:
     assert_same_curve(reference, train_launched(data, tmp_path, "out", micro, accumulation, **changes))
+
+
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_a_convolutional_tower_under_zero_equals_one_process(data: Path, tmp_path: Path, zero: str) -> None:
+    tower = {"embed_dim": 8, "vision_cfg": {"timm_model_name": "test_efficientnet", "image_size": 32}}
+    changes: dict[str, Any] = {"model": {**fresh_model(), "vision_tower": {"config": tower}}, "stage": "pft"}
+    alone = train_launched(data, tmp_path, "alone", 8, 1, processes=1, **changes, deepspeed=None)
+    training = {"activation_checkpointing": True}
+    sharded = train_launched(data, tmp_path, "sharded", 2, 2, **changes, deepspeed=zero, training=training)
+    assert_same_curve(alone, sharded)
+    for name, buffer in load_checkpoint(sharded)[0].named_buffers():
+        if name.endswith("running_var"):
+            assert torch.equal(buffer, torch.ones_like(buffer)), name
 
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])

@@ -22,6 +22,8 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("config",): ("train.config", "every key of the YAML files: type, default, meaning"),
     ("upcycle",): ("checkpoint.upcycle", "turn the dense MLPs of a checkpoint into mixtures of experts"),
     ("merge",): ("checkpoint.merge", "merge LoRA adapters into a plain checkpoint"),
+    ("import",): ("checkpoint.bring_in", "bring in a checkpoint that another package published"),
+    ("export",): ("checkpoint.export", "write a checkpoint that plain transformers loads"),
     ("plan",): ("train.plan", "parameters, memory and FLOPs of a recipe, without running it"),
     ("info",): ("checkpoint.info", "what a checkpoint is: parts, stage, parents, routers"),
     ("eval",): ("evaluate.benchmarks", "evaluate a checkpoint with lmms-eval"),

@@ -14,11 +14,11 @@ PACKAGE = ROOT / "llava_compete"
 ORDER = [
     ["errors", "parts", "optional_packages", "shipped"],
     ["files", "config", "console"],
-    ["manifest"],
+    ["manifest", "weight_files"],
     ["moe"],
     ["vision", "language"],
     ["model"],
-    ["data", "demo", "fetch"],
+    ["data", "demo", "fetch", "convert"],
     ["check"],
     ["train"],
     ["evaluation"],

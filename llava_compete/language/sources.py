@@ -153,7 +153,7 @@ def load_tokenizer(
     elif trained is not None:
         tokenizer = trained
     else:
-        tokenizer = _read_tokenizer(language, section, trust_remote_code)
+        tokenizer = read_tokenizer(language, section, trust_remote_code)
     add_image_token(tokenizer)
     # What generation needs, also from a tokenizer loaded without the processor; training's collator pads by itself.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
@@ -170,11 +170,14 @@ def missing_control_tokens(
     """Control tokens of a template that the tokenizer of a named model lacks: their embeddings will be random."""
     if section is not None and section.name is None:  # trained on the data, with all that the template needs
         return []
-    known = _read_tokenizer(language, section, trust_remote_code).get_vocab()
+    known = read_tokenizer(language, section, trust_remote_code).get_vocab()
     return [token for token in TEMPLATES.get(chat_template, ()) if token not in known]
 
 
-def _read_tokenizer(language: LanguageModelSection, section: TokenizerSection | None, trust_remote_code: bool) -> Any:
+def read_tokenizer(
+    language: LanguageModelSection, section: TokenizerSection | None, trust_remote_code: bool = False
+) -> Any:
+    """The tokenizer of a named model, or the one that `section` names, as it is in its files."""
     name = section.name if section is not None else language.name
     try:
         gguf = gguf_options(name)

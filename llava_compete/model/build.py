@@ -68,7 +68,7 @@ def _load(section: ModelSection) -> tuple[LlavaCompeteForConditionalGeneration, 
     if section.chat_template is not None:
         _refuse_growth(set_chat_template(processor.tokenizer, section.chat_template), section)
         processor.chat_template = processor.tokenizer.chat_template
-        model.generation_config = _generation_config(processor.tokenizer, model.config)
+        model.generation_config = default_generation_config(processor.tokenizer, model.config)
     return model, processor
 
 
@@ -80,11 +80,12 @@ def _make(
     config = build_config(section, moe, text_config, tokenizer)
     config.dtype = getattr(torch, section.dtype)
     model = _join(section, config, tokenizer).to(config.dtype)
-    model.generation_config = _generation_config(tokenizer, config)
-    return model, _processor_of(config, tokenizer)
+    model.generation_config = default_generation_config(tokenizer, config)
+    return model, processor_of(config, tokenizer)
 
 
-def _processor_of(config: LlavaCompeteConfig, tokenizer: Any) -> LlavaCompeteProcessor:
+def processor_of(config: LlavaCompeteConfig, tokenizer: Any) -> LlavaCompeteProcessor:
+    """The processor of a model of this config with this tokenizer."""
     image_processor = None if config.tower is None else LlavaCompeteImageProcessor.from_tower(config.tower)
     return LlavaCompeteProcessor(image_processor, tokenizer, num_image_tokens=config.num_image_tokens)
 
@@ -119,7 +120,7 @@ def _quantized(section: ModelSection) -> dict[str, Any]:
 def build_processor(section: ModelSection, tokenizer: Any = None) -> LlavaCompeteProcessor:
     """The processor of a new model, without the model: for checks of the data before training."""
     text_config, tokenizer = _language_of(section, tokenizer)
-    return _processor_of(build_config(section, None, text_config, tokenizer), tokenizer)
+    return processor_of(build_config(section, None, text_config, tokenizer), tokenizer)
 
 
 def _language_of(section: ModelSection, trained: Any) -> tuple[PreTrainedConfig, Any]:
@@ -213,7 +214,7 @@ def _vocabulary(model: LlavaCompeteForConditionalGeneration) -> int:
     return int(model.get_input_embeddings().get_parameter("weight").shape[0])
 
 
-def _generation_config(tokenizer: Any, config: LlavaCompeteConfig) -> GenerationConfig:
+def default_generation_config(tokenizer: Any, config: LlavaCompeteConfig) -> GenerationConfig:
     """Greedy; ends where the template's turns end; never writes an image placeholder."""
     return GenerationConfig(
         eos_token_id=stop_token_ids(tokenizer),

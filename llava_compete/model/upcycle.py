@@ -7,27 +7,22 @@ one from the parent's shards and written in shards, so memory stays near one sha
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import zlib
-from collections.abc import Iterator
+from functools import partial as partial_call
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from llava_compete.config import StrictConfig
 from llava_compete.errors import UserError, and_more
-from llava_compete.files import mode_by_umask
 from llava_compete.model.checkpoint import (
     INDEX,
-    WEIGHTS,
     TensorFacts,
     model_on_meta,
     read_config,
@@ -36,6 +31,7 @@ from llava_compete.model.checkpoint import (
 from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.section import ModelSection
+from llava_compete.model.shards import SHARD_BYTES, PlannedTensor, write_shards
 from llava_compete.moe.block import SparseMoeBlock
 from llava_compete.moe.config import MoeConfig
 
@@ -47,7 +43,6 @@ DENSE_NAMES = {
     "up_proj": (("c_fc",), ("fc1",), ("up_proj",), ("dense_h_to_4h",)),
     "down_proj": (("down_proj",), ("c_proj",), ("fc2",), ("dense_4h_to_h",)),
 }
-SHARD_BYTES = 2 * 1024**3
 # What a checkpoint directory holds besides config and weights, and what of it belongs to the parent's run only.
 _RUN_FOLDERS = ("checkpoint-*", "run", "adapter")
 
@@ -114,7 +109,12 @@ def upcycle(
     _prepare(parent, output_dir, partial)
     _copy_other_files(parent, partial)
     new_config.save_pretrained(partial)
-    _write_shards(partial, sources, headers, seed, shard_bytes)
+    dtype_of = {key: _dtype(source, headers) for key, source in sources.items()}
+    tensors = {
+        key: PlannedTensor(source.shape, dtype_of[key], partial_call(_make, key, source, headers, dtype_of[key], seed))
+        for key, source in sources.items()
+    }
+    write_shards(partial, tensors, shard_bytes, title="upcycle")
     if output_dir.exists():
         shutil.rmtree(output_dir)
     partial.rename(output_dir)
@@ -178,46 +178,6 @@ def _copy_other_files(parent: Path, partial: Path) -> None:
             shutil.copy2(item, partial / item.name)
         elif item.is_dir() and not any(item.match(pattern) for pattern in _RUN_FOLDERS):
             shutil.copytree(item, partial / item.name)
-
-
-def _write_shards(
-    directory: Path,
-    sources: dict[str, _Source],
-    headers: dict[str, TensorFacts],
-    seed: int,
-    shard_bytes: int,
-) -> None:
-    dtype_of = {key: _dtype(source, headers) for key, source in sources.items()}
-    sizes = {key: _numel(source.shape) * dtype_of[key].itemsize for key, source in sources.items()}
-    shards = list(_group(sizes, shard_bytes))
-    weight_map = {}
-    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="upcycle", leave=False) as bar:
-        for number, keys in enumerate(shards, 1):
-            name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            tensors = {}
-            for key in keys:
-                tensors[key] = _make(key, sources[key], headers, dtype_of[key], seed)
-                bar.update(sizes[key])
-            save_file(tensors, directory / name, metadata={"format": "pt"})
-            weight_map.update(dict.fromkeys(keys, name))
-    mode_by_umask(directory)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _group(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
-    """Keys in order, in groups of at most `limit` bytes (a larger tensor is alone)."""
-    group: list[str] = []
-    total = 0
-    for key, size in sizes.items():
-        if group and total + size > limit:
-            yield group
-            group, total = [], 0
-        group.append(key)
-        total += size
-    if group:
-        yield group
 
 
 def _make(key: str, source: _Source, headers: dict[str, TensorFacts], dtype: torch.dtype, seed: int) -> Tensor:

@@ -19,6 +19,7 @@ from llava_compete.files import read_json
 from llava_compete.vision.tower import VisionTower
 from llava_compete.vision.tower_config import CLIP_MEAN, CLIP_STD, LATEST_PIXELS, TowerConfig, VisionTowerSection
 from llava_compete.vision.trunks import build_trunk, tower_facts
+from llava_compete.weight_files import load_pickled
 
 logger = logging.getLogger(__name__)
 
@@ -197,17 +198,9 @@ def _read_visual(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {key.removeprefix("visual."): file.get_tensor(key) for key in _visual_keys(file.keys(), path)}
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        if "TorchScript" in str(error):
-            raise UserError(f"{path}: a TorchScript archive, which holds code; use safetensors") from error
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: truncated or damaged weights ({_line(error)})") from error
-    except Exception as error:
-        if type(error).__name__ != "UnpicklingError":
-            raise
-        raise UserError(
-            f"{path}: not a file of weights alone, and running code out of it is not safe; use safetensors"
-        ) from error
+    content = load_pickled(path)
     content = content.get("state_dict", content)
     content = {key.removeprefix("module."): value for key, value in content.items()}
     return {key.removeprefix("visual."): content[key] for key in _visual_keys(content, path)}

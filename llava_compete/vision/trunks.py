@@ -256,6 +256,8 @@ def build_trunk(embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bool) ->
         if isinstance(trunk, VisionTransformer):
             return trunk
         if _is_transformer(trunk):
+            if parsed.act_kwargs:
+                _set_gelu(trunk, parsed.act_kwargs)
             # A timm trunk's own size stays as its weights were trained, also 384 on patches of 14, where the patches
             # leave a margin out; any other size must divide.
             if size != trunk.patch_embed.img_size[0]:
@@ -286,6 +288,15 @@ def _parse(vision_cfg: dict[str, Any]) -> CLIPVisionCfg:
     if not isinstance(parsed.image_size, int):
         raise UserError(f"vision tower: image_size {parsed.image_size}: expected one number, the side of a square")
     return parsed
+
+
+def _set_gelu(trunk: Any, options: dict[str, Any]) -> None:
+    """Give the MLPs of a timm trunk the GELU of `vision_cfg.act_kwargs`, which open_clip reads for its own trunks only.
+
+    timm builds some SigLIP towers with the exact GELU whose weights were trained with the tanh approximation.
+    """
+    for block in trunk.blocks:
+        block.mlp.act = nn.GELU(**options)
 
 
 def _check_grid(size: int, patch: int, what: str = "its patch size") -> None:

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# The router study: from one parent checkpoint, with the same data order and steps, dense training goes on beside all
-# eight routers, with several seeds; then evaluation and a paired comparison with intervals over questions and seeds.
+# The router study: from a parent checkpoint a seed, with the same data order and steps, dense training goes on beside
+# all eight routers, with several seeds; then evaluation and a paired comparison with intervals over questions and seeds.
+# A seed is that of the parent's training, of the routers' start, of the data's order and of the competitions.
 #   bash scripts/compare_routers.sh                 3 seeds on the demo, under an hour on 2 cores
 #   bash scripts/compare_routers.sh --quick         1 seed, few steps, under 10 minutes
-#   PARENT=outputs/demo_hard/pretrain_align bash scripts/compare_routers.sh --seeds 5 --suite demo_hard --out outputs/hard \
+#   PARENT='outputs/demo_hard/parent{seed}' bash scripts/compare_routers.sh --seeds 5 --suite demo_hard --out outputs/hard \
 #     --config configs/demo_hard/sft.yaml --upcycle configs/demo_hard/upcycle.yaml training.max_steps=4000
-#   (harder questions, as one would run it on a GPU; after llava-compete data scenes-hard and
-#   scripts/pretrain_align.sh configs/demo_hard/pretrain_align.yaml)
+#   (harder questions, as one would run it on a GPU; after llava-compete data scenes-hard and, for each seed,
+#   scripts/pretrain_align.sh configs/demo_hard/pretrain_align.yaml output_dir=outputs/demo_hard/parent0 seed=0)
 # Further KEY=VALUE go to every training run. Runs that are finished are kept: the same command goes on after a stop.
-# PARENT: a dense checkpoint to start from (default: trained first). JOBS: runs at a time (default: GPUs, else cores).
+# PARENT: a dense checkpoint to start from (default: one a seed is trained first); {seed} in it stands for the seed, and
+# without it the differences hold for this one parent only. JOBS: runs at a time (default: GPUs, else cores).
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
@@ -43,11 +45,14 @@ if [ "$gpus" -eq 0 ]; then
   export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
 
-study_settings "$OUT" "parent ${PARENT:-trained here}, $CONFIG, $UPCYCLE, suite $SUITE, $steps steps, $CHOSEN experts a token, limit $limit ${overrides[*]}"
+study_settings "$OUT" "parent ${PARENT:-one a seed}, $CONFIG, $UPCYCLE, suite $SUITE, $steps steps, $CHOSEN experts a token, limit $limit ${overrides[*]}"
 if [ -z "${PARENT:-}" ]; then
-  PARENT=$OUT/parent
+  PARENT="$OUT/parent/seed{seed}"
   [ -f playground/data/demo/eval/meta.json ] || llava-compete data demo --out playground/data/demo
-  [ -f "$PARENT/config.json" ] || OMP_NUM_THREADS='' bash scripts/pretrain_align.sh output_dir="$PARENT"
+  for ((seed = 0; seed < seeds; seed++)); do
+    parent=${PARENT//"{seed}"/$seed}
+    [ -f "$parent/config.json" ] || OMP_NUM_THREADS='' bash scripts/pretrain_align.sh output_dir="$parent" seed="$seed"
+  done
 fi
 
 # One method with one seed: upcycle (unless dense), train in one process, evaluate.
@@ -56,11 +61,13 @@ run_one() {
   local directory=$OUT/$method/seed$seed
   [ -f "$directory/eval/summary.json" ] && return 0
   [ "$gpus" -eq 0 ] || export CUDA_VISIBLE_DEVICES=$((slot % gpus))
-  local start=$PARENT moe=(moe=false)
+  local parent=${PARENT//"{seed}"/$seed} start moe=(moe=false)
+  start=$parent
   if [ "$method" != dense ]; then
     start=$directory/upcycle moe=()
-    [ -f "$start/config.json" ] || llava-compete upcycle --config "$UPCYCLE" model.checkpoint="$PARENT" \
-      output_dir="$start" moe.language.router="$method" moe.language.num_experts_per_tok="$CHOSEN" seed="$seed"
+    [ -f "$start/config.json" ] || llava-compete upcycle --config "$UPCYCLE" model.checkpoint="$parent" \
+      output_dir="$start" moe.language.router="$method" moe.language.num_experts_per_tok="$CHOSEN" seed="$seed" \
+      moe.seed="$seed"
   fi
   [ -f "$directory/sft/config.json" ] || llava-compete train "$CONFIG" --stage sft model.checkpoint="$start" \
     output_dir="$directory/sft" seed="$seed" deepspeed=none training.per_device_train_batch_size=16 \

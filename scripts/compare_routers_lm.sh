@@ -31,13 +31,16 @@ study_settings "$out" "overrides: ${overrides[*]:-none}"
 
 # One method with one seed: train in one process, then held-out bits per byte by row.
 run_one() {
-  local method=$1 seed=$2 config=configs/lm/tiny.yaml moe=()
+  local method=$1 seed=$2 config=configs/lm/tiny.yaml moe=("moe.seed=$2")
   local directory=$out/$method/seed$seed
   [ -f "$directory/eval/summary.json" ] && return 0
   case "$method" in
-    dense) config=configs/lm/tiny_dense.yaml ;;
+    dense) config=configs/lm/tiny_dense.yaml moe=() ;;
     competition) ;;
-    *) moe=(moe.language.router="$method" moe.language.winner_distillation_coef=null) ;;
+    *)
+      moe+=(moe.language.router="$method")
+      for term in distillation winner_distillation diversity; do moe+=("moe.language.${term}_coef=null"); done
+      ;;
   esac
   llava-compete train "$config" --stage pretrain_lm output_dir="$directory/model" seed="$seed" deepspeed=none \
     "${moe[@]}" "${overrides[@]}"

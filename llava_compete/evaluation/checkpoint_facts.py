@@ -40,6 +40,16 @@ def checkpoint_facts(directory: Path, adapter: Path | None = None) -> dict[str, 
     }
 
 
+def refuse_competition_at_inference(directory: Path) -> None:
+    """Raise a `UserError` for a checkpoint with a part whose competition the loss judges: no loss, no competition."""
+    for part, layer in (checkpoint_config(directory).get("moe") or {}).items():
+        if isinstance(layer, dict) and layer.get("competition_judge") == "loss":
+            raise UserError(
+                f"competition_at_inference: {directory} has moe.{part}.competition_judge 'loss', which competes in "
+                "training's backward only; expected false"
+            )
+
+
 def training_seed(directory: Path) -> int | None:
     """The seed in the manifest of the run that wrote a checkpoint or adapter; None where no manifest is near."""
     for place in (directory, directory.parent):  # an adapter lies in its run's directory

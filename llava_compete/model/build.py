@@ -230,9 +230,7 @@ def apply_moe_settings(model: LlavaCompeteForConditionalGeneration, moe: MoeConf
     model.config.moe = moe.model_dump(mode="json")
     for block in moe_blocks(model).values():
         block.config = moe.parts()[block.part]
-        block.experts.affinity = block.config.affinity
-        block.experts.chunk_tokens = block.config.competition_chunk_tokens
-        block.experts.implementation = block.config.experts_implementation
+        block.experts.configure(block.config)
 
 
 def check_moe_settings(config: LlavaCompeteConfig, moe: MoeConfig) -> None:

@@ -8,6 +8,8 @@ K chosen.
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 from torch import Tensor, nn
 
@@ -64,12 +66,17 @@ class SparseMoeBlock(nn.Module):
         self.output_dropout = nn.Dropout(output_dropout) if output_dropout else nn.Identity()
         self.reset_parameters()
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Router N(0, 0.02), experts as nn.Linear; nothing on the meta device."""
+    def reset_parameters(self) -> None:
+        """Router N(0, 0.02), experts as nn.Linear; nothing on the meta device.
+
+        Each from a generator of its own, made of torch's seed and the layer's name: with another router, or with other
+        layers as mixtures, the experts and all that is drawn after them start as they would.
+        """
         if self.experts.down_proj.is_meta:
             return
-        self.router.reset_parameters(generator)
-        self.experts.reset_parameters(generator)
+        for module in (self.router, self.experts):
+            key = zlib.crc32(f"{torch.initial_seed()}/{self.name}/{type(module).__name__}".encode())
+            module.reset_parameters(torch.Generator(self.experts.down_proj.device).manual_seed(key))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])

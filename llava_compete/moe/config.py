@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import Field, ModelWrapValidatorHandler, PositiveInt, field_validator, model_validator
@@ -35,7 +36,8 @@ COMPETITION_COEFS = {
 }
 
 # What only a competition by response has, and what one judged by the loss has instead, with its defaults.
-RESPONSE_KEYS = (*COMPETITION_COEFS, "affinity", "competition_keeps")
+RESPONSE_DEFAULTS: dict[str, Any] = {**COMPETITION_COEFS, "affinity": "softplus"}
+RESPONSE_KEYS = (*RESPONSE_DEFAULTS, "competition_keeps")
 JUDGED_DEFAULTS: dict[str, Any] = {
     "competition_baseline": "output",
     "competition_margin": 0.8,
@@ -64,11 +66,11 @@ class MoeLayerConfig(StrictConfig):
     layers: Literal["all"] | EveryNth | list[int] = Field(
         default="all", description="which blocks become mixtures: all, numbers from 0, or {every, offset}"
     )
-    affinity: AffinityName = Field(
-        default="softplus",
+    affinity: AffinityName | None = Field(
+        default=None,
         description=(
-            "neural response that wins a competition: mean of this function over the outputs, or their norm "
-            "(CompeteSMoE, arXiv 2505.13380, section 3.1)"
+            "competition: neural response that wins it: mean of this function over the outputs, or their norm; "
+            "default softplus (CompeteSMoE, arXiv 2505.13380, section 3.1)"
         ),
     )
     balance_over: Literal["first_choice", "all_choices"] = Field(
@@ -163,10 +165,13 @@ class MoeLayerConfig(StrictConfig):
         if not isinstance(data, dict):
             return handler(data)
         router = data.get("router", "competition")
-        of_competition = JUDGED_DEFAULTS if data.get("competition_judge") == "loss" else COMPETITION_COEFS
+        of_competition = JUDGED_DEFAULTS if data.get("competition_judge") == "loss" else RESPONSE_DEFAULTS
         defaults = ROUTER_COEFS | (of_competition if router == "competition" else {})
         if router in ROUTER_CLASSES:
             defaults["balance_coef"] = ROUTER_CLASSES[router].balance_coef
+            if router != "competition" and data.get("affinity") == "softplus":
+                # Checkpoints of earlier versions hold it for every router.
+                data = {key: value for key, value in data.items() if key != "affinity"}
         config = handler({**data, **{key: value for key, value in defaults.items() if data.get(key) is None}})
         config.model_fields_set.intersection_update(data)
         return config
@@ -210,9 +215,8 @@ class MoeLayerConfig(StrictConfig):
                 f"for router {self.router!r} always uses its shared expert"
             )
         if self.router != "competition":
-            unused = [key for key in COMPETITION_COEFS if getattr(self, key) is not None]
-            unused += ["affinity"] if self.affinity != "softplus" else []
-            unused += [key for key in (*COMPETITION_MEMORY, *JUDGED_DEFAULTS) if getattr(self, key) is not None]
+            keys = dict.fromkeys((*RESPONSE_KEYS, *COMPETITION_MEMORY, *JUDGED_DEFAULTS))
+            unused = [key for key in keys if getattr(self, key) is not None]
             unused += ["competition_judge"] if self.competition_judge != "response" else []
             if unused:
                 raise ValueError(f"{unused[0]}: router {self.router!r} has no such term, only 'competition' has")
@@ -226,12 +230,7 @@ class MoeLayerConfig(StrictConfig):
 
     def _check_judge(self) -> None:
         judged = self.competition_judge == "loss"
-        for key in RESPONSE_KEYS if judged else JUDGED_DEFAULTS:
-            if getattr(self, key) != ("softplus" if key == "affinity" else None):
-                raise ValueError(
-                    f"{key}: found {getattr(self, key)!r}, expected none, "
-                    f"for competition_judge {self.competition_judge!r} has no such term"
-                )
+        self._refuse(RESPONSE_KEYS if judged else JUDGED_DEFAULTS, "competition_judge")
         others = self.num_experts - self.num_experts_per_tok
         if judged and others == 0:
             raise ValueError(
@@ -243,6 +242,15 @@ class MoeLayerConfig(StrictConfig):
                 f"competition_contenders: found {self.competition_contenders}, expected at most the {others} experts "
                 "that are not chosen"
             )
+
+    def _refuse(self, keys: Iterable[str], because: str) -> None:
+        """Raise for a key of `keys` that is set, though the value of `because` leaves it nothing to do."""
+        for key in keys:
+            if getattr(self, key) is not None:
+                raise ValueError(
+                    f"{key}: found {getattr(self, key)!r}, expected none, "
+                    f"for {because} {getattr(self, because)!r} has no such term"
+                )
 
     @property
     def holds_contests(self) -> bool:
@@ -280,12 +288,13 @@ class MoeLayerConfig(StrictConfig):
         }
 
 
-def without_other_judges_keys(stored: dict[str, Any], judge: str) -> dict[str, Any]:
-    """A stored part's settings without those of its competition that `judge`, if it is another one, has no use for."""
-    if stored.get("competition_judge", "response") == judge:
+def still_used(stored: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A stored part's settings without those for which the judge that `changes` names has no use."""
+    judged_before = stored.get("competition_judge", "response")
+    if changes.get("competition_judge", judged_before) == judged_before:
         return stored
-    other = JUDGED_DEFAULTS if judge == "response" else RESPONSE_KEYS
-    return {key: value for key, value in stored.items() if key not in other}
+    unused = JUDGED_DEFAULTS if judged_before == "loss" else RESPONSE_KEYS
+    return {key: value for key, value in stored.items() if key not in unused}
 
 
 class MoeConfig(StrictConfig):

@@ -63,11 +63,7 @@ class PackedExperts(nn.Module):
         super().__init__()
         self.num_experts = config.num_experts
         self.num_winners = config.num_experts_per_tok
-        self.affinity = config.affinity
-        self.chunk_tokens = config.competition_chunk_tokens
-        self.kept = config.competition_kept
-        self.judgement = _judgement(config)
-        self.implementation = config.experts_implementation
+        self.configure(config)
         self.activation = activation
         self.has_gate, self.has_bias = gated, bias
         self.act_fn: nn.Module = activation_function(activation)
@@ -82,6 +78,14 @@ class PackedExperts(nn.Module):
         if bias:
             self.register_parameter(f"{self.up_name}_bias", nn.Parameter(torch.empty(self.num_experts, rows)))
             self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, output_size))
+
+    def configure(self, config: MoeLayerConfig) -> None:
+        """Take what of `config` is no part of the architecture: kernels, and how competitions are held."""
+        self.affinity = config.affinity
+        self.chunk_tokens = config.competition_chunk_tokens
+        self.kept = config.competition_kept
+        self.judgement = _judgement(config)
+        self.implementation = config.experts_implementation
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Each expert as nn.Linear would: uniform within 1/sqrt(fan in)."""

@@ -33,7 +33,8 @@ _RESAMPLES = 4000
 class Settings:
     """One study.
 
-    parent: dense checkpoint. config, upcycle: YAMLs of `sft` and of the upcycling. data: LLaVA JSON of all rows.
+    parent: dense checkpoint; {seed} in its name stands for the run's seed. config, upcycle: YAMLs of `sft` and of the
+    upcycling. data: LLaVA JSON of all rows.
     rows: the largest set; None for all rows of the data. suite: what to evaluate. steps: of every run; None for one
     pass over the largest set. jobs: runs at a time, one core each on a CPU.
     """
@@ -123,6 +124,10 @@ def _folder(settings: Settings, one: Run) -> Path:
     return settings.out / one.router / f"rows{one.rows}" / f"seed{one.seed}"
 
 
+def _parent(settings: Settings, seed: int) -> Path:
+    return Path(str(settings.parent).replace("{seed}", str(seed)))
+
+
 def _do(settings: Settings, one: Run) -> None:
     folder = _folder(settings, one)
     if (folder / "eval" / "summary.json").is_file():
@@ -132,8 +137,9 @@ def _do(settings: Settings, one: Run) -> None:
     source += f"max_rows: {one.rows}}}]"
     _command(
         folder,
-        *("upcycle", "--config", settings.upcycle, f"model.checkpoint={settings.parent}"),
-        *(f"output_dir={folder / 'upcycle'}", f"moe.language.router={one.router}", f"seed={one.seed}"),
+        *("upcycle", "--config", settings.upcycle, f"model.checkpoint={_parent(settings, one.seed)}"),
+        *(f"output_dir={folder / 'upcycle'}", f"moe.language.router={one.router}"),
+        *(f"seed={one.seed}", f"moe.seed={one.seed}"),
     )
     _command(
         folder,

@@ -20,7 +20,7 @@ from llava_compete.language.sources import missing_control_tokens
 from llava_compete.language.tokenizer import train_byte_level_bpe
 from llava_compete.model.build import build_model, refuse_other_architecture
 from llava_compete.model.checkpoint import read_config
-from llava_compete.moe.config import MoeConfig, without_other_judges_keys
+from llava_compete.moe.config import MoeConfig, still_used
 from llava_compete.train.config import TrainConfig
 
 if TYPE_CHECKING:  # `plan` reads recipes with this module where DeepSpeed is not installed
@@ -111,8 +111,8 @@ def moe_in_force(config: TrainConfig, stored: dict[str, Any] | None) -> MoeConfi
         raise UserError(f"{checkpoint}: has MoE blocks, but {config.stage} trains a dense model (upcycle comes after)")
     changes = config.moe.model_dump(exclude_unset=True, mode="json") if config.moe else {}
     for part, values in changes.items():
-        if isinstance(values, dict) and isinstance(stored.get(part), dict) and "competition_judge" in values:
-            stored = {**stored, part: without_other_judges_keys(stored[part], values["competition_judge"])}
+        if isinstance(values, dict) and isinstance(stored.get(part), dict):
+            stored = {**stored, part: still_used(stored[part], values)}
     refuse_other_architecture(stored, changes)  # before validation, which would blame settings kept from the checkpoint
     return parse_config(MoeConfig, _overlaid(stored, changes), source=f"{checkpoint} with the config's moe")
 

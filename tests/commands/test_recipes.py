@@ -8,8 +8,10 @@ import pytest
 
 from llava_compete import shipped
 from llava_compete.cli import main
+from llava_compete.config import load_config, read_yaml
 from llava_compete.evaluation.config import EVAL_ROOT
 from llava_compete.evaluation.lmms.suites import beside_their_data
+from llava_compete.train.config import TrainConfig
 
 
 def test_recipes_are_listed_and_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -21,6 +23,18 @@ def test_recipes_are_listed_and_copied(tmp_path: Path, capsys: pytest.CaptureFix
     assert {file.name: file.read_bytes() for file in (tmp_path / "mine").iterdir()} == {
         file.name: file.read_bytes() for file in original.iterdir()
     }
+
+
+def test_each_recipe_with_a_competition_has_one_that_the_loss_judges() -> None:
+    recipes = [path.parent for path in shipped.folder("configs").glob("*/upcycle.yaml")]
+    assert len(recipes) >= 6
+    for recipe in recipes:
+        papers, other = (read_yaml(recipe / name) for name in ("sft.yaml", "sft_loss.yaml"))
+        parts = [key for key, value in read_yaml(recipe / "upcycle.yaml")["moe"].items() if isinstance(value, dict)]
+        assert other.pop("moe") == {part: {"competition_judge": "loss"} for part in parts}
+        assert other.pop("output_dir") == papers.pop("output_dir") + "_loss"
+        assert other == papers
+        load_config(TrainConfig, recipe / "sft_loss.yaml")
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, CLIPConfig, Llama
 
 from llava_compete.errors import UserError
 from llava_compete.language.templates import read_template, set_chat_template
-from llava_compete.model.build import build_model
+from llava_compete.model.build import apply_moe_settings, build_model
 from llava_compete.model.checkpoint import load_checkpoint, save_checkpoint
 from llava_compete.model.section import ModelSection
 from llava_compete.moe.config import MoeConfig
@@ -169,3 +169,23 @@ def test_a_later_stage_may_set_another_chat_template(tmp_path: Path) -> None:
     assert processor.tokenizer.chat_template == processor.chat_template == read_template("chatml")
     ends = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<eos>"])
     assert model.generation_config.eos_token_id == sorted(ends)
+
+
+def test_a_stage_may_let_the_loss_judge_a_checkpoint_of_the_papers_competition() -> None:
+    layer = {"num_experts": 4, "num_experts_per_tok": 2}
+    model, _ = tiny_model({"language": layer})
+    judged, _ = tiny_model({"language": {**layer, "competition_judge": "loss", "competition_margin": 0.0}})
+    ids = torch.arange(5, 15)[None]
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return [parameter.grad.clone() for name, parameter in model.named_parameters() if "router" in name]
+
+    plain = gradients()
+    apply_moe_settings(model, MoeConfig.model_validate(judged.config.moe))
+    of_changed = gradients()
+    model.load_state_dict(judged.state_dict())
+    assert not torch.equal(plain[0], of_changed[0])
+    model, expected = judged, of_changed
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients(), expected, strict=True))

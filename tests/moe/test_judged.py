@@ -91,7 +91,7 @@ def test_a_margin_asks_some_and_not_all() -> None:
     block = judged_block()
     asks = [asked(block.router.weight.detach() @ token, 2, 0.7, None) for token in X.flatten(0, 1)]
     assert 5 < sum(map(len, asks)) < 50
-    assert {len(experts) for experts in asks} > {0, 1, 2}
+    assert {len(experts) for experts in asks} >= {0, 1, 2}
 
 
 def test_the_forward_and_the_experts_gradients_are_the_router_steps() -> None:

@@ -314,6 +314,21 @@ def test_dropout_is_the_same_in_what_a_competition_computes_again(keeps: str, ga
     assert float(slope) == pytest.approx(float(gradient.norm()), rel=1e-2)
 
 
+def test_experts_start_alike_with_every_router() -> None:
+    """Or a study of routers would also compare their experts' luck. Name and seed make the difference."""
+    starts = {router: make_block(router=router).experts.up for router in ROUTERS}
+    assert all(torch.equal(start, starts["softmax"]) for start in starts.values())
+    after = torch.rand(1)
+    make_block(router="xmoe")
+    assert torch.equal(torch.rand(1), after), "nor do they move what is drawn after them"
+    other_seed, block = make_block(seed=1), make_block()
+    block.name = "language.1"
+    block.reset_parameters()
+    for other in (other_seed, block):
+        assert not torch.equal(other.experts.up, starts["softmax"])
+        assert not torch.equal(other.experts.up[0], other.experts.up[1])
+
+
 def test_meta_device_builds_without_memory() -> None:
     with torch.device("meta"):
         block = make_block(sizes={"gated": True, "bias": False})

@@ -28,6 +28,9 @@ JUDGED = {"competition_judge": "loss"}
         ({"router": "softmax", "competition_judge": "loss"}, "competition_judge: router 'softmax' has no such term"),
         ({"competition_margin": 0.5}, "competition_margin: found 0.5, expected none, for competition_judge 'response'"),
         ({**JUDGED, "affinity": "relu"}, "affinity: found 'relu', expected none, for competition_judge 'loss'"),
+        ({**JUDGED, "affinity": "softplus"}, "affinity: found 'softplus', expected none, for competition_judge 'loss'"),
+        ({**JUDGED, "winner_distillation_coef": 0.1}, "winner_distillation_coef: found 0.1, expected none"),
+        ({**JUDGED, "competition_keeps": "input"}, "competition_keeps: found 'input', expected none"),
         ({**JUDGED, "distillation_coef": 0.1}, "distillation_coef: found 0.1, expected none"),
         ({**JUDGED, "diversity_coef": 0.1}, "diversity_coef: found 0.1, expected none"),
         ({**JUDGED, "competition_balance_coef": 0.1}, "competition_balance_coef: found 0.1, expected none"),
@@ -75,6 +78,13 @@ def test_the_papers_defaults_are_resolved_and_survive_a_round_trip() -> None:
     assert judged.distillation_coef is judged.diversity_coef is judged.competition_balance_coef is None
     assert MoeLayerConfig.model_validate(judged.model_dump(mode="json")) == judged
     assert list(MoeConfig(language=layer, vision=layer).parts()) == ["vision", "language"]
+
+
+def test_settings_of_earlier_checkpoints_are_read() -> None:
+    """They hold the default affinity for every router."""
+    stored = {"router": "softmax", "affinity": "softplus", "balance_coef": 0.01}
+    assert MoeLayerConfig.model_validate(stored) == MoeLayerConfig(router="softmax")
+    assert MoeLayerConfig.model_validate({"affinity": "softplus"}) == MoeLayerConfig()
 
 
 def test_layer_selection() -> None:

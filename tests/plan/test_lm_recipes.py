@@ -36,10 +36,13 @@ def test_every_recipe_parses_with_every_router(path):
         return
     assert config.moe.competition_rate == 0.07
     assert config.moe.max_competing_layers == 3
-    assert config.moe.language.winner_distillation_coef == 0.2
+    language = config.moe.language
+    assert (language.distillation_coef, language.diversity_coef) == (0.001, 0.005)
+    assert language.winner_distillation_coef == 0
     for router in ROUTERS:
         overrides = [f"moe.language.router={router}"]
-        overrides += ["moe.language.winner_distillation_coef=null"] if router != "competition" else []
+        terms = ("distillation", "winner_distillation", "diversity") if router != "competition" else ()
+        overrides += [f"moe.language.{term}_coef=null" for term in terms]
         found = load_config(TrainConfig, path, overrides).moe.language
         assert (found.router, found.num_experts) == (router, config.moe.language.num_experts)
 

@@ -60,16 +60,20 @@ def having(commands, *words):
     return [command for command in commands if all(word in command for word in words)]
 
 
-def test_all_routers_and_dense_from_one_parent(study):
+def test_all_routers_and_dense_from_one_parent_a_seed(study):
     status, commands, _ = study("--seeds", "2", "training.max_steps=7")
     assert status == 0
     trained = having(commands, "train configs/demo/sft.yaml")
     assert len(trained) == 18
-    assert len(having(trained, "moe=false", "model.checkpoint=outputs/compare_routers/parent")) == 2
+    assert len(having(commands, "pretrain_align output_dir=outputs/compare_routers/parent/")) == 2
     assert all("training.max_steps=250 " in command and command.endswith("training.max_steps=7") for command in trained)
     for seed in (0, 1):
-        assert len(having(trained, f"seed={seed} ")) == 9
-    upcycled = having(commands, "upcycle --config", "model.checkpoint=outputs/compare_routers/parent")
+        parent = f"model.checkpoint=outputs/compare_routers/parent/seed{seed} "
+        assert len(having(trained, f" seed={seed} ")) == 9
+        assert len(having(trained, "moe=false", parent)) == 1
+        # Also the seed of the competitions' schedule.
+        assert len(having(commands, "upcycle --config", parent, f" seed={seed} moe.seed={seed}")) == 8
+    upcycled = having(commands, "upcycle --config")
     assert len(upcycled) == 16
     # One of them is the shared expert of shared_*, whose router would learn nothing with two.
     assert len(having(upcycled, "moe.language.num_experts_per_tok=3 ")) == 16
@@ -108,6 +112,15 @@ def test_runs_of_other_settings_do_not_join_finished_ones(study):
     assert "outputs/compare_routers_quick: holds runs with other settings" in error
     assert not commands
     assert study("--quick", "--seeds", "2")[0] == 0  # more seeds only add runs
+
+
+def test_a_parent_of_ones_own_may_depend_on_the_seed(study, monkeypatch):
+    for parent, first, second in (("mine", "mine", "mine"), ("mine/{seed}", "mine/0", "mine/1")):
+        monkeypatch.setenv("PARENT", parent)
+        _, commands, _ = study("--seeds", "2", "--out", f"out{len(parent)}")
+        assert not having(commands, "pretrain_align")
+        trained = having(commands, "train ", "moe=false")
+        assert [having(trained, f"model.checkpoint={name} ") != [] for name in (first, second)] == [True, True]
 
 
 def test_unknown_argument(study):

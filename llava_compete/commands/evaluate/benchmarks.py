@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from llava_compete.console import setup_console
-    from llava_compete.evaluation.checkpoint_facts import checkpoint_config
+    from llava_compete.evaluation.checkpoint_facts import checkpoint_config, refuse_competition_at_inference
     from llava_compete.evaluation.config import EvalConfig
     from llava_compete.evaluation.lmms.benchmark_run import EvaluationError, evaluate
     from llava_compete.files import write_json
@@ -71,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
         config = parse_config(EvalConfig, content, source="llava-compete eval")
 
     checkpoint_config(Path(config.checkpoint))  # before a log is written beside something else
+    if config.competition_at_inference:
+        refuse_competition_at_inference(Path(config.checkpoint))
     setup_console(config.directory / "eval.log")
     try:
         summary = evaluate(config)

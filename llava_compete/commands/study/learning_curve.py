@@ -20,7 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     recipe = Path("configs/demo_hard")
     parser.add_argument(
-        "--parent", type=Path, default=Path("outputs/demo_hard/pretrain_align"), help="dense checkpoint"
+        "--parent",
+        type=Path,
+        default=Path("outputs/demo_hard/pretrain_align"),
+        help="dense checkpoint; {seed} in it stands for a run's seed (with one parent, differences hold for that one)",
     )
     parser.add_argument("--config", type=Path, default=recipe / "sft.yaml", help="YAML of the sft stage")
     parser.add_argument("--upcycle", type=Path, default=recipe / "upcycle.yaml", help="YAML of the upcycling")

@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from llava_compete.errors import UserError
 from llava_compete.evaluation.answerer import Answerer, DocumentError, Prompt, document_errors, load_for_inference
+from llava_compete.evaluation.checkpoint_facts import refuse_competition_at_inference
 from llava_compete.evaluation.config import DTYPES
 from llava_compete.evaluation.generation_settings import GenerationSettings
 from llava_compete.evaluation.lmms.documents import FOLDER_VARIABLE, DocumentWriter
 from llava_compete.evaluation.lmms.task_mends import mend_tasks
-from llava_compete.moe.block import moe_blocks
 
 PADDING = "__padding_only__"  # lmms-eval's mark on requests that only even out the ranks
 MAX_ROUNDS = 64
@@ -67,13 +67,9 @@ class LlavaCompeteLmms(lmms):
         self.device = torch.device(device)
         on_cpu_float32 = torch.float32 if self.device.type == "cpu" else None
         torch_dtype = on_cpu_float32 if dtype == "auto" else getattr(torch, dtype)
+        if competition_at_inference:
+            refuse_competition_at_inference(Path(pretrained))
         model, processor = load_for_inference(pretrained, self.device, torch_dtype, attn_implementation, adapter)
-        judged = [block.name for block in moe_blocks(model).values() if block.config.competition_judge == "loss"]
-        if competition_at_inference and judged:
-            raise UserError(
-                f"competition_at_inference: {judged[0]} has competition_judge 'loss', which competes in training's "
-                "backward only; expected false"
-            )
         model.config.competition_at_inference = bool(competition_at_inference)
         # The Answerer keeps the model out of reach of lmms-eval's clean(), which deletes attributes that are modules.
         self.answerer = Answerer(model, processor, int(batch_size))

@@ -261,6 +261,7 @@ def test_command_line_of_lmms_eval(config, tmp_path):
         (["CKPT", "--suite", "papr"], "did you mean 'paper'"),
         (["nowhere", "--suite", "demo"], "no checkpoint here"),
         (["OTHER", "--suite", "demo"], "model_type is 'llava'"),
+        (["JUDGED", "--suite", "demo", "competition_at_inference=true"], "has moe.language.competition_judge 'loss'"),
         (["a,b", "--suite", "demo"], "cannot hold a path with ','"),
         (["CKPT", "--tasks", "hallusion_bench_image"], "OPENAI_API_KEY is not set"),
         (["CKPT", "--suite", "demo", "adapter=nowhere"], "nowhere: no adapter here"),
@@ -279,7 +280,11 @@ def test_bad_input_is_one_line(arguments, message, checkpoint, tmp_path, capsys,
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "llava"}')
-    names = {"CKPT": str(checkpoint), "OTHER": str(other)}
+    judged = tmp_path / "judged"
+    judged.mkdir()
+    layer = {"vision": {"router": "softmax"}, "language": {"competition_judge": "loss"}}
+    (judged / "config.json").write_text(json.dumps({"model_type": "llava_compete", "moe": layer}))
+    names = {"CKPT": str(checkpoint), "OTHER": str(other), "JUDGED": str(judged)}
     assert main(["eval", *[names.get(word, word) for word in arguments]]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error

@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
 from llava_compete.convert.recipes import Recipe, rows, third
 from llava_compete.errors import UserError
 from llava_compete.vision.tower_config import PreprocessConfig, TowerConfig
-from llava_compete.vision.trunks import OpenClipTrunk, build_trunk, feature_block, tower_facts, trunk_of
+from llava_compete.vision.trunks import OpenClipTrunk, build_trunk, tower_facts, trunk_of
 
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
 # Ours: theirs, outside the blocks and in a block; each has a weight and, where it is not in `_NO_BIAS`, a bias.
@@ -105,7 +105,7 @@ def import_tower(
         raise UserError(
             f"{source}: vision_feature_layer: found {hidden_state}, expected a block's output of {num_layers} blocks"
         )
-    block = feature_block(num_layers, hidden_state - 1 if hidden_state > 0 else hidden_state)
+    block = (hidden_state - 1 if hidden_state > 0 else hidden_state) % num_layers
     for key, found in (("image_size", vision.image_size), ("patch_size", vision.patch_size)):
         if not isinstance(found, int):
             raise UserError(f"{source}: vision_config.{key}: found {found}, expected one number")
@@ -182,7 +182,8 @@ def export_tower(tower: TowerConfig) -> PreTrainedConfig:
     if tower.scales != (1,):
         raise UserError(f"the tower has S² scales {list(tower.scales)}, which transformers' Llava has not")
     with torch.device("meta"):
-        trunk = trunk_of(build_trunk(tower.embed_dim, tower.vision_cfg, tower.quick_gelu))
+        module = build_trunk(tower.embed_dim, tower.vision_cfg, tower.quick_gelu)
+        trunk = trunk_of(module, tower.preprocess.size)
     trunk.keep(tower.num_layers)
     kind = CLIP if isinstance(trunk, OpenClipTrunk) else SIGLIP
     found = set(trunk.module.state_dict())
@@ -207,7 +208,7 @@ def export_tower(tower: TowerConfig) -> PreTrainedConfig:
         "intermediate_size": up.out_features,
         "num_hidden_layers": tower.num_layers,
         "num_attention_heads": heads,
-        "image_size": trunk.image_size,
+        "image_size": tower.preprocess.size,
         "patch_size": patch,
         "hidden_act": activation,
         "layer_norm_eps": norm.eps,

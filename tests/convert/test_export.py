@@ -37,7 +37,10 @@ def saved(directory: Path, **options: Any) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("case", EXPORTED)
+SLOW = {"siglip"}  # of width 768
+
+
+@pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in EXPORTED])
 def test_transformers_logits_are_ours(case: str, tmp_path: Path) -> None:
     saved(tmp_path / "ours", **EXPORTED[case])
     export_checkpoint(tmp_path / "ours", tmp_path / "hf")

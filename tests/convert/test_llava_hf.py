@@ -48,7 +48,12 @@ def logits_of(directory: Path, theirs: Any) -> tuple[torch.Tensor, torch.Tensor]
         return model(**inputs).logits, theirs(**inputs).logits
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+SLOW = {"siglip"}  # of width 768
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in VARIANTS]
+)
 def test_logits_are_transformers(variant: str, tmp_path: Path) -> None:
     theirs = llava_hf(tmp_path / "hf", **VARIANTS[variant])
     report = import_checkpoint(tmp_path / "hf", tmp_path / "ours")

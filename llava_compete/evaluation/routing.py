@@ -14,18 +14,15 @@ from typing import Any
 
 import torch
 
-from llava_compete.data.collator import Collator
 from llava_compete.errors import UserError
 from llava_compete.evaluation.answerer import load_for_inference
 from llava_compete.evaluation.config import EvalConfig
 from llava_compete.evaluation.routing_controls import Batch, measure_controls
+from llava_compete.evaluation.routing_data import Rows, batches_of, to_batch
 from llava_compete.evaluation.winner_prediction import measure_prediction
-from llava_compete.language.chat_encoding import encode_conversation, images_before
 from llava_compete.moe.state import RoutingMetrics
-from llava_compete.vision.image_decoder import open_image
 
 log = logging.getLogger(__name__)
-_COLUMNS = ("image", "question", "answer")
 
 
 def measure_routing(config: EvalConfig) -> dict[str, Any]:
@@ -40,8 +37,8 @@ def measure_routing(config: EvalConfig) -> dict[str, Any]:
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, processor = load_for_inference(config.checkpoint, device, torch.float32, adapter=config.adapter)
     halves: tuple[list[Batch], list[Batch]] = ([], [])
-    for half, batch in _batches(config, processor):
-        halves[half].append({key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)})
+    for half, batch in _batches(config, processor, device):
+        halves[half].append(batch)
     batches = [*halves[0], *halves[1]]
     routed = _totals(model, batches)
     loads = {name: metrics.load_E for name, metrics in routed.items()}
@@ -92,39 +89,17 @@ def _totals(model: Any, batches: list[Batch]) -> dict[str, RoutingMetrics]:
     return totals
 
 
-def _batches(config: EvalConfig, processor: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def _batches(config: EvalConfig, processor: Any, device: torch.device) -> Iterator[tuple[int, Batch]]:
     """The rows of each table as batches: 0 and those of its first half, then 1 and those of its second."""
-    collate = Collator(processor)
     for path in config.routing_data:
-        rows = list(_rows(Path(path), config.routing_rows))
+        rows = Rows([_table(path)], limit=config.routing_rows)
         middle = (len(rows) + 1) // 2
-        for half, part in enumerate((rows[:middle], rows[middle:])):
-            for start in range(0, len(part), config.batch_size):
-                yield half, collate([_item(row, processor) for row in part[start : start + config.batch_size]])
+        for half, numbers in enumerate((range(middle), range(middle, len(rows)))):
+            for part in batches_of(rows, config.batch_size, numbers):
+                yield half, to_batch(part, processor, device)
 
 
-def _rows(path: Path, limit: int) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    if not path.is_file():
+def _table(path: str) -> Path:
+    if not Path(path).is_file():
         raise UserError(f"{path}: test table for routing statistics is missing; build it with: llava-compete data demo")
-    table = pq.read_table(path)
-    missing = [name for name in _COLUMNS if name not in table.column_names]
-    if missing:
-        raise UserError(f"{path}: columns {', '.join(table.column_names)}; expected also {', '.join(missing)}")
-    yield from table.slice(0, limit).to_pylist()
-
-
-def _item(row: dict[str, Any], processor: Any) -> dict[str, Any]:
-    messages = [
-        {"role": "user", "content": images_before(1, [{"type": "text", "text": row["question"]}])},
-        {"role": "assistant", "content": row["answer"]},
-    ]
-    encoded = encode_conversation(processor.tokenizer, messages, tokens_per_image=processor.num_image_tokens)
-    pixels = processor.image_processor.preprocess([open_image(row["image"]["bytes"])], return_tensors="pt")
-    return {
-        "input_ids": torch.tensor(encoded.input_ids),
-        "labels": torch.tensor(encoded.labels),
-        "pixel_values": pixels["pixel_values"],
-        "sample_id": row.get("id", ""),
-    }
+    return Path(path)

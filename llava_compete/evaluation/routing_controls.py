@@ -41,7 +41,7 @@ def measure_controls(model: Any, batches: Sequence[Batch], loads: dict[str, Tens
     generator = torch.Generator(model.device).manual_seed(0)
     controls: dict[str, Control | None] = {
         "router": None,
-        "random": lambda block, routing: _random(block, routing, generator),
+        "random": lambda block, routing: random_choice(block, routing, generator),
         "shifted": _shifted,
         "fixed": lambda block, routing: _fixed(block, routing, loads[block.name]),
         "mean_of_all": _mean_of_all,
@@ -99,7 +99,7 @@ def score(model: Any, batches: Sequence[Batch]) -> Score:
     return Score(nats / tokens, exact / rows)
 
 
-def _random(block: SparseMoeBlock, routing: Routing, generator: torch.Generator) -> Routing:
+def random_choice(block: SparseMoeBlock, routing: Routing, generator: torch.Generator) -> Routing:
     """K experts at random, with the router's weights."""
     draws_TR = torch.rand(routing.logits_TR.shape, generator=generator, device=routing.logits_TR.device)
     return _chosen(routing, draws_TR.topk(routing.choices_TC.shape[1]).indices)

@@ -52,6 +52,22 @@ def weighted_mean(units: Iterable[Unit]) -> float:
     return sum(unit.score * unit.weight for unit in units) / sum(unit.weight for unit in units)
 
 
+def standard_error(units: Iterable[Unit]) -> float | None:
+    """Standard error of the benchmark's score over groups of units, which are independent; None for a single group.
+
+    That of a ratio of sums (Cochran, Sampling Techniques, section 6.4), since groups weigh differently.
+    """
+    units = list(units)
+    mean = weighted_mean(units)
+    excess: dict[str, float] = defaultdict(float)
+    for unit in units:
+        excess[unit.id if unit.group is None else unit.group] += (unit.score - mean) * unit.weight
+    if len(excess) < 2:
+        return None
+    scale = len(excess) / (len(excess) - 1)
+    return math.sqrt(scale * sum(value**2 for value in excess.values())) / sum(unit.weight for unit in units)
+
+
 def write_units(directory: Path, task: str, units: Iterable[Unit]) -> None:
     """Write samples/TASK.jsonl of an evaluation directory, a line a unit."""
     write_json_lines(directory / "samples" / f"{task}.jsonl", (unit._asdict() for unit in units))

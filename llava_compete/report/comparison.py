@@ -23,7 +23,8 @@ def write_comparison(comparison: Comparison, directory: Path, command: str) -> l
         for task, row in comparison.rows.items()
         for name, difference in row.differences.items()
     ]
-    plot_forest(rows, comparison.baseline, paths[2], comparison.margin)
+    apart = [name for name in comparison.methods[1:] if comparison.is_apart(name)]
+    plot_forest(rows, comparison.baseline, paths[2], comparison.margin, first=comparison.primary, apart=apart)
     return paths
 
 

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from llava_compete.errors import UserError
 from llava_compete.files import read_json, read_json_lines, write_json, write_text
-from llava_compete.report.figures import plot_expert_use, plot_loss_terms
+from llava_compete.report.figures import plot_loss_terms
+from llava_compete.report.heat_maps import load_maps, save
 
 TRAINING_STAGES = ("pretrain_align", "sft")
 STAGES = ("setup", "data", "pretrain_align", "upcycle", "sft", "eval")
@@ -77,7 +78,7 @@ def write_report(directory: Path) -> None:
     metrics = collect(directory)
     logs = {stage: read_log(directory / stage).steps for stage in TRAINING_STAGES}
     plot_loss_terms(logs, directory / "loss_terms.png")
-    plot_expert_use(metrics["expert_use"], directory / "expert_use.png")
+    save(load_maps({"held-out questions and answers": metrics["expert_use"]}), directory / "expert_use.png")
     write_json(directory / "metrics.json", metrics)
     sections = _sections(metrics)
     console = Console()

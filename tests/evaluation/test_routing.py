@@ -62,7 +62,7 @@ def inputs_and_winners(config, checkpoint):
     for block in moe_blocks(model).values():
         block.register_forward_hook(hook(block))
     with torch.inference_mode():
-        for half, batch in _batches(config, processor):  # noqa: B007 - the hooks read it
+        for half, batch in _batches(config, processor, torch.device("cpu")):  # noqa: B007 - the hooks read it
             mask = batch["attention_mask"]
             model(**{key: value for key, value in batch.items() if key != "sample_ids"})
     return met
@@ -126,7 +126,7 @@ def test_controls_are_what_a_slow_mixture_says(table, tmp_path):
         ]
         nats, tokens, exact = 0.0, 0, []
         with torch.inference_mode():
-            for _, batch in _batches(config_for(checkpoint, table, batch_size=1), processor):
+            for _, batch in _batches(config_for(checkpoint, table, batch_size=1), processor, torch.device("cpu")):
                 labels = batch["labels"][0, 1:]
                 inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values")}
                 logits = model(**inputs).logits[0, :-1]

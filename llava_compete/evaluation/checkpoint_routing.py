@@ -1,0 +1,169 @@
+"""All that is measured of one checkpoint's routing on some rows: sums, controls, worth, likeness, examples.
+
+Sums run over all rows, in several processes if asked; what compares losses or shows examples takes the first ones.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from llava_compete.errors import UserError
+from llava_compete.evaluation.answerer import Answerer, Prompt, load_for_inference
+from llava_compete.evaluation.generation_settings import GenerationSettings
+from llava_compete.evaluation.layer_worth import Likeness, Worth, measure_likeness, measure_worth
+from llava_compete.evaluation.routing_controls import Score, measure_controls
+from llava_compete.evaluation.routing_data import Row, Rows, batches_of, to_batch
+from llava_compete.evaluation.routing_statistics import RoutingSums, sums_of
+from llava_compete.evaluation.token_choices import Patch, RowChoices, choices_of, surest_patches
+from llava_compete.evaluation.winner_prediction import measure_prediction
+from llava_compete.moe.block import moe_blocks
+
+log = logging.getLogger(__name__)
+ANSWER_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """rows: of each file; compared_rows: for controls and worth, which run the model once more a layer; examples: rows
+    that are shown; patch_layers: layers whose surest patches are shown."""
+
+    rows: int = 200
+    compared_rows: int = 64
+    examples: int = 4
+    patch_layers: int = 3
+    batch_size: int = 8
+    processes: int = 1
+    device: str | None = None
+
+
+class Example(NamedTuple):
+    """A row, what the model answers, and which experts did."""
+
+    row: Row
+    answer: str
+    choices: RowChoices
+
+
+@dataclass
+class CheckpointRouting:
+    """What was found; a dense checkpoint has examples only."""
+
+    path: str
+    settings: dict[str, Any]  # by layer: router, experts, chosen
+    examples: list[Example]
+    num_rows: int
+    tokenizer: Any
+    sums: RoutingSums | None = None
+    controls: dict[str, Score] | None = None
+    prediction: dict[str, dict[str, float]] | None = None
+    worth: dict[str, Worth] | None = None
+    likeness: dict[str, Likeness] | None = None
+    patches: dict[str, list[list[Patch]]] | None = None
+
+
+def measure_checkpoint(
+    path: Path, rows: Rows, options: MeasureOptions, progress: Callable[[int], Any] = lambda count: None
+) -> CheckpointRouting:
+    """Measure one checkpoint; `progress` is called with numbers of rows that are done."""
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, processor = load_for_inference(str(path), device, torch.float32)
+    if model.model.vision_tower is None and any(rows[number].images for number in range(min(len(rows), 8))):
+        raise UserError(f"{path}: has no vision tower, and the data have pictures")
+    blocks = moe_blocks(model)
+    found = CheckpointRouting(
+        path=str(path),
+        settings={
+            name: {
+                "router": block.config.router,
+                "experts": block.config.num_experts,
+                "chosen": block.config.num_experts_per_tok,
+            }
+            for name, block in blocks.items()
+        },
+        examples=list(_examples(model, processor, rows, options.examples)),
+        num_rows=len(rows),
+        tokenizer=processor.tokenizer,
+    )
+    if not blocks:
+        return found
+    found.sums = _all_sums(path, model, processor, rows, options, progress)
+    compared = _spread(len(rows), min(options.compared_rows, len(rows)))
+    parts = list(batches_of(rows, options.batch_size, compared))
+    batches = [to_batch(part, processor, device) for part in parts]
+    loads = {name: sums.load_GE.sum(0).to(device) for name, sums in found.sums.layers.items()}
+    found.controls = measure_controls(model, batches, loads)
+    middle = (len(batches) + 1) // 2
+    if any(block.config.holds_contests for block in blocks.values()) and middle < len(batches):
+        found.prediction = measure_prediction(model, batches[:middle], batches[middle:])
+    found.worth = measure_worth(model, batches)
+    found.likeness = measure_likeness(model, batches[0])
+    found.patches = surest_patches(model, processor, parts, _patch_layers(list(blocks), options.patch_layers))
+    return found
+
+
+def _spread(total: int, count: int) -> list[int]:
+    return [round(place * (total - 1) / max(count - 1, 1)) for place in range(count)]
+
+
+def _patch_layers(names: list[str], count: int) -> list[str]:
+    """Layers that see patches, from the first to the last."""
+    seeing = [name for name in names if not name.startswith("language.")]
+    return [seeing[place] for place in dict.fromkeys(_spread(len(seeing), min(count, len(seeing))))]
+
+
+def _examples(model: Any, processor: Any, rows: Rows, count: int) -> Iterator[Example]:
+    """First questions of some rows, answered; the choices are those of the expected answer's tokens."""
+    answerer = Answerer(model, processor, 1)
+    settings = GenerationSettings.from_task({"max_new_tokens": ANSWER_TOKENS})
+    for number in dict.fromkeys(_spread(len(rows), min(count, len(rows)))):
+        row = rows[number].first_exchange()
+        prompt = Prompt(row.question, partial(list, row.images), f"{row.source}/{row.id}")
+        yield Example(row, answerer.generate([prompt], [settings])[0], choices_of(model, processor, row))
+
+
+def _all_sums(
+    path: Path, model: Any, processor: Any, rows: Rows, options: MeasureOptions, progress: Callable[[int], Any]
+) -> RoutingSums:
+    total = RoutingSums(rows.sources)
+    numbers = [list(range(start, min(start + options.batch_size, len(rows))))
+               for start in range(0, len(rows), options.batch_size)]  # fmt: skip
+    if options.processes == 1:
+        for part in numbers:
+            total = total + sums_of(model, processor, [rows[number] for number in part], rows.sources)
+            progress(len(part))
+        return total
+    context = get_context("spawn")  # a forked process could not use a GPU, nor torch's threads
+    with ProcessPoolExecutor(options.processes, context, _start, (path, rows, str(model.device))) as pool:
+        for part, sums in zip(numbers, pool.map(_part_sums, numbers), strict=True):
+            total = total + sums
+            progress(len(part))
+    return total
+
+
+_worker: tuple[Any, Any, Rows] | None = None
+
+
+def _start(path: Path, rows: Rows, device: str) -> None:
+    """A process's own model, on the GPU of its number where there are several."""
+    global _worker
+    if device.startswith("cuda"):
+        number = int(get_context().current_process().name.rpartition("-")[2] or 1) - 1
+        device = f"cuda:{number % torch.cuda.device_count()}"
+    else:
+        torch.set_num_threads(1)
+    _worker = (*load_for_inference(str(path), torch.device(device), torch.float32), rows)
+
+
+def _part_sums(numbers: list[int]) -> RoutingSums:
+    assert _worker is not None
+    model, processor, rows = _worker
+    return sums_of(model, processor, [rows[number] for number in numbers], rows.sources)

@@ -1,0 +1,100 @@
+"""Figures stay readable at the sizes that people have: their pixels, and ink on its background."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_compete.report.choice_maps import patch_figure, token_table
+from llava_compete.report.colors import expert_colors, ink_on
+from llava_compete.report.forest import ForestRow, plot_forest
+from llava_compete.report.heat_maps import load_maps, render, square_maps
+
+
+def pixels(figure: plt.Figure) -> tuple[int, int]:
+    size = Image.open(io.BytesIO(render(figure, "png"))).size
+    plt.close(figure)
+    return size
+
+
+def test_a_load_map_of_32_layers_and_64_experts_fits_a_screen() -> None:
+    shares = np.random.default_rng(0).dirichlet(np.ones(64), size=32)
+    layers = {f"language.{layer}": row.tolist() for layer, row in enumerate(shares)}
+    figure = load_maps({"picture": layers, "question": layers, "answer": layers})
+    for axis in figure.axes[:3]:
+        assert len(axis.get_xticks()) <= 16
+        image = axis.images[0]
+        assert (image.norm.vmin, image.norm.vmax) == (0, 2)  # even use is the colour in the middle
+    width, height = pixels(figure)
+    assert width < 2000
+    assert height < 1800
+
+
+def test_cells_are_multiples_of_even_use() -> None:
+    figure = load_maps({"answer": {"language.0": [0.5, 0.25, 0.25, 0.0]}})
+    assert figure.axes[0].images[0].get_array().tolist() == [[2.0, 1.0, 1.0, 0.0]]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["2.00", "1.00", "1.00", "0.00"]
+    plt.close(figure)
+
+
+def test_layers_without_a_pair_stay_blank() -> None:
+    figure = square_maps({"a": [[1.0, None], [2.0, 1.0]]}, "ratio", 1.0, 1.0)
+    cells = figure.axes[0].images[0].get_array()
+    assert np.ma.getmaskarray(cells).tolist() == [[True, True], [False, True]] or np.isnan(cells[0, 1])
+    plt.close(figure)
+
+
+def test_a_forest_of_16_benchmarks_and_6_methods(tmp_path: Path) -> None:
+    names = [f"benchmark{number}" for number in range(15)]
+    rows = [
+        ForestRow(name, f"m{n}", n - 2.5, (n - 4, n - 1), (n - 3, n - 2)) for name in [*names, "mean"] for n in range(6)
+    ]
+    plot_forest(rows, "softmax", tmp_path / "forest.png", 1.0, first="mean", apart=["m5"])
+    width, height = Image.open(tmp_path / "forest.png").size
+    assert width < 1200
+    assert height < 2500
+
+
+@pytest.mark.parametrize("count", [4, 8, 64])
+def test_every_expert_has_a_colour_of_its_own_and_readable_ink(count: int) -> None:
+    colors = expert_colors(count)
+    assert len(set(colors)) == count
+    for color in colors:
+        assert contrast(color, ink_on(color)) > 4.5  # WCAG's least for text
+
+
+def contrast(one: str, other: str) -> float:
+    bright, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (bright + 0.05) / (dark + 0.05)
+
+
+def luminance(color: str) -> float:
+    linear = []
+    for start in (1, 3, 5):
+        value = int(color[start : start + 2], 16) / 255
+        linear.append(value / 12.92 if value <= 0.03928 else ((value + 0.055) / 1.055) ** 2.4)
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_patches_stand_where_they_are() -> None:
+    """The panel's cell at row r and column c is the colour of patch r * columns + c."""
+    experts = list(itertools.islice(itertools.cycle([0, 1, 2]), 6))
+    figure = patch_figure(Image.new("RGB", (30, 20)), (2, 3), {"vision.0": experts}, 4)
+    assert figure.axes[1].images[1].get_array().tolist() == [[0, 1, 2], [0, 1, 2]]
+    numbers = {(text.get_position(), text.get_text()) for text in figure.axes[1].texts}
+    assert ((2, 1), "2") in numbers
+    assert ((1, 0), "1") in numbers
+    plt.close(figure)
+
+
+def test_tokens_are_escaped() -> None:
+    html = token_table(["<script>", "a"], {"language.0": [[1, 0], [0, 2]]}, 4)
+    assert "<script>" not in html
+    assert html.count("<td ") == 2
+    assert ">1,0</td>" in html

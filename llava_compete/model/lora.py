@@ -82,7 +82,9 @@ def add_adapters(model: LlavaCompeteForConditionalGeneration, parts: Mapping[Par
         lora_dropout=dropout,
     )
     with _bitsandbytes_for(model):
-        return get_peft_model(model, config)
+        from llava_compete.model.lora_attention import use_for_attention
+
+        return get_peft_model(model, use_for_attention(config))
 
 
 def save_trained(directory: Path, trained: Mapping[str, Tensor]) -> None:
@@ -115,6 +117,9 @@ def load_adapter(model: LlavaCompeteForConditionalGeneration, adapter: str | Pat
         config = PeftConfig.from_pretrained(adapter)
         mapping = OLD_NAMES if _rename(config) else {}
         with _bitsandbytes_for(model):
+            from llava_compete.model.lora_attention import use_for_attention
+
+            use_for_attention(config)
             adapted = PeftModel.from_pretrained(model, adapter, config=config, key_mapping=mapping)
         stored = load_peft_weights(str(adapter), device="cpu", key_mapping=mapping)
         unknown = _load_trained(adapted, adapter / TRAINED_WEIGHTS)

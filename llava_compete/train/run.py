@@ -49,7 +49,6 @@ from llava_compete.train.preflight import (
 from llava_compete.train.resume import choose, total_steps
 from llava_compete.train.sharding import (
     gather_attention_whole,
-    refuse_what_cannot_be_sharded,
     sharding_of,
     whole,
     zero_stage,
@@ -115,7 +114,6 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
         )
         if rank.is_main:
             check_reports(arguments)
-        refuse_what_cannot_be_sharded(config)
     with all_or_none(rank, "data"), main_first(rank):
         check_sources(config.data)
     set_seed(config.seed)
@@ -167,9 +165,9 @@ def _prepare_model(config: TrainConfig, rank: Rank, sharding: Any) -> tuple[Any,
         with whole(sharding):
             model, processor, moe = start_model(config, rank)
         config.data.check_context(context_of(model.config.text_config))
+        model = with_adapters(model, config.trainable)
         if sharding is not None and sharding.is_zero3():
             gather_attention_whole(model)
-        model = with_adapters(model, config.trainable)
         trainable.apply(model, config.trainable)
     return model, processor, moe
 

@@ -1,4 +1,4 @@
-"""ZeRO stage x part x mode x experts: two ranks change the weights as one process does, or refuse before loading.
+"""ZeRO stage x part x mode x experts: two ranks change the weights as one process does.
 
 Slow (minutes): the named cells are run by `.ci/run`, all cells by scripts/zero_grid.sh.
 """
@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from zero_grid import AXES, Cell, Grid, all_cells, covering, is_refused
+from zero_grid import AXES, Cell, Grid, all_cells, covering
 
 # What went wrong once, and what users run most.
 NAMED = {
     "first trainable experts behind a frozen front": Cell("zero3", "frozen", "full", "frozen", "competition", 1, False),
     "projector experts beside LoRA": Cell("zero3_offload", "frozen", "full", "lora", "router", 2, True),
     "all parts with experts": Cell("zero3", "full", "full", "full", "competition", 2, True),
-    "LoRA on a tower that ZeRO-3 cannot shard": Cell("zero3", "lora", "full", "lora", "dense", 1, False),
+    "LoRA on a tower of torch's attention": Cell("zero3", "lora", "full", "lora", "dense", 1, False),
     "LLaVA's second stage": Cell("zero2", "frozen", "full", "full", "router", 2, True),
     "LoRA on everything": Cell("zero2_offload", "lora", "lora", "lora", "router", 1, False),
 }
@@ -33,11 +33,7 @@ def test_the_first_cells_hold_every_pair_of_values() -> None:
 
 def _check(cells: Sequence[Cell], folder: Path) -> None:
     results = Grid(folder).run(cells)
-    wrong = {
-        cell.name: result
-        for cell, result in results.items()
-        if result["outcome"] != ("refused" if is_refused(cell) else "equal")
-    }
+    wrong = {cell.name: result for cell, result in results.items() if result["outcome"] != "equal"}
     assert not wrong
 
 

@@ -1,7 +1,7 @@
 """The grid of ZeRO stage x part x mode x experts: its cells, their configs, and a driver that launches many at once.
 
 A cell trains two SGD steps on two ranks through `train.run`; the change of every tensor must be that of one process
-without DeepSpeed, or the cell is refused before the model is loaded. `scripts/zero_grid.sh` runs the full grid.
+without DeepSpeed. `scripts/zero_grid.sh` runs the full grid.
 """
 
 from __future__ import annotations
@@ -95,11 +95,6 @@ def in_order() -> tuple[list[Cell], list[int]]:
     return list(dict.fromkeys([*chosen, *all_cells()])), sizes
 
 
-def is_refused(cell: Cell) -> bool:
-    """peft adapts torch's attention of an open_clip tower by exchanging its parameters, which ZeRO-3 has sharded."""
-    return cell.zero.startswith("zero3") and cell.vision == "lora"
-
-
 class Grid:
     """Start checkpoints, one-process references and results below one folder; what is there is not run again."""
 
@@ -160,8 +155,7 @@ class Grid:
         """Results of `cells`, those of earlier calls among them."""
         cells = list(cells)
         self.prepare()
-        references = {cell.reference for cell in cells if not is_refused(cell)}
-        self._run_all(sorted(references), ranks=1)
+        self._run_all(sorted({cell.reference for cell in cells}), ranks=1)
         self._run_all(cells, ranks=2)
         done = self.done()
         return {cell: done[cell] for cell in cells}
@@ -218,8 +212,7 @@ HEAD = """# ZeRO grid
 
 `bash scripts/zero_grid.sh`, {date}, commit {commit}: two SGD steps of a tiny model on two CPU ranks, against
 one process without DeepSpeed. Equal: the change of every tensor differs by less than 1e-3 of its norm (float32 sums in
-another order); refused: before the model is loaded, which is expected of LoRA on an open_clip tower under ZeRO-3 and of
-nothing else. Axes: each part frozen, full or LoRA (not all frozen) x dense, experts on a router step, experts on a
+another order). Axes: each part frozen, full or LoRA (not all frozen) x dense, experts on a router step, experts on a
 competition step x 1 or 2 micro-batches a step x activation checkpointing off or on.
 
 **{ran} of {total}** cells ran, in this order: the first {pairs} hold every combination of the values of two axes, the
@@ -230,15 +223,14 @@ first {triples} of three, the first {quadruples} of four; then come the rest.
 
 def _rows(results: dict[Cell, dict[str, Any]]) -> Iterator[str]:
     """A line for each ZeRO setting and kind of block: what came out, and the largest difference."""
-    yield "| ZeRO | blocks | cells | equal | refused | other | largest difference |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    yield "| ZeRO | blocks | cells | equal | largest difference |"
+    yield "| --- | --- | --- | --- | --- |"
     for zero, experts in itertools.product(AXES["zero"], AXES["experts"]):
         mine = [result for cell, result in results.items() if (cell.zero, cell.experts) == (zero, experts)]
         if not mine:
             continue
-        count = {outcome: sum(one["outcome"] == outcome for one in mine) for outcome in ("equal", "refused")}
         worst = max((one["error"] for one in mine if "error" in one), default=float("nan"))
-        numbers = [len(mine), count["equal"], count["refused"], len(mine) - sum(count.values()), f"{worst:.1e}"]
+        numbers = [len(mine), sum(one["outcome"] == "equal" for one in mine), f"{worst:.1e}"]
         yield f"| {zero} | {experts} | {' | '.join(map(str, numbers))} |"
 
 
@@ -246,9 +238,9 @@ def report(results: dict[Cell, dict[str, Any]]) -> str:
     odd = [
         f"- `{cell.name}`: {result['outcome']}: {' '.join(result['detail'].split())[-300:]}"
         for cell, result in results.items()
-        if result["outcome"] != ("refused" if is_refused(cell) else "equal")
+        if result["outcome"] != "equal"
     ]
-    return "\n".join([*_rows(results), "", *(odd or ["No cell came out otherwise than expected."])]) + "\n"
+    return "\n".join([*_rows(results), "", *(odd or ["No cell came out otherwise."])]) + "\n"
 
 
 def main(folder: Path, table: Path) -> None:

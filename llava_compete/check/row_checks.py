@@ -29,6 +29,7 @@ MIN_SIDE, MAX_ASPECT = 8, 50  # a picture below or beyond says nothing once resi
 PROBLEMS: dict[str, tuple[bool, str]] = {
     "file_unreadable": (True, "a source that is missing, empty, of another format, or broken from some place on"),
     "not_json": (True, "a line or stretch of the file is not JSON"),
+    "key_twice": (True, "a key stands twice in one mapping, where only one value can count"),
     "not_a_mapping": (True, "the row is not a mapping"),
     "no_conversation": (True, "no turns"),
     "turn_not_a_mapping": (True, "a turn is not a mapping"),

@@ -10,12 +10,11 @@ from typing import Any, TextIO
 from llava_compete.data.compressed import open_text
 from llava_compete.data.row_errors import RecordError
 from llava_compete.data.row_turns import TURNS
+from llava_compete.data.strict_json import DECODER, UNDECODABLE, KeyTwiceError, undecodable
 
 _CHUNK = 1 << 20  # characters
 _MAX_DEPTH = 50  # a row has five
 _QUOTED = 1000  # characters of what cannot be read that are kept
-# Numbers of more than 4,300 digits are a ValueError, a thousand nested lists a RecursionError.
-UNDECODABLE = (ValueError, RecursionError)
 
 
 def read_json(file: Path) -> Iterator[Any]:
@@ -41,9 +40,9 @@ def read_json_lines(file: Path) -> Iterator[Any]:
             if not line.strip():
                 continue
             try:
-                yield shallow(json.loads(line), f"{file.name}, line {number}")
+                yield shallow(DECODER.decode(line), f"{file.name}, line {number}")
             except UNDECODABLE as error:
-                yield RecordError("not_json", f"{file.name}, line {number}: {error}", line.rstrip("\r\n"))
+                yield undecodable(f"{file.name}, line {number}", error, line.rstrip("\r\n"))
 
 
 def shallow(item: Any, where: str) -> Any:
@@ -68,7 +67,6 @@ def _open(file: Path) -> TextIO:
 
 def _list_items(stream: TextIO, file: Path, buffer: str, position: int) -> Iterator[Any]:
     """Items of one JSON list from behind its bracket on; after the first that is not JSON nothing can be told apart."""
-    decoder = json.JSONDecoder()
 
     def not_json(problem: object) -> RecordError:
         rest = buffer[position : position + _QUOTED]
@@ -91,7 +89,7 @@ def _list_items(stream: TextIO, file: Path, buffer: str, position: int) -> Itera
         while True:
             problem: Exception | None = None
             try:
-                item, end = decoder.raw_decode(buffer, position)
+                item, end = _item(file, buffer, position)
                 if end < len(buffer):
                     break
             except UNDECODABLE as error:
@@ -103,10 +101,19 @@ def _list_items(stream: TextIO, file: Path, buffer: str, position: int) -> Itera
         if problem is not None:
             yield not_json(problem)
             return
-        yield shallow(item, file.name)
+        yield item if isinstance(item, RecordError) else shallow(item, file.name)
         position, first = end, False
         if position > _CHUNK:
             buffer, position = buffer[position:], 0
+
+
+def _item(file: Path, buffer: str, position: int) -> tuple[Any, int]:
+    """An item, or an error in its place, and where it ends."""
+    try:
+        return DECODER.raw_decode(buffer, position)
+    except KeyTwiceError as error:
+        _, end = json.JSONDecoder().raw_decode(buffer, position)
+        return undecodable(file.name, error, buffer[position : min(end, position + _QUOTED)]), end
 
 
 def _skip_space(stream: TextIO, buffer: str, position: int) -> tuple[str, int]:

@@ -7,13 +7,13 @@ looked for in the text of users and systems only: a literal "<image>" in an answ
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llava_compete.data.row_errors import RecordError, first_value, shown
 from llava_compete.data.row_images import image_part
+from llava_compete.data.strict_json import DECODER, UNDECODABLE, KeyTwiceError
 from llava_compete.language.chat_encoding import on_lines_of_their_own
 from llava_compete.parts import IMAGE_TOKEN
 
@@ -58,8 +58,10 @@ def _turns(row: Mapping[str, Any], ignored: dict[str, None]) -> Sequence[Any]:
     turns = first_value(row, *TURNS)
     if isinstance(turns, str):  # a column of a table that holds JSON
         try:
-            turns = json.loads(turns)
-        except (ValueError, RecursionError):
+            turns = DECODER.decode(turns)
+        except KeyTwiceError as error:
+            raise RecordError("key_twice", f"turns: {error}") from None
+        except UNDECODABLE:
             raise RecordError("no_conversation", f"no turns, found the text {shown(turns)}") from None
     if not isinstance(turns, Sequence) or isinstance(turns, str | bytes) or not turns:
         raise RecordError("no_conversation", f"no turns under {', '.join(TURNS)}, found {shown(turns)}")

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_compete.data.json_rows import UNDECODABLE, shallow
+from llava_compete.data.json_rows import shallow
 from llava_compete.data.row_errors import RecordError
 from llava_compete.data.row_turns import TURNS
+from llava_compete.data.strict_json import UNDECODABLE, distinct, undecodable
 from llava_compete.parts import IMAGE_TOKEN
 
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -79,10 +80,9 @@ def _row(file: Path, key: str, parts: dict[str, bytes]) -> Any:
     content: Any = {}
     if "json" in parts:
         try:
-            content = shallow(json.loads(parts["json"]), f"{file}: {key}.json")
+            content = shallow(json.loads(parts["json"], object_pairs_hook=distinct), f"{file}: {key}.json")
         except UNDECODABLE as error:
-            text = parts["json"].decode(errors="backslashreplace")
-            return RecordError("not_json", f"{file}: {key}.json: {error}", text)
+            return undecodable(f"{file}: {key}.json", error, parts["json"].decode(errors="backslashreplace"))
         if not isinstance(content, dict):
             return content
     if not any(content.get(name) for name in TURNS):

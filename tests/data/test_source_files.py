@@ -84,6 +84,26 @@ def test_a_file_that_breaks_off_is_named(tmp_path: Path, name: str, content: byt
     assert name in str(rows[-1])
 
 
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.tar"])
+def test_a_key_that_stands_twice_is_named_and_the_rows_around_it_are_read(tmp_path: Path, name: str) -> None:
+    """In the row itself, and in a turn; Python would keep the last value."""
+    good, turns = json.dumps(ROWS[0]), json.dumps(ROWS[0]["conversations"])
+    row = f'{{"id": "2", "conversations": [], "conversations": {turns}}}'
+    turn = f'{{"id": "3", "conversations": {turns[:-2]}, "value": "c"}}]}}'
+    texts = [good, row, turn, good]
+    contents = {
+        "rows.json": f"[{', '.join(texts)}]".encode(),
+        "rows.jsonl": "\n".join(texts).encode(),
+        "rows.tar": tar_bytes({f"{number}.json": text.encode() for number, text in enumerate(texts)}),
+    }
+    first, of_row, of_turn, last = read_rows(write(tmp_path / name, contents[name]))
+    assert first["conversations"] == last["conversations"] == ROWS[0]["conversations"]
+    assert [(error.kind, error.text) for error in (of_row, of_turn)] == [("key_twice", row), ("key_twice", turn)]
+    places = {"rows.json": "rows.json: ", "rows.jsonl": "rows.jsonl, line 2: ", "rows.tar": "rows.tar: 1.json: "}
+    assert f"{places[name]}the key 'conversations' stands twice in one mapping" in str(of_row)
+    assert "the key 'value' stands twice in one mapping" in str(of_turn)
+
+
 def test_whatever_a_reader_raises_is_a_named_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(file: Path) -> Any:
         yield {"id": "1"}

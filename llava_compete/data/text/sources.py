@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import zlib
 from collections.abc import Iterator
 from glob import has_magic
@@ -18,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llava_compete.data.compressed import open_text
-from llava_compete.data.json_rows import UNDECODABLE
 from llava_compete.data.source_files import SourceError, matching_files, one_split
+from llava_compete.data.strict_json import DECODER, UNDECODABLE
 from llava_compete.data.text.config import TextSection, TextSource
 from llava_compete.errors import UserError
 
@@ -191,7 +190,7 @@ def _read_jsonl(file: Path, stream: io.TextIOBase, field: str, skip: int) -> Ite
 
 def _text_of(line: str, field: str, place: str) -> str:
     try:
-        row = json.loads(line)
+        row = DECODER.decode(line)
     except UNDECODABLE as error:
         raise UserError(f"{place}: not valid JSON: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get(field), str):

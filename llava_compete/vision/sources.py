@@ -54,7 +54,7 @@ def resolve_tower(section: VisionTowerSection) -> TowerConfig:
         "version": LATEST_PIXELS,
     }
     values = {
-        **section.model_dump(include={"name", "pretrained", "feature_layer", "select", "scales"}),
+        **section.model_dump(include={"name", "pretrained", "feature_layer", "select", "scales", "scales_from"}),
         "embed_dim": embed_dim,
         "quick_gelu": quick_gelu,
         "vision_cfg": vision_cfg,

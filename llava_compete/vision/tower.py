@@ -23,7 +23,7 @@ from llava_compete.vision.trunks import build_trunk, feature_block, trunk_of
 
 
 class VisionTower(nn.Module):
-    """pixel_values [n, 3, H, W] at the largest scale -> features [n, num_tokens, feature_width].
+    """pixel_values [n, 3, H, W] at the largest scale, or the base -> features [n, num_tokens, feature_width].
 
     uint8 pixels (version 2) are normalised here, on their device; floating-point ones have been.
     """
@@ -115,9 +115,11 @@ class VisionTower(nn.Module):
         size = self.config.preprocess.size
         side = size * scale
         if pixel_values.shape[-1] != side:
-            # Antialiased, as Pillow's resize is: what the tower saw in its own training.
+            # Shrunk antialiased, as Pillow's resize is: what the tower saw in its own training. Enlarged without, as
+            # S²'s own code does: torch's antialiased bicubic is another curve also where nothing is shrunk.
+            shrinks = self.config.scales_from == "image"
             pixel_values = F.interpolate(
-                pixel_values.float(), size=(side, side), mode="bicubic", antialias=True, align_corners=False
+                pixel_values.float(), size=(side, side), mode="bicubic", antialias=shrinks, align_corners=False
             ).to(pixel_values.dtype)
         tiles = pixel_values.unflatten(3, (scale, size)).unflatten(2, (scale, size))  # n 3 row h column w
         return tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)

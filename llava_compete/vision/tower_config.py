@@ -14,6 +14,8 @@ from llava_compete.config import StrictConfig
 
 ResizeMode = Literal["pad", "squash", "crop"]
 Interpolation = Literal["bicubic", "bilinear"]
+# Where S²'s larger scales come from: a picture prepared at the largest one, or the base one enlarged.
+ScalesFrom = Literal["image", "base"]
 # How a picture becomes numbers. 1: Pillow resizes, and the image processor normalises to float32. 2: torch's uint8
 # kernel resizes (within 2/255 of Pillow), and the model normalises on its device. A checkpoint keeps its version.
 PixelVersion = Literal[1, 2]
@@ -70,6 +72,13 @@ class TowerConfig(StrictConfig):
         default=(1,),
         description=("S² scales (arXiv 2403.13043): the picture at each multiple of the base size, cut into tiles"),
     )
+    scales_from: ScalesFrom = Field(
+        default="image",
+        description=(
+            "what the scales are made of: the image, prepared at the largest and shrunk, or the base, the picture at "
+            "the tower's size and enlarged, which shows no more detail (LibMoE's and CuMo's checkpoints)"
+        ),
+    )
     preprocess: PreprocessConfig = Field(description="how a picture becomes pixels")
     # Facts of the built tower: with them a config alone tells the number of image tokens and the projector's width.
     width: int = Field(gt=0, description="of one block's output")
@@ -92,8 +101,8 @@ class TowerConfig(StrictConfig):
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of what the image processor delivers (the largest scale)."""
-        return self.preprocess.size * self.scales[-1]
+        """Side in pixels of what the image processor delivers: the largest scale, or the base."""
+        return self.preprocess.size * (self.scales[-1] if self.scales_from == "image" else 1)
 
 
 class PreprocessOverrides(StrictConfig):
@@ -136,6 +145,13 @@ class VisionTowerSection(StrictConfig):
     scales: tuple[int, ...] = Field(
         default=(1,),
         description=("S² scales (arXiv 2403.13043), ascending from 1: the picture at each multiple of the base size"),
+    )
+    scales_from: ScalesFrom = Field(
+        default="image",
+        description=(
+            "what the scales are made of: the image, prepared at the largest and shrunk, or the base, the picture at "
+            "the tower's size and enlarged, which shows no more detail (LibMoE's and CuMo's checkpoints)"
+        ),
     )
     preprocess: PreprocessOverrides = Field(
         default=PreprocessOverrides(), description="what to change in the tower's own preprocessing"

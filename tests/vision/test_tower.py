@@ -53,6 +53,20 @@ def test_timm_features_are_open_clips(layer: int) -> None:
     assert torch.equal(tower(pixels), expected)
 
 
+def test_scales_of_the_base_enlarge_it() -> None:
+    """S²'s own order (Shi et al., 2403.13043): enlarge, cut into a chessboard, join the maps, pool by area."""
+    tower, one = make_tower(TOWER, scales=(1, 3), scales_from="base"), make_tower(TOWER)
+    assert tower.config.image_size == 28
+    pixels = torch.randn(2, 3, 28, 28)
+    large = F.interpolate(pixels, size=84, mode="bicubic")
+    rows = []
+    for row in range(3):
+        tiles = [one(large[:, :, 28 * row : 28 * row + 28, 28 * column : 28 * column + 28]) for column in range(3)]
+        rows.append(torch.cat([tile.transpose(1, 2).unflatten(2, (4, 4)) for tile in tiles], dim=-1))
+    pooled = F.interpolate(torch.cat(rows, dim=-2), size=4, mode="area").flatten(2).transpose(1, 2)
+    torch.testing.assert_close(tower(pixels), torch.cat([one(pixels), pooled], dim=-1), rtol=0, atol=1e-5)
+
+
 def test_feature_layer_and_class_token_count_the_image_tokens() -> None:
     assert make_tower(TOWER).config.num_tokens == 16
     tower = make_tower(TOWER, select="cls_patch")

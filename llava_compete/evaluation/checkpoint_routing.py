@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from llava_compete.errors import UserError
@@ -23,7 +24,7 @@ from llava_compete.evaluation.layer_worth import Likeness, Worth, measure_likene
 from llava_compete.evaluation.routing_controls import Score, measure_controls
 from llava_compete.evaluation.routing_data import Row, Rows, batches_of, to_batch
 from llava_compete.evaluation.routing_statistics import RoutingSums, sums_of
-from llava_compete.evaluation.token_choices import Patch, RowChoices, choices_of, surest_patches
+from llava_compete.evaluation.token_choices import Patch, RowChoices, all_choices, choices_of, surest_patches
 from llava_compete.evaluation.winner_prediction import measure_prediction
 from llava_compete.moe.block import moe_blocks
 
@@ -68,6 +69,7 @@ class CheckpointRouting:
     worth: dict[str, Worth] | None = None
     likeness: dict[str, Likeness] | None = None
     patches: dict[str, list[list[Patch]]] | None = None
+    choices: dict[str, np.ndarray] | None = None  # of the compared rows
 
 
 def measure_checkpoint(
@@ -101,6 +103,7 @@ def measure_checkpoint(
     batches = [to_batch(part, processor, device) for part in parts]
     loads = {name: sums.load_GE.sum(0).to(device) for name, sums in found.sums.layers.items()}
     found.controls = measure_controls(model, batches, loads)
+    found.choices = all_choices(model, batches)
     middle = (len(batches) + 1) // 2
     if any(block.config.holds_contests for block in blocks.values()) and middle < len(batches):
         found.prediction = measure_prediction(model, batches[:middle], batches[middle:])

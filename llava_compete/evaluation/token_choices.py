@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from llava_compete.evaluation.routing_controls import Batch
 from llava_compete.evaluation.routing_data import Row, to_batch, token_classes
 from llava_compete.moe.state import RoutingObservation
 
@@ -75,6 +76,24 @@ def patch_tokens(model: Any, name: str, number: int) -> np.ndarray:
         tile = number * tower.config.scales[0] ** 2
         return np.arange(size) + tile * tower.tokens_per_tile + tower.kind.num_prefix_tokens
     return np.arange(size) + (number + 1) * model.config.num_image_tokens - size
+
+
+@torch.inference_mode()
+def all_choices(model: Any, batches: Sequence[Batch]) -> dict[str, np.ndarray]:
+    """By layer the experts of every counted token of some batches, in their order: [T, K], numbers ascending."""
+    found: dict[str, list[np.ndarray]] = {}
+    for batch in batches:
+        model(**{key: value for key, value in batch.items() if key != "labels"}, output_routing=True)
+        for name, record in model.routing.records.items():
+            seen = record.observation
+            used_TK = seen.used_TK[seen.groups.counted_T > 0].sort(dim=1).values
+            found.setdefault(name, []).append(used_TK.to(torch.int16).cpu().numpy())
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def overlap(one_TK: np.ndarray, other_TK: np.ndarray) -> float:
+    """Share of the choices of one checkpoint that another makes too, on the same tokens."""
+    return float((one_TK[:, :, None] == other_TK[:, None, :]).any(-1).mean())
 
 
 class Patch(NamedTuple):

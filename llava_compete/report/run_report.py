@@ -12,7 +12,7 @@ from typing import Any
 
 from llava_compete.evaluation.checkpoint_routing import CheckpointRouting, Example
 from llava_compete.evaluation.routing_data import TOKEN_CLASSES
-from llava_compete.evaluation.token_choices import Patch
+from llava_compete.evaluation.token_choices import Patch, overlap
 from llava_compete.files import write_json
 from llava_compete.parts import PARTS
 from llava_compete.report.choice_maps import patch_figure, token_table
@@ -55,6 +55,7 @@ def write_run_report(
     page.html(f"<pre>{escape(command)}</pre>")
     facts = {name: routing_facts(found) for name, found in routing.items()}
     _overview(page, runs, facts)
+    _saturation(page, routing)
     _scores(page, runs)
     for run in runs:
         title = run.name if len(runs) > 1 else "Routing"
@@ -104,6 +105,29 @@ def _overview(page: Page, runs: Sequence[RunFacts], facts: Mapping[str, dict[str
             "held-out or given rows: where that costs nothing, routing does nothing in this checkpoint, and no "
             "comparison of routers on it means anything."
         )
+
+
+def _saturation(page: Page, routing: Mapping[str, CheckpointRouting]) -> None:
+    """How near each checkpoint's choices are to those of the last one given, where they have the same layers."""
+    chosen = {name: found.choices for name, found in routing.items() if found.choices}
+    if len(chosen) < 2:
+        return
+    *others, last = chosen
+    shapes = {layer: choices.shape for layer, choices in chosen[last].items()}
+    comparable = [name for name in others if {n: c.shape for n, c in chosen[name].items()} == shapes]
+    if not comparable:
+        return
+    page.heading("Saturation")
+    rows = [
+        [layer, *(f"{overlap(chosen[name][layer], final):.3f}" for name in comparable)]
+        for layer, final in chosen[last].items()
+    ]
+    page.table(["layer", *comparable], rows)
+    tokens = len(next(iter(chosen[last].values())))
+    page.note(
+        f"Share of a checkpoint's choices that {last} makes too, on the same {tokens:,} tokens (by chance K / E). Give a "
+        "run's checkpoints from the first to the last to see when its routing settles."
+    )
 
 
 def _experts(facts: dict[str, Any] | None) -> str:

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +18,7 @@ from llava_compete.cli import main
 from llava_compete.errors import UserError
 from llava_compete.evaluation.checkpoint_routing import CheckpointRouting, MeasureOptions, measure_checkpoint
 from llava_compete.evaluation.routing_data import Rows, encode_row
-from llava_compete.evaluation.token_choices import choices_of
+from llava_compete.evaluation.token_choices import choices_of, overlap
 from llava_compete.model.build import load_checkpoint, save_checkpoint
 from llava_compete.moe.block import moe_blocks
 from llava_compete.report.routing_facts import routing_facts
@@ -103,7 +104,7 @@ def by_hand(checkpoint: Path, data: list[Path]) -> tuple[dict, dict]:
 
 def measured(checkpoint: Path, data: list[Path], **options) -> CheckpointRouting:
     return measure_checkpoint(
-        checkpoint, Rows(data), MeasureOptions(compared_rows=1, examples=0, device="cpu", **options)
+        checkpoint, Rows(data), MeasureOptions(compared_rows=5, examples=0, device="cpu", **options)
     )
 
 
@@ -133,7 +134,10 @@ def test_statistics_are_those_of_a_loop_over_tokens(checkpoint, data):
 
 
 def test_batches_and_processes_change_nothing(checkpoint, data):
-    one, other = (measured(checkpoint, data, batch_size=size).sums for size in (1, 5))
+    found = [measured(checkpoint, data, batch_size=size) for size in (1, 5)]
+    one, other = (each.sums for each in found)
+    for name, choices in found[0].choices.items():
+        assert (choices == found[1].choices[name]).all()
     for name, layer in one.layers.items():
         for key in ("load_GE", "tokens_G", "pairs_EE", "found_G"):
             torch.testing.assert_close(getattr(layer, key), getattr(other.layers[name], key), atol=1e-4, rtol=0)
@@ -165,6 +169,11 @@ def test_a_patch_keeps_its_place(checkpoint, data):
             assert choices.patches[name][1].experts.tolist() == alone.patches[name][0].experts.tolist()
         assert len(choices.patches[name][0].experts) == 16
     assert sum(kind == 0 for kind in choices.classes) == 2 * model.config.num_image_tokens
+
+
+def test_overlap_counts_choices() -> None:
+    one, other = np.array([[0, 1], [2, 3]]), np.array([[1, 3], [2, 3]])
+    assert overlap(one, other) == 0.75
 
 
 def test_the_page_is_whole_and_fetches_nothing(checkpoint, data, tmp_path, capsys):

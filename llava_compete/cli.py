@@ -41,13 +41,14 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("data", "scenes-hard"): ("data.scenes_hard", "build the harder scene benchmark for comparing routers"),
     ("data", "tokenizer"): ("data.tokenizer", "train a byte-level BPE tokenizer on text"),
     ("data", "stdlib-text"): ("data.stdlib_text", "build a text corpus from Python's standard library"),
+    ("study", "routing"): ("study.routing", "do routers differ, and does competition help"),
     ("study", "sample-efficiency"): ("study.sample_efficiency", "how fast the experts are found as data grow"),
-    ("study", "learning-curve"): ("study.learning_curve", "accuracy against the number of training samples"),
+    ("study", "learning-curve"): ("study.learning_curve", "error against the number of samples"),
 }
 GROUPS = {
     "bench": "measure the speed of a part",
     "data": "build, check and measure training data",
-    "study": "studies of the claims on sample efficiency",
+    "study": "studies of routing: whether it matters, and how much data it needs",
 }
 # What a path that the user named can be, or a disk: no fault of this code, so no traceback.
 NOT_OURS = {

@@ -1,1 +1,1 @@
-"""Studies of the paper's two claims on sample efficiency: the theory's setting, and a learning curve on images."""
+"""Studies of routing: do routers differ, error against samples, and the rates that the theory speaks of."""

@@ -1,258 +1,133 @@
-"""Accuracy against the number of training samples, for the softmax router and competition, on the harder scenes.
+"""Error against the number of samples n: a student on a teacher of known experts, each rule beside softmax.
 
-From one dense parent every run upcycles, trains `sft` on the first n rows of one shuffled order (so that smaller sets
-are inside larger ones) and is evaluated. Every run takes the same number of optimizer steps, enough to see all rows
-once: only the number of different samples changes, small sets are seen more often. Each run is done by the user's own
-commands in a process of its own, and finished runs are kept.
+Every run takes the same number of steps, whatever its n: only the number of different samples changes. The teachers are
+those of the routing study, so competition meets truths that are gated as it gates, and others.
 """
 
 from __future__ import annotations
 
-import logging
-import math
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+import functools
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from tqdm import tqdm
 
-from llava_compete.config import read_yaml
 from llava_compete.errors import UserError
-from llava_compete.files import read_json, read_json_lines, write_json
+from llava_compete.evaluation.compare.statistics import paired_t
+from llava_compete.files import read_json, write_json
+from llava_compete.study.routing.rules import RULES
+from llava_compete.study.routing.tasks import TASKS, Task
+from llava_compete.study.routing.teacher import Gate, TeacherStudent
+from llava_compete.study.routing.training import train
 
-logger = logging.getLogger(__name__)
-_RESAMPLES = 4000
+SIZES = (250, 500, 1000, 2000, 4000, 8000)
+DEFAULT_RULES = ("softmax", "published", "judge_c80")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One study.
+    """Teacher's gate, rules (softmax is always the first), sizes n, and runs at each."""
 
-    parent: dense checkpoint; {seed} in its name stands for the run's seed. config, upcycle: YAMLs of `sft` and of the
-    upcycling. data: LLaVA JSON of all rows.
-    rows: the largest set; None for all rows of the data. suite: what to evaluate. steps: of every run; None for one
-    pass over the largest set. jobs: runs at a time, one core each on a CPU.
-    """
+    gate: Gate
+    rules: tuple[str, ...] = DEFAULT_RULES
+    sizes: tuple[int, ...] = SIZES
+    seeds: int = 20
 
-    parent: Path
-    config: Path
-    upcycle: Path
-    data: Path
-    suite: str
-    out: Path
-    routers: tuple[str, ...] = ("softmax", "competition")
-    fractions: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
-    seeds: int = 3
-    rows: int | None = None
-    steps: int | None = None
-    limit: int | None = None
-    jobs: int = 1
+    def __post_init__(self) -> None:
+        if unknown := [rule for rule in self.rules if rule not in RULES]:
+            raise UserError(f"--rules: found {unknown[0]!r}, expected some of {', '.join(RULES)}")
+        if self.seeds < 2:
+            raise UserError(f"--seeds: found {self.seeds}, expected at least 2, for rules are compared over seeds")
 
 
-class Run(NamedTuple):
-    """One training run: router, number of rows, seed."""
-
-    router: str
-    rows: int
-    seed: int
-
-
-def run(settings: Settings) -> dict[str, Any]:
-    """Train and evaluate what is missing, then put the curve together as plain data."""
-    total = _count_rows(settings.data)
-    if settings.rows is not None and not 0 < settings.rows <= total:
-        raise UserError(f"--rows: found {settings.rows:,}; expected 1 to {total:,}, the rows of {settings.data}")
-    total = settings.rows or total
-    settings = replace(settings, steps=_steps(settings, total))
-    _refuse_other_settings(settings)
-    sizes = sorted({max(1, round(total * fraction)) for fraction in settings.fractions})
-    runs = [Run(router, rows, seed) for seed in range(settings.seeds) for rows in sizes for router in settings.routers]
-    with ThreadPoolExecutor(settings.jobs) as pool:
-        for _ in pool.map(lambda one: _do(settings, one), runs):
-            pass
+def run(settings: Settings, out: Path, device: str) -> dict[str, Any]:
+    """Train what is missing (one file a rule and size in `out`/runs), then the curve as plain data."""
+    rules = tuple(dict.fromkeys(("softmax", *settings.rules)))
+    cells = [(rule, size) for size in settings.sizes for rule in rules]
+    scores = {}
+    for rule, size in tqdm(cells, desc="learning curve", unit="cell"):
+        path = out / "runs" / f"{settings.gate}-{rule}-n{size}-seeds{settings.seeds}.json"
+        if not path.is_file():
+            task = _task(settings.gate, size)
+            seeds = range(settings.seeds)
+            found = train(task, RULES[rule], seeds, [task.rate] * settings.seeds, task.steps, device)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, found._asdict())
+        scores[rule, size] = np.array(read_json(path)["scores"])
     points = []
-    for rows in sizes:
-        scores = {
-            router: np.stack([_scores(_folder(settings, Run(router, rows, s))) for s in range(settings.seeds)])
-            for router in settings.routers
-        }
-        points.append({"rows": rows, **_summarise(scores, settings.routers)})
-    return {"settings": {key: str(value) for key, value in asdict(settings).items()}, "points": points}
+    for size in settings.sizes:
+        point: dict[str, Any] = {"n": size}
+        for rule in rules:
+            point[rule] = {"error": float(scores[rule, size].mean()), "by_seed": scores[rule, size].tolist()}
+            if rule != "softmax":
+                test = paired_t(scores[rule, size] - scores["softmax", size])
+                point[rule] |= {"difference": test.mean, "interval": test.interval, "p": test.p}
+        points.append(point)
+    return {"gate": settings.gate, "rules": rules, "seeds": settings.seeds, "points": points}
 
 
-def _count_rows(data: Path) -> int:
-    if not data.is_file():
-        raise UserError(f"{data}: no such file; build it with `llava-compete data scenes-hard`")
-    return len(read_json(data))
+def _task(gate: Gate, size: int) -> Task:
+    build = functools.partial(TeacherStudent, gate=gate, samples=size)
+    return replace(TASKS[f"teacher_{gate}_1000"], name=f"teacher_{gate}_{size}", build=build)
 
 
-def _steps(settings: Settings, rows: int) -> int:
-    """Steps that see all rows at least once: else the larger sets would be the same in effect."""
-    training = read_yaml(settings.config).get("training", {})
-    batch = training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1)
-    needed = math.ceil(rows / batch)
-    if settings.steps is not None and settings.steps < needed:
-        raise UserError(
-            f"--steps: found {settings.steps}, which see {settings.steps * batch:,} of {rows:,} rows in batches of "
-            f"{batch}; expected at least {needed}"
-        )
-    return settings.steps or needed
-
-
-def _refuse_other_settings(settings: Settings) -> None:
-    """A curve must not mix runs: what was trained into this folder before was trained in the same way."""
-    free = {"out", "jobs", "seeds", "fractions", "routers"}  # more of these only adds runs
-    content = {key: str(value) for key, value in asdict(settings).items() if key not in free}
-    path = settings.out / "settings.json"
-    if path.is_file():
-        before = read_json(path)
-        for key, value in content.items():
-            if before.get(key) != value:
-                raise UserError(
-                    f"{settings.out}: holds runs with {key} {before.get(key)}, now {value}; give another --out"
-                )
-    settings.out.mkdir(parents=True, exist_ok=True)
-    write_json(path, content)
-
-
-def _folder(settings: Settings, one: Run) -> Path:
-    return settings.out / one.router / f"rows{one.rows}" / f"seed{one.seed}"
-
-
-def _parent(settings: Settings, seed: int) -> Path:
-    return Path(str(settings.parent).replace("{seed}", str(seed)))
-
-
-def _do(settings: Settings, one: Run) -> None:
-    folder = _folder(settings, one)
-    if (folder / "eval" / "summary.json").is_file():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    source = f"[{{name: scenes, path: {settings.data}, image_folder: {settings.data.parent / 'images'}, "
-    source += f"max_rows: {one.rows}}}]"
-    _command(
-        folder,
-        *("upcycle", "--config", settings.upcycle, f"model.checkpoint={_parent(settings, one.seed)}"),
-        *(f"output_dir={folder / 'upcycle'}", f"moe.language.router={one.router}"),
-        *(f"seed={one.seed}", f"moe.seed={one.seed}"),
-    )
-    _command(
-        folder,
-        *("train", settings.config, "--stage", "sft", f"model.checkpoint={folder / 'upcycle'}"),
-        *(f"output_dir={folder / 'sft'}", f"data.sources={source}", f"training.max_steps={settings.steps}"),
-        *(f"seed={one.seed}", "deepspeed=none"),
-    )
-    limit = [] if settings.limit is None else ["--limit", str(settings.limit)]
-    _command(
-        folder,
-        *("eval", folder / "sft", "--suite", settings.suite, "--out", folder / "eval", "--processes", "1", *limit),
-    )
-    logger.info("%s, %d rows, seed %d: done", *one)
-
-
-def _command(folder: Path, *arguments: Any) -> None:
-    """One of our commands; its output goes to log.txt, and a failure names it."""
-    words = [str(argument) for argument in arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    with (folder / "log.txt").open("a", encoding="utf-8") as log:
-        status = subprocess.run(
-            [sys.executable, "-m", "llava_compete.cli", *words], stdout=log, stderr=log, env=environment, check=False
-        ).returncode
-    if status:
-        raise UserError(f"`llava-compete {' '.join(words[:2])}` ended with status {status}: see {folder / 'log.txt'}")
-
-
-def _scores(folder: Path) -> NDArray[np.float64]:
-    """Scores of all questions of the suite's tasks [questions], each task with the same total weight."""
-    directory = folder / "eval"
-    pieces = []
-    for task in read_json(directory / "summary.json")["tasks"]:
-        scores = np.array([line["score"] for line in read_json_lines(directory / "samples" / f"{task}.jsonl")])
-        pieces.append(scores / len(scores))
-    return np.concatenate(pieces) * sum(map(len, pieces)) / len(pieces)
-
-
-def _summarise(scores: dict[str, NDArray[np.float64]], routers: tuple[str, ...]) -> dict[str, Any]:
-    """Accuracy by router and its difference to the first router, with 95% intervals over seeds and questions.
-
-    Seeds and questions are resampled together; the questions drawn are the same for all routers (paired).
-    """
-    rng = np.random.default_rng(0)
-    seeds, questions = scores[routers[0]].shape
-    weights = rng.multinomial(questions, np.full(questions, 1 / questions), size=_RESAMPLES) / questions
-    drawn = {}
-    for router, scores_SQ in scores.items():
-        by_seed_BS = weights @ scores_SQ.T
-        picks = rng.integers(seeds, size=(_RESAMPLES, seeds))
-        drawn[router] = np.take_along_axis(by_seed_BS, picks, axis=1).mean(1)
-    summary: dict[str, Any] = {"questions": questions}
-    for router, scores_SQ in scores.items():
-        summary[router] = {
-            "accuracy": float(scores_SQ.mean()),
-            "by_seed": scores_SQ.mean(1).tolist(),
-            "interval": np.quantile(drawn[router], [0.025, 0.975]).tolist(),
-        }
-        if router != routers[0]:
-            difference = drawn[router] - drawn[routers[0]]
-            summary[router]["difference"] = float(scores_SQ.mean() - scores[routers[0]].mean())
-            summary[router]["difference_interval"] = np.quantile(difference, [0.025, 0.975]).tolist()
-    return summary
-
-
-def draw(result: dict[str, Any], routers: tuple[str, ...], path: Path) -> None:
-    """Accuracy against rows, a line a router, with intervals."""
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Error against n, a line a rule, and the paired differences to softmax with their intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6, 4.5), layout="constrained")
-    rows = [point["rows"] for point in result["points"]]
-    for router in routers:
-        entries = [point[router] for point in result["points"]]
-        middle = np.array([entry["accuracy"] for entry in entries])
-        low, high = np.array([entry["interval"] for entry in entries]).T
-        axis.errorbar(rows, middle, [middle - low, high - middle], marker="o", capsize=3, label=router)
-    axis.set(xscale="log", xlabel="training rows", ylabel="accuracy", title="Learning curve, same optimizer steps")
-    axis.legend()
-    figure.savefig(path, dpi=130)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    sizes = [point["n"] for point in result["points"]]
+    for rule in result["rules"]:
+        cells = [point[rule] for point in result["points"]]
+        left.plot(sizes, [cell["error"] for cell in cells], "o-", ms=4, label=rule)
+        if rule != "softmax":
+            means = [cell["difference"] for cell in cells]
+            halves = [(cell["interval"][1] - cell["interval"][0]) / 2 if cell["interval"] else 0 for cell in cells]
+            right.errorbar(sizes, means, halves, fmt="o-", ms=4, capsize=3, label=rule)
+    left.set(xscale="log", yscale="log", xlabel="samples n", ylabel="error / variance")
+    right.axhline(0, color="grey", lw=0.8)
+    right.set(xscale="log", xlabel="samples n", ylabel="error minus softmax's, paired by seed")
+    left.legend()
+    right.legend()
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def describe(result: dict[str, Any], routers: tuple[str, ...], command: str) -> str:
-    """Markdown: a row a size."""
+def describe(result: dict[str, Any], command: str) -> str:
+    """Markdown: the table, and where a rule's interval excludes 0."""
+    rules = result["rules"]
     lines = [
-        "# Learning curve",
+        f"# Learning curve: a teacher gated by {result['gate']}",
         "",
-        f"`{command}`",
+        f"`{command}`: {result['seeds']} seeds, each a teacher, its data and a start.",
         "",
-        "Accuracy with 95% intervals over seeds and questions; differences to the first router, paired by question.",
+        "Error over variance on new inputs, and the difference to softmax with the 95% interval of a paired t by seed.",
         "",
-        "| rows | " + " | ".join(routers) + " | " + " | ".join(f"{r} - {routers[0]}" for r in routers[1:]) + " |",
-        "| --- |" + " --- |" * (2 * len(routers) - 1),
+        "| n | " + " | ".join(RULES[rule].title for rule in rules) + " |",
+        "| --- |" + " --- |" * len(rules),
     ]
     for point in result["points"]:
-        cells = [_percent(point[r]["accuracy"], point[r]["interval"]) for r in routers]
-        cells += [_percent(point[r]["difference"], point[r]["difference_interval"]) for r in routers[1:]]
-        lines.append(f"| {point['rows']:,} | " + " | ".join(cells) + " |")
-    apart = [
-        f"{point['rows']:,}"
-        for point in result["points"]
-        for r in routers[1:]
-        if point[r]["difference_interval"][0] > 0 or point[r]["difference_interval"][1] < 0
-    ]
-    verdict = (
-        f"Intervals of the difference exclude 0 at {', '.join(apart)} rows."
-        if apart
-        else ("No difference can be told from 0 at any size.")
-    )
-    return "\n".join([*lines, "", verdict, ""])
+        cells = [f"{point[rule]['error']:.4f}{_difference(point[rule])}" for rule in rules]
+        lines.append(f"| {point['n']:,} | " + " | ".join(cells) + " |")
+    lines.append("")
+    for rule in rules[1:]:
+        apart = [f"{point['n']:,}" for point in result["points"] if _excludes_zero(point[rule])]
+        where = f"excludes 0 at n = {'; '.join(apart)}" if apart else "excludes 0 at no n"
+        lines.append(f"{RULES[rule].title}: the interval {where}.")
+    return "\n".join([*lines, ""])
 
 
-def _percent(value: float, interval: list[float]) -> str:
-    return f"{100 * value:.1f} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+def _difference(cell: dict[str, Any]) -> str:
+    if "difference" not in cell:
+        return ""
+    low, high = cell["interval"] or (cell["difference"], cell["difference"])
+    return f" ({cell['difference']:+.4f} [{low:+.4f}, {high:+.4f}])"
+
+
+def _excludes_zero(cell: dict[str, Any]) -> bool:
+    return cell["interval"] is not None and not cell["interval"][0] <= 0 <= cell["interval"][1]

@@ -1,14 +1,12 @@
-"""Accuracy against the number of training samples (1/16 ... 1), softmax router and competition, with intervals.
+"""Error against the number of samples n: a student on a teacher of known experts, competition beside softmax.
 
-Trains from one dense parent on the harder scenes. First: llava-compete data scenes-hard, and for the parent
-scripts/pretrain_align.sh configs/demo_hard/pretrain_align.yaml (3 minutes on 2 CPU cores). Finished runs are kept: the
-same command goes on after a stop. Writes learning_curve.json, learning_curve.png and README.md into --out.
+20 seeds and six sizes take minutes on two cores. Finished runs are kept in --out. Writes learning_curve.json,
+learning_curve.png and README.md there.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -18,39 +16,34 @@ from llava_compete.files import write_json, write_text
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    recipe = Path("configs/demo_hard")
-    parser.add_argument(
-        "--parent",
-        type=Path,
-        default=Path("outputs/demo_hard/pretrain_align"),
-        help="dense checkpoint; {seed} in it stands for a run's seed (with one parent, differences hold for that one)",
-    )
-    parser.add_argument("--config", type=Path, default=recipe / "sft.yaml", help="YAML of the sft stage")
-    parser.add_argument("--upcycle", type=Path, default=recipe / "upcycle.yaml", help="YAML of the upcycling")
-    parser.add_argument("--data", type=Path, default=Path("playground/data/scenes_hard/instruct.json"), help="all rows")
-    parser.add_argument("--suite", default="demo_hard", help="what to evaluate (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="training seeds (default: %(default)s)")
-    parser.add_argument("--rows", type=int, help="the largest set (default: all rows)")
-    parser.add_argument(
-        "--steps", type=int, help="optimizer steps of every run (default: one pass over the largest set)"
-    )
-    parser.add_argument("--limit", type=int, help="only the first questions of each task")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: cores)")
+    gates = ("competition", "softmax", "clusters")
+    parser.add_argument("--gate", choices=gates, default="competition", help="of the teacher (default: %(default)s)")
+    parser.add_argument("--rules", nargs="+", help="names of the routing study's rules (default: published, judge_c80)")
+    parser.add_argument("--sizes", type=int, nargs="+", help="numbers of samples (default: 250 to 8,000)")
+    parser.add_argument("--seeds", type=int, default=20, help="runs a rule and size (default: %(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (default: cpu)")
     parser.add_argument("--out", type=Path, default=Path("outputs/learning_curve"), help="runs and results")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run what is missing and write the results."""
+    """Train what is missing and write the results."""
     from llava_compete.console import setup_console
+    from llava_compete.moe.allocator import keep_freed_memory
     from llava_compete.study import learning_curve
+    from llava_compete.study.routing.grid import device_of
 
     setup_console()
-    names = ("parent", "config", "upcycle", "data", "suite", "out", "seeds", "rows", "steps", "limit", "jobs")
-    settings = learning_curve.Settings(**{name: getattr(arguments, name) for name in names})
-    result = learning_curve.run(settings)
+    keep_freed_memory()
+    settings = learning_curve.Settings(
+        gate=arguments.gate,
+        rules=tuple(arguments.rules or learning_curve.DEFAULT_RULES),
+        sizes=tuple(arguments.sizes or learning_curve.SIZES),
+        seeds=arguments.seeds,
+    )
+    result = learning_curve.run(settings, arguments.out, device_of(arguments.device))
     command = shlex.join(["llava-compete", *sys.argv[1:]])
-    text = learning_curve.describe(result, settings.routers, command)
+    text = learning_curve.describe(result, command)
     write_json(arguments.out / "learning_curve.json", result | {"command": command})
     write_text(arguments.out / "README.md", text)
-    learning_curve.draw(result, settings.routers, arguments.out / "learning_curve.png")
+    learning_curve.draw(result, arguments.out / "learning_curve.png")
     sys.stdout.write(text)

@@ -1,0 +1,230 @@
+"""A sparse layer of R runs at once: `SparseMoeBlock` with a leading dimension, and what only this study asks of it.
+
+Equal to the block in output, losses and gradients for every router and judge that the block has
+(tests/study/routing/test_layer.py). Suffixes: R runs, T tokens, D width in and out, E experts, I hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llava_compete.study.routing.draws import generator_of, normal, uniform
+from llava_compete.study.routing.mixture import Mixture, Question
+from llava_compete.study.routing.operators import RouterAux
+from llava_compete.study.routing.routers import Choice, Routers, largest, random_choice
+from llava_compete.study.routing.rules import COMPETITION, Rule
+
+MEAN_DECAY = 0.9
+_REMOE_GROWTH, _REMOE_START = 1.2, 1e-8
+
+
+@dataclass(frozen=True)
+class Widths:
+    """num_experts E of `intermediate` I hidden units, num_chosen K of them, on tokens of `hidden` D."""
+
+    num_experts: int
+    num_chosen: int
+    hidden: int
+    intermediate: int
+
+    def of(self, rule: Rule) -> Widths:
+        """Dense: one expert of the active or of the whole size. With a shared expert K = 3, for at 2 its router learns
+        nothing: experts two thirds as wide, half as many again, so that both sizes stay."""
+        if rule.dense:
+            factor = self.num_chosen if rule.dense == "active" else self.num_experts
+            return Widths(1, 1, self.hidden, factor * self.intermediate)
+        if rule.shared and self.num_chosen == 2:
+            return Widths(self.num_experts * 3 // 2, 3, self.hidden, self.intermediate * 2 // 3)
+        return self
+
+
+class MoeLayer:
+    """Parameters [R, ...], forward, losses, and the count of what was computed.
+
+    Args:
+        seeds: of the start, one a run.
+        key: of the layer, such as 0.
+    """
+
+    def __init__(self, rule: Rule, widths: Widths, seeds: Sequence[int], key: int, device: str):
+        self.rule, self.widths, self.device = rule, widths.of(rule), device
+        experts, chosen, hidden, inner = (
+            self.widths.num_experts,
+            self.widths.num_chosen,
+            widths.hidden,
+            self.widths.intermediate,
+        )
+        self.up = uniform((experts, inner, hidden), hidden, seeds, (key, "up"), device)
+        self.down = uniform((experts, inner, hidden), inner, seeds, (key, "down"), device)
+        self.router = Routers(
+            rule,
+            {name: normal(shape, 0.02, seeds, (key, name), device) for name, shape in self._router_shapes().items()},
+            chosen,
+            [generator_of(seed, key, "draws") for seed in seeds],
+        )
+        runs = len(seeds)
+        self.means = torch.zeros(runs, experts, hidden, device=device)
+        self.seen = torch.zeros(runs, 1, experts, dtype=torch.bool, device=device)
+        self.sparsity_R = torch.full((runs,), _REMOE_START, device=device)
+        self.aux_R = torch.zeros(runs, device=device)
+        self._extra_R, self._forwards = torch.zeros(runs, device=device), 0
+
+    def _router_shapes(self) -> dict[str, tuple[int, int]]:
+        routed, hidden = self.widths.num_experts - self.rule.shared, self.widths.hidden
+        if not self.rule.has_router:
+            return {}
+        if self.rule.router in ("xmoe", "perturbed_cosine"):
+            return {"inp_reduction": (routed // 2, hidden), "expert_embeddings": (routed, routed // 2)}
+        return {"weight": (routed, hidden)}
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [self.up, self.down, *self.router.weights.values()]
+
+    @property
+    def price_R(self) -> Tensor:
+        """Arithmetic of experts beyond that of K a token, as a share of it: a forward alone is a third."""
+        return self._extra_R / max(1, self._forwards) / self.widths.num_chosen
+
+    def __call__(
+        self,
+        x_RTD: Tensor,
+        *,
+        sequences: int = 1,
+        training: bool = True,
+        competing_R: Tensor | None = None,
+        fixed_RTE: Tensor | None = None,
+    ) -> Tensor:
+        """[R, T, D] -> [R, T, D]; tokens are `sequences` of equal length, one after another.
+
+        competing_R: runs that compete or judge in this step; None for none. fixed_RTE: the choice of rule `fixed`.
+        Leaves the auxiliary loss in `aux_R` while training.
+        """
+        hidden = self._hidden(x_RTD)
+        rule, down = self.rule, self.down
+        if rule.dense:
+            ones = torch.ones(*x_RTD.shape[:2], 1, device=x_RTD.device)
+            return Mixture.apply(hidden, ones, down, None, None)
+        if not rule.has_router:
+            chosen = fixed_RTE
+            if rule.router == "random":
+                shape = (*x_RTD.shape[:2], self.widths.num_experts)
+                chosen = random_choice(shape, self.widths.num_chosen, self.router.generators, self.device)
+            return Mixture.apply(hidden, chosen.float() / self.widths.num_chosen, down, None, None)
+        choice = self.router(x_RTD, training)
+        question = self._question(choice, competing_R) if rule.judge and training else None
+        # A shared expert adds a column of weights; no judged rule has one.
+        weights = choice.weights_RTE * choice.chosen_RTE if rule.router == "default_moe" else choice.weights_RTE
+        output = Mixture.apply(hidden, weights, down, choice.logits_RTE if question else None, question)
+        if rule.router == "default_moe":
+            output = output + torch.bmm(choice.weights_RTE * (~choice.chosen_RTE & self.seen), self.means)
+        if training:
+            self.aux_R = self._aux(choice, sequences)
+            self._count(choice, question)
+            self._end_step(hidden, choice)
+        if rule.response is not None and competing_R is not None:
+            output = self._respond(hidden, output, choice, sequences, competing_R, training)
+        return output
+
+    def _hidden(self, x_RTD: Tensor) -> Tensor:
+        up = torch.bmm(x_RTD, self.up.flatten(1, 2).transpose(1, 2))
+        return F.gelu(up).unflatten(2, self.up.shape[1:3])
+
+    def _aux(self, choice: Choice, sequences: int) -> Tensor:
+        rule, experts = self.rule, choice.logits_RTE.shape[-1]
+        if rule.router == "remoe":
+            used = choice.chosen_RTE.float().mean(1, keepdim=True) * (experts / self.widths.num_chosen)
+            return self.sparsity_R * (used * choice.weights_RTE).sum(-1).mean(1)
+        scores = None if choice.scores_RTE is choice.logits_RTE else choice.scores_RTE
+        coefs = (rule.balance_coef, rule.router_z_coef)
+        return RouterAux.apply(choice.logits_RTE, scores, choice.first_RTE, sequences, coefs)
+
+    def _question(self, choice: Choice, competing_R: Tensor | None) -> Question | None:
+        judge = self.rule.judge
+        assert judge is not None
+        if competing_R is None:
+            return None
+        probs, chosen = choice.logits_RTE.detach().softmax(-1), choice.chosen_RTE
+        least = probs.masked_fill(~chosen, torch.inf).amin(-1, keepdim=True)
+        asked = (probs >= judge.margin * least) & ~chosen
+        if judge.contenders is not None:
+            asked &= largest(probs.masked_fill(chosen, -1.0), judge.contenders)[0]
+        by_mean = None
+        if judge.answers != "full":
+            asked = asked if judge.answers == "both" else torch.zeros_like(asked)
+            by_mean = self.seen & ~chosen & ~asked
+        strength = competing_R.float().view(-1, 1, 1)
+        return Question(choice.logits_RTE, asked, chosen, strength, judge.subtracts_output, self.means.clone(), by_mean)
+
+    @torch.no_grad()
+    def _count(self, choice: Choice, question: Question | None) -> None:
+        self._forwards += 1
+        if question is not None:
+            self._extra_R += question.asked_RTE.sum(-1).float().mean(1) * question.strength_R11.flatten() / 3
+        if self.rule.router == "remoe":
+            self._extra_R += choice.chosen_RTE.sum(-1).float().mean(1) - self.widths.num_chosen
+
+    @torch.no_grad()
+    def _end_step(self, hidden: Tensor, choice: Choice) -> None:
+        self.router.end_step(choice)
+        if self.rule.router == "remoe":
+            too_many = choice.chosen_RTE.sum(-1).float().mean(1) - self.widths.num_chosen
+            self.sparsity_R = self.sparsity_R * _REMOE_GROWTH ** torch.sign(too_many)
+        judge = self.rule.judge
+        if self.rule.router == "default_moe" or (judge is not None and judge.answers != "full"):
+            chosen = choice.chosen_RTE.float()
+            count = chosen.sum(1)
+            mean_hidden = torch.einsum("rte,rtei->rei", chosen, hidden) / count.clamp(min=1).unsqueeze(-1)
+            answer = torch.einsum("rei,reio->reo", mean_hidden, self.down)
+            now, before = (count > 0).unsqueeze(-1), self.seen.transpose(1, 2)
+            moved = torch.where(before, MEAN_DECAY * self.means + (1 - MEAN_DECAY) * answer, answer)
+            self.means = torch.where(now, moved, self.means)
+            self.seen = self.seen | now.transpose(1, 2)
+
+    def _respond(
+        self, hidden: Tensor, output: Tensor, choice: Choice, sequences: int, competing_R: Tensor, training: bool
+    ) -> Tensor:
+        """A competition in the runs that hold one: their output and auxiliary loss in place of the router's."""
+        response, runs = self.rule.response, competing_R.nonzero().flatten()
+        assert response is not None
+        if not len(runs):
+            return output
+        count, experts = self.widths.num_chosen, self.widths.num_experts
+        answers = torch.matmul(hidden[runs].transpose(1, 2), self.down[runs])  # [R, E, T, O]
+        if response.output == "router":
+            answers = answers.detach()
+        affinity = F.softplus(answers).mean(-1).transpose(1, 2)
+        won, first = largest(affinity.detach(), count)
+        weights = affinity * won
+        weights = weights / weights.sum(-1, keepdim=True)
+        if training:
+            p, q = choice.logits_RTE[runs].softmax(-1), affinity.softmax(-1)
+            squared = (p - q.detach()).square()
+            distilled = (
+                squared.mean((1, 2)) + COMPETITION["winner_distillation_coef"] * (squared * won).sum(-1).mean(1) / count
+            )
+            aux = COMPETITION["distillation_coef"] * distilled
+            if response.output == "winners":
+                directions = F.normalize(answers, dim=-1) * won.transpose(1, 2).unsqueeze(-1)
+                cosines = directions.sum(1).square().sum(-1) - directions.square().sum((1, 3))
+                aux = aux + COMPETITION["diversity_coef"] * cosines.mean(1) / count**2
+                aux = aux + COMPETITION["competition_balance_coef"] * _balance(q, first, sequences)
+                self.aux_R = self.aux_R.index_copy(0, runs, aux)
+            else:  # the router's step stays as it is
+                self.aux_R = self.aux_R.index_add(0, runs, aux)
+            self._extra_R[runs] += (experts - count) * (1.0 if response.output == "winners" else 1 / 3)
+        if response.output == "router":
+            return output
+        return output.index_copy(0, runs, torch.einsum("rte,reto->rto", weights, answers))
+
+
+def _balance(probs_RTE: Tensor, first_RTE: Tensor, sequences: int) -> Tensor:
+    """E² x mean over (sequence, expert) of mean probability x share of first choices, [R]."""
+    shape = (sequences, probs_RTE.shape[1] // sequences)
+    shares = first_RTE.float().unflatten(1, shape).mean(2)
+    return probs_RTE.shape[-1] * (probs_RTE.unflatten(1, shape).mean(2) * shares).sum(-1).mean(1)

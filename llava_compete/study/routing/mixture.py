@@ -1,0 +1,68 @@
+"""One autograd node for a weighted sum over experts, in which the loss may also judge those that were not chosen.
+
+All experts' hidden states are computed: at these sizes that is cheaper than gathering. So the gradient by an expert's
+weight, <dL/dy, Y_e>, is there for every expert, chosen or not, and the judgement costs the program nothing; what it
+would cost a sparse one is counted (`MoeLayer.price_R`). Suffixes: R runs, T tokens, E experts, I hidden, O out.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Question(NamedTuple):
+    """What the loss is asked about a step: see `rules.Judge`.
+
+    asked_RTE: experts that answer themselves. strength_R11: 1 in the runs that judge in this step, else 0. means_REO:
+    running means that answer where `by_mean_RTE`.
+    """
+
+    logits_RTE: Tensor
+    asked_RTE: Tensor
+    chosen_RTE: Tensor
+    strength_R11: Tensor
+    subtracts_output: bool
+    means_REO: Tensor | None
+    by_mean_RTE: Tensor | None
+
+
+class Mixture(torch.autograd.Function):
+    """hidden [R, T, E, I], weights [R, T, E], down [R, E, I, O] -> [R, T, O]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weights: Tensor, down: Tensor, logits: Tensor | None, question: Any
+    ) -> Tensor:
+        weighted = (hidden * weights.unsqueeze(-1)).flatten(2)
+        output = torch.bmm(weighted, down.flatten(1, 2))
+        ctx.question = question
+        ctx.save_for_backward(hidden, weights, down, weighted, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weights, down, weighted, output = ctx.saved_tensors
+        grad_down = torch.bmm(weighted.transpose(1, 2), grad).view_as(down)
+        grad_weighted = torch.bmm(grad, down.flatten(1, 2).transpose(1, 2)).view_as(hidden)
+        grad_weights = (grad_weighted * hidden).sum(-1)
+        of_logits = None
+        if ctx.question is not None:
+            of_logits = _judge(grad, output, grad_weights, ctx.question)
+        return grad_weighted.mul_(weights.unsqueeze(-1)), grad_weights, grad_down, of_logits, None
+
+
+def _judge(grad: Tensor, output: Tensor, answers: Tensor, question: Question) -> Tensor:
+    """The term's gradient by the logits: that of sum over asked j of p_j <g, Y_j - y>, all but p constant."""
+    probs = question.logits_RTE.detach().softmax(-1)
+    asked = question.asked_RTE
+    if question.means_REO is not None and question.by_mean_RTE is not None:
+        by_mean = torch.bmm(grad, question.means_REO.transpose(1, 2))
+        answers = torch.where(question.by_mean_RTE, by_mean, answers)
+        asked = asked | question.by_mean_RTE
+    if question.subtracts_output:
+        answers = answers - (grad * output).sum(-1, keepdim=True)
+    answers = answers * (asked & ~question.chosen_RTE) * question.strength_R11
+    return torch._softmax_backward_data(answers, probs, -1, probs.dtype)

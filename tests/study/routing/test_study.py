@@ -1,0 +1,83 @@
+"""The command from runs to table: what is kept, what goes on, and which softmax a rule is compared with."""
+
+import dataclasses
+import json
+
+import pytest
+
+from llava_compete import cli
+from llava_compete.errors import UserError
+from llava_compete.evaluation.compare.statistics import paired_t
+from llava_compete.files import write_json
+from llava_compete.study.routing import grid, report, results, tasks
+
+TASK = "teacher_competition_1000"
+RULES = ("softmax", "judge_all", "random")
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setitem(tasks.TASKS, TASK, dataclasses.replace(tasks.TASKS[TASK], steps=6))
+
+
+def test_the_command_writes_its_files_and_goes_on_where_it_was(tmp_path, monkeypatch, short, capsys):
+    monkeypatch.setattr(grid, "default_plan", lambda seeds: grid.Plan((((TASK,), RULES, (1.0,)),), seeds))
+    command = ["study", "routing", "--out", str(tmp_path), "--seeds"]
+    assert cli.main([*command, "2"]) == 0
+    kept = tmp_path / "runs" / TASK / "judge_all-x1.json"
+    before = json.loads(kept.read_text())
+    assert before["seeds"] == [0, 1]
+    # Ten of twelve experts answer, a forward each, beside two forth and back: softmax has 10 / 6 more steps.
+    assert (tmp_path / "runs" / TASK / "softmax-x1-steps+167%.json").is_file()
+    assert cli.main([*command, "3"]) == 0
+    after = json.loads(kept.read_text())
+    assert after["seeds"] == [0, 1, 2]
+    assert after["scores"][:2] == before["scores"]
+    content = json.loads((tmp_path / "routing.json").read_text())
+    assert sum(len(file["scores"]) for file in content["runs"]) == 3 * 4
+    assert (tmp_path / "routing.png").stat().st_size > 5000
+    assert "| judged by the loss, baseline output, all asked | 3 |" in (tmp_path / "README.md").read_text()
+    assert "(stopped" not in capsys.readouterr().out
+
+
+def test_a_study_out_of_time_reports_what_it_has(tmp_path, short):
+    plan = grid.Plan((((TASK,), RULES, (1.0,)),), 2)
+    assert grid.run(plan, tmp_path, "cpu", minutes=0.0) is False
+    assert not (tmp_path / "runs").exists()
+
+
+def keep(out, rule, scores, extra=0, times=1.0, price=0.0, seeds=None):
+    unit = grid.Unit("facts_8", rule, times, extra)
+    seeds = list(range(len(scores))) if seeds is None else seeds
+    write_json_of = {**unit._asdict(), "seeds": seeds, "scores": scores, "prices": [price] * len(scores)}
+    unit.path(out).parent.mkdir(parents=True, exist_ok=True)
+    write_json(unit.path(out), write_json_of)
+
+
+def test_differences_are_paired_by_seed_at_equal_samples_arithmetic_and_best_rate(tmp_path):
+    keep(tmp_path, "softmax", [80.0, 82.0, 90.0])
+    keep(tmp_path, "softmax", [83.0, 86.0, 92.0], extra=13)
+    keep(tmp_path, "softmax", [95.0, 96.0, 97.0], times=2.0)
+    keep(tmp_path, "judge_all", [93.5, 83.0, 84.0], price=0.134, seeds=[2, 0, 1])
+    keep(tmp_path, "judge_all", [94.0, 96.0, 96.5], times=2.0, price=0.12)
+    row = next(row for row in results.Runs(tmp_path).rows("facts_8") if row.rule == "judge_all")
+    assert row.samples == paired_t([3.0, 2.0, 3.5])
+    assert row.arithmetic == paired_t([0.0, -2.0, 1.5])
+    assert row.best_rate == 2.0
+    assert row.best == paired_t([-1.0, 0.0, -0.5])
+    text = report.describe(results.Runs(tmp_path), "command", True)
+    assert "| +13% | **+2.8 ± 1.9** | -0.2 ± 4.4 |" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--seeds", "1"], "--seeds: found 1, expected at least 2"), (["--device", "cuda"], "--device: found cuda")],
+)
+def test_bad_input_is_one_line(words, message, capsys, tmp_path):
+    assert cli.main(["study", "routing", "--out", str(tmp_path), *words]) != 0
+    assert message in capsys.readouterr().err
+
+
+def test_no_cuda_is_named():
+    with pytest.raises(UserError, match="torch finds no CUDA device"):
+        grid.device_of("cuda")

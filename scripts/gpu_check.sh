@@ -5,6 +5,7 @@
 #     waiting   forward and backward of a training step never wait for the GPU
 #     nccl      the stage's process group and its collectives with one rank
 #     moe train generate    the three benchmarks
+#     routing   the routing study's default preset, as far as a minute takes it
 #     demo      the demo's stages in bfloat16 under ZeRO-2 and ZeRO-3, a few steps each
 # Writes FOLDER/gpu_check.{json,md,log} anew after each section: what was measured stays if the time runs out.
 # --cpu tries the script where there is no GPU, on small sizes. Runs from the source tree with any Python that has
@@ -14,8 +15,8 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
 
-SECTIONS=(parity waiting nccl moe train demo generate)
-declare -A LIMITS=([parity]=60 [waiting]=45 [nccl]=60 [moe]=50 [train]=120 [generate]=120 [demo]=140)
+SECTIONS=(parity waiting nccl moe train demo generate routing)
+declare -A LIMITS=([parity]=60 [waiting]=45 [nccl]=60 [moe]=50 [train]=120 [generate]=120 [demo]=140 [routing]=100)
 
 out=outputs/gpu_check chosen=()
 export GPU_CHECK_CPU=no

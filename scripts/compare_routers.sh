@@ -8,6 +8,10 @@
 #     --config configs/demo_hard/sft.yaml --upcycle configs/demo_hard/upcycle.yaml training.max_steps=4000
 #   (harder questions, as one would run it on a GPU; after llava-compete data scenes-hard and, for each seed,
 #   scripts/pretrain_align.sh configs/demo_hard/pretrain_align.yaml output_dir=outputs/demo_hard/parent0 seed=0)
+#   PARENT=outputs/smollm2_dinov2/pft bash scripts/compare_routers.sh --suite emoji --out outputs/routers_emoji \
+#     --config configs/smollm2_dinov2/sft.yaml --upcycle configs/smollm2_dinov2/upcycle.yaml \
+#     --eval configs/smollm2_dinov2/eval.yaml
+#   (pretrained parts on real pictures, after scripts/realistic.sh)
 # Further KEY=VALUE go to every training run. Runs that are finished are kept: the same command goes on after a stop.
 # PARENT: a dense checkpoint to start from (default: one a seed is trained first); {seed} in it stands for the seed, and
 # without it the differences hold for this one parent only. JOBS: runs at a time (default: GPUs, else cores).
@@ -18,7 +22,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/lib/study.sh"
 
 steps=250 seeds=3 limit=null SUITE=demo OUT=outputs/compare_routers CONFIG=configs/demo/sft.yaml
-UPCYCLE=configs/demo/upcycle.yaml overrides=()
+UPCYCLE=configs/demo/upcycle.yaml EVAL=configs/demo/eval.yaml overrides=()
 # Experts of each token, one of them shared with the shared_* routers: with 2 their router would get no gradient from the
 # task, and with another number than the rest they would have other active sizes.
 CHOSEN=3
@@ -29,9 +33,10 @@ while [ $# -gt 0 ]; do
     --suite) SUITE=$2 && shift ;;
     --config) CONFIG=$2 && shift ;;
     --upcycle) UPCYCLE=$2 && shift ;;
+    --eval) EVAL=$2 && shift ;;
     --out) OUT=$2 && shift ;;
     *=*) overrides+=("$1") ;;
-    *) die "scripts/compare_routers.sh: unknown argument '$1' (--quick, --seeds N, --suite S, --config F, --upcycle F, --out D, KEY=VALUE)" ;;
+    *) die "scripts/compare_routers.sh: unknown argument '$1' (--quick, --seeds N, --suite S, --config F, --upcycle F, --eval F, --out D, KEY=VALUE)" ;;
   esac
   shift
 done
@@ -55,6 +60,9 @@ if [ -z "${PARENT:-}" ]; then
   done
 fi
 
+# The parts that have experts.
+mapfile -t PARTS < <(grep -oE '^  (vision|projector|language):' "$UPCYCLE" | tr -d ' :')
+
 # One method with one seed: upcycle (unless dense), train in one process, evaluate.
 run_one() {
   local method=$1 seed=$2 slot=$3
@@ -65,14 +73,15 @@ run_one() {
   start=$parent
   if [ "$method" != dense ]; then
     start=$directory/upcycle moe=()
+    local part settings=()
+    for part in "${PARTS[@]}"; do settings+=(moe."$part".router="$method" moe."$part".num_experts_per_tok="$CHOSEN"); done
     [ -f "$start/config.json" ] || llava-compete upcycle --config "$UPCYCLE" model.checkpoint="$parent" \
-      output_dir="$start" moe.language.router="$method" moe.language.num_experts_per_tok="$CHOSEN" seed="$seed" \
-      moe.seed="$seed"
+      output_dir="$start" "${settings[@]}" seed="$seed" moe.seed="$seed"
   fi
   [ -f "$directory/sft/config.json" ] || llava-compete train "$CONFIG" --stage sft model.checkpoint="$start" \
     output_dir="$directory/sft" seed="$seed" deepspeed=none training.per_device_train_batch_size=16 \
     training.max_steps="$steps" "${moe[@]}" "${overrides[@]}"
-  llava-compete eval --config configs/demo/eval.yaml checkpoint="$directory/sft" output_dir="$directory/eval" \
+  llava-compete eval --config "$EVAL" checkpoint="$directory/sft" output_dir="$directory/eval" \
     suite="$SUITE" limit="$limit" batch_size=100 processes=1
 }
 

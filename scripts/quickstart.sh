@@ -24,30 +24,8 @@ if [ "$smoke" = yes ]; then
   report_options=(--rows 8 --examples 2)
 fi
 if [ "$fresh" = yes ]; then rm -rf "$OUT"; fi
-mkdir -p "$OUT/stages"
-
-# stage NAME FINGERPRINT COMMAND...: runs the command unless this stage finished before with the same fingerprint,
-# and records its seconds. A stage that runs makes every later one run: its input is new.
-upstream=""
-stage() {
-  local name=$1 inputs=$2 mark=$OUT/stages/$1 started fingerprint
-  shift 2
-  fingerprint=$(printf '%s %s' "$upstream" "$inputs" | sha256sum | cut -d' ' -f1)
-  upstream=$fingerprint
-  if [ -f "$mark" ] && [ "$(cut -d' ' -f1 "$mark")" = "$fingerprint" ]; then
-    say "$name: finished before, skipped (--fresh starts over)"
-    return
-  fi
-  if [ -f "$OUT/stages/$name.started" ] && [ "$(cat "$OUT/stages/$name.started")" != "$fingerprint" ]; then
-    rm -rf "${OUT:?}/$name" # made from other inputs: not something to go on from
-  fi
-  rm -f "$mark"
-  echo "$fingerprint" >"$OUT/stages/$name.started"
-  say "$name"
-  started=$(date +%s.%N)
-  "$@" || die "stage $name failed (above); run the same command again to go on from here"
-  echo "$fingerprint $(awk -v a="$started" -v b="$(date +%s.%N)" 'BEGIN {printf "%.1f", b - a}')" >"$mark"
-}
+# shellcheck source-path=SCRIPTDIR source=lib/stages.sh
+source "$ROOT/scripts/lib/stages.sh"
 
 config_sum() { cat "configs/demo/$1.yaml" | sha256sum; }
 

@@ -126,19 +126,30 @@ def chance_levels(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def write_test_table(rows: Sequence[dict[str, Any]], path: Path) -> dict[str, Any]:
-    """Write rows (image, question, answer, type, id; further string columns allowed) as parquet; return its facts."""
+    """Write rows (image or images, question, answer, type, id, further strings) as parquet; return its facts.
+
+    `image` is the bytes of a file, `images` a list of them.
+    """
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns: dict[str, list[Any]] = {key: [row[key] for row in rows] for key in rows[0]}
-    columns["image"] = [{"bytes": content, "path": None} for content in columns["image"]]
-    kinds = {key: datasets.Image() if key == "image" else datasets.Value("string") for key in columns}
+    special = {"image": datasets.Image(), "images": datasets.List(datasets.Image())}
+    if "image" in columns:
+        columns["image"] = [_embedded(content) for content in columns["image"]]
+    else:
+        columns["images"] = [[_embedded(content) for content in contents] for contents in columns["images"]]
+    kinds = {key: special.get(key, datasets.Value("string")) for key in columns}
     # The features in the schema's metadata make `load_dataset("parquet")` decode the images.
     schema = datasets.Features(kinds).arrow_schema
     pq.write_table(pa.table(columns, schema=schema), path)
     sha = hashlib.sha256(path.read_bytes()).hexdigest()
     return {"file": path.name, "sha256": sha, "n": len(rows), **chance_levels(rows)}
+
+
+def _embedded(content: bytes) -> dict[str, Any]:
+    return {"bytes": content, "path": None}
 
 
 def png_bytes(image: Image.Image) -> bytes:

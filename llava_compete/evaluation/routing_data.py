@@ -24,7 +24,6 @@ from llava_compete.language.chat_encoding import encode_conversation, images_bef
 from llava_compete.parts import IGNORE_INDEX
 from llava_compete.vision.image_decoder import BadImageError, open_image
 
-_TABLE_COLUMNS = ("image", "question", "answer")
 # What a token of the text is. Decoding writes answers; all else is read at once before, in the prefill.
 TOKEN_CLASSES = ("image", "question", "answer")
 
@@ -90,13 +89,14 @@ class Rows:
 
 
 class _TestTable:
-    """A parquet table of an lmms-eval task of ours: one embedded picture, a question, an answer."""
+    """A parquet table of an lmms-eval task of ours: embedded pictures (image, or a list images), question, answer."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow.parquet as pq
 
         columns = _columns(path)
-        if missing := [name for name in _TABLE_COLUMNS if name not in columns]:
+        expected = ("images" if "images" in columns else "image", "question", "answer")
+        if missing := [name for name in expected if name not in columns]:
             raise UserError(f"{path}: columns {', '.join(columns)}; expected also {', '.join(missing)}")
         self._table = pq.read_table(path)
 
@@ -105,11 +105,12 @@ class _TestTable:
 
     def read(self, source: str, number: int) -> Row:
         row = self._table.slice(number, 1).to_pylist()[0]
+        images = [open_image(image["bytes"]) for image in row.get("images") or [row["image"]]]
         messages = [
-            {"role": "user", "content": images_before(1, [{"type": "text", "text": row["question"]}])},
+            {"role": "user", "content": images_before(len(images), [{"type": "text", "text": row["question"]}])},
             {"role": "assistant", "content": row["answer"]},
         ]
-        return Row(str(row.get("id", number)), source, messages, [open_image(row["image"]["bytes"])])
+        return Row(str(row.get("id", number)), source, messages, images)
 
 
 class _TrainingTable:

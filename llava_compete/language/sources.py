@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ def text_config_of(
         stored, _ = PreTrainedConfig.get_config_dict(language.name, **gguf)
         register_remote_code(str(language.name), stored, trust_remote_code)
         whole = AutoConfig.from_pretrained(language.name, **gguf)
+    except struct.error as error:
+        raise UserError(f"language_model.name: {language.name}: its GGUF file is cut off or none ({error})") from error
     except (OSError, ValueError) as error:
         raise UserError(f"language_model.name: {language.name}: {str(error).splitlines()[0]}") from error
     config = whole.get_text_config(decoder=True)

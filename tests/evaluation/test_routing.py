@@ -11,6 +11,7 @@ import torch
 from evaluation_kit import save_tiny
 from PIL import Image
 
+from llava_compete.demo.build import png_bytes, write_test_table
 from llava_compete.errors import UserError
 from llava_compete.evaluation.config import EvalConfig
 from llava_compete.evaluation.routing import _batches, measure_routing
@@ -186,6 +187,24 @@ def test_a_dense_checkpoint_has_no_routing(table, tmp_path):
     found = measure_routing(config_for(save_tiny(tmp_path / "dense", dense=True), table))
     assert found["agreement"] is None
     assert found["controls"] == found["expert_use"] == {}
+
+
+def test_a_question_may_show_several_pictures(tmp_path):
+    pictures = [png_bytes(Image.new("RGB", (28, 28), (shade, 90, 40))) for shade in (20, 120, 220)]
+    rows = [
+        {"images": pictures[:count], "question": "same?", "answer": "no", "type": "same", "id": str(count)}
+        for count in (1, 3)
+    ]
+    write_test_table(rows, tmp_path / "test.parquet")
+    checkpoint = save_tiny(tmp_path / "moe")
+    model, processor = load_checkpoint(checkpoint)
+    batches = list(_batches(config_for(checkpoint, tmp_path / "test.parquet"), processor, torch.device("cpu")))
+    assert [len(batch["pixel_values"]) for _, batch in batches] == [1, 3]
+    assert [(batch["input_ids"] == model.config.image_token_id).sum() for _, batch in batches] == [
+        count * processor.num_image_tokens for count in (1, 3)
+    ]
+    shown = datasets.load_dataset("parquet", data_files=str(tmp_path / "test.parquet"), split="train")[1]["images"]
+    assert [image.getpixel((0, 0))[0] for image in shown] == [20, 120, 220]
 
 
 def test_a_table_that_does_not_fit(table, tmp_path):

@@ -84,11 +84,15 @@ class SparseMoeBlock(nn.Module):
         # Called on a competition step too, on every rank: ZeRO-3 gathers a router's weights by its call.
         routing: Routing = self.router(x_TD)
         chosen: tuple[Tensor, ...] = (routing.selected_experts_TK, routing.routing_weights_TK)
+        heard_T = None
         if self.config.competition_judge == "loss":
             chosen += (routing.logits_TR,) if self._asks(routing) else ()
+            heard_T = groups.counted_T if groups is not None and self._listens() else None
         elif self.config.router == "competition" and self.state.competes(self.name):
             chosen = ()
-        output_TO, contest = self.experts(x_TD, *chosen)
+        output_TO, contest, answers = self.experts(x_TD, *chosen, heard_T=heard_T)
+        if answers is not None:
+            self.state.answers[self.name] = answers
         if groups is not None:
             # Also done in a recomputation, which must save the same tensors; only a recording keeps the result.
             record = self._record(routing, contest, groups)
@@ -100,6 +104,11 @@ class SparseMoeBlock(nn.Module):
         """Whether this step's loss judges the experts that were not chosen; at a rate of 1 without any schedule."""
         learns = self.training and torch.is_grad_enabled() and routing.logits_TR.requires_grad
         return learns and (self.config.competition_rate == 1 or self.state.competes(self.name))
+
+    def _listens(self) -> bool:
+        """Whether what the experts say enters their running means: not in a recomputation, which would count twice."""
+        learns = self.state.is_recording and self.training and torch.is_grad_enabled()
+        return learns and self.config.competition_answers != "full"
 
     def _groups(self, num_tokens: int) -> TokenGroups | None:
         """How this forward's tokens group, or None where nothing reads statistics."""

@@ -40,10 +40,16 @@ RESPONSE_DEFAULTS: dict[str, Any] = {**COMPETITION_COEFS, "affinity": "softplus"
 RESPONSE_KEYS = (*RESPONSE_DEFAULTS, "competition_keeps")
 JUDGED_DEFAULTS: dict[str, Any] = {
     "competition_baseline": "output",
+    "competition_answers": "full",
     "competition_margin": 0.8,
     "competition_contenders": "all",
     "competition_rate": 1.0,
 }
+
+# What has no use where running means answer, so that no expert is asked.
+ASKING_KEYS = ("competition_margin", "competition_contenders")
+# Kernels of the chosen experts that are ours, from which the means are taken.
+OWN_KERNELS = ("auto", "eager", "grouped_mm", "dense")
 
 COMPETITION_MEMORY = ("competition_chunk_tokens", "competition_keeps")
 
@@ -115,6 +121,14 @@ class MoeLayerConfig(StrictConfig):
             "nothing, which moves an upcycled start, where all experts still agree"
         ),
     )
+    competition_answers: Literal["full", "mean", "both"] | None = Field(
+        default=None,
+        description=(
+            "competition_judge loss: what an expert answers that was not chosen: what it would have said (full, "
+            "default); the running mean of what it said where it was chosen (mean), for hardly any arithmetic; or "
+            "both: contested experts are asked, for the others their means answer"
+        ),
+    )
     competition_margin: float | None = Field(
         default=None,
         ge=0,
@@ -165,8 +179,7 @@ class MoeLayerConfig(StrictConfig):
         if not isinstance(data, dict):
             return handler(data)
         router = data.get("router", "competition")
-        of_competition = JUDGED_DEFAULTS if data.get("competition_judge") == "loss" else RESPONSE_DEFAULTS
-        defaults = ROUTER_COEFS | (of_competition if router == "competition" else {})
+        defaults = ROUTER_COEFS | (_competition_defaults(data) if router == "competition" else {})
         if router in ROUTER_CLASSES:
             defaults["balance_coef"] = ROUTER_CLASSES[router].balance_coef
             if router != "competition" and data.get("affinity") == "softplus":
@@ -231,6 +244,13 @@ class MoeLayerConfig(StrictConfig):
     def _check_judge(self) -> None:
         judged = self.competition_judge == "loss"
         self._refuse(RESPONSE_KEYS if judged else JUDGED_DEFAULTS, "competition_judge")
+        if self.competition_answers == "mean":
+            self._refuse(ASKING_KEYS, "competition_answers")
+        if self.competition_answers in ("mean", "both") and self.experts_implementation not in OWN_KERNELS:
+            raise ValueError(
+                f"experts_implementation: found {self.experts_implementation!r}, expected one of "
+                f"{', '.join(OWN_KERNELS)}, for competition_answers {self.competition_answers!r} reads what experts say"
+            )
         others = self.num_experts - self.num_experts_per_tok
         if judged and others == 0:
             raise ValueError(
@@ -288,12 +308,22 @@ class MoeLayerConfig(StrictConfig):
         }
 
 
+def _competition_defaults(data: dict[str, Any]) -> dict[str, Any]:
+    """The terms of a competition with their values where `data`, settings of a layer, do not say."""
+    if data.get("competition_judge") != "loss":
+        return RESPONSE_DEFAULTS
+    unused = ASKING_KEYS if data.get("competition_answers") == "mean" else ()
+    return {key: value for key, value in JUDGED_DEFAULTS.items() if key not in unused}
+
+
 def still_used(stored: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A stored part's settings without those for which the judge that `changes` names has no use."""
+    """A stored part's settings without those for which the judge and the answers that `changes` names have no use."""
+    unused: set[str] = set()
     judged_before = stored.get("competition_judge", "response")
-    if changes.get("competition_judge", judged_before) == judged_before:
-        return stored
-    unused = JUDGED_DEFAULTS if judged_before == "loss" else RESPONSE_KEYS
+    if changes.get("competition_judge", judged_before) != judged_before:
+        unused.update(JUDGED_DEFAULTS if judged_before == "loss" else RESPONSE_KEYS)
+    if changes.get("competition_answers") == "mean":
+        unused.update(ASKING_KEYS)
     return {key: value for key, value in stored.items() if key not in unused}
 
 

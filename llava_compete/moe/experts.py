@@ -16,6 +16,7 @@ from transformers.activations import ACT2FN
 
 from llava_compete.errors import UserError
 from llava_compete.moe.all_experts import AllExpertsDown, AllExpertsUp
+from llava_compete.moe.answers import AnswerMeans, answer_sums
 from llava_compete.moe.competition import Contest, Picked, PickWinners, mix_winners
 from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.implementations import ExpertWeights, choose
@@ -36,10 +37,12 @@ def activation_function(name: str) -> nn.Module:
 
 
 class ExpertsOutput(NamedTuple):
-    """output_TO: the weighted sum [T, O]; contest: what a competition found, None where the router chose."""
+    """output_TO: the weighted sum [T, O]; contest: what a competition found, None where the router chose; answers:
+    where the call asks for them, sums of what each chosen expert said (`answer_sums`)."""
 
     output_TO: Tensor
     contest: Contest | None
+    answers: Tensor | None = None
 
 
 class PackedExperts(nn.Module):
@@ -64,6 +67,7 @@ class PackedExperts(nn.Module):
         self.num_experts = config.num_experts
         self.num_winners = config.num_experts_per_tok
         self.configure(config)
+        self.answer_means = AnswerMeans()
         self.activation = activation
         self.has_gate, self.has_bias = gated, bias
         self.act_fn: nn.Module = activation_function(activation)
@@ -106,10 +110,12 @@ class PackedExperts(nn.Module):
         selected_experts_TK: Tensor | None = None,
         routing_weights_TK: Tensor | None = None,
         judged_logits_TE: Tensor | None = None,
+        heard_T: Tensor | None = None,
     ) -> ExpertsOutput:
         """The weighted sum of the selected experts' outputs; with none given, a competition of them all.
 
         `judged_logits_TE`: the router's logits, where the loss judges the experts that were not selected (judged.py).
+        `heard_T`: 1 for each token of which the answers' sums are wanted, else 0.
         Done here because ZeRO-3 gathers the parameters for this module's call and for its backward.
         """
         weights = self._weights(_compute_dtype(x_TD, self.down_proj))
@@ -119,10 +125,21 @@ class PackedExperts(nn.Module):
                 return self._compete(weights, x_TD)
             num_tokens, num_choices = selected_experts_TK.shape
             function = choose(self.implementation, weights, num_tokens, num_choices, x_TD.device)
+            weights.heard = [] if heard_T is not None else None
             output_TO = function(weights, x_TD, selected_experts_TK, routing_weights_TK)
-            if judged_logits_TE is not None:
+            answers = None
+            if heard_T is not None and weights.heard:
+                hidden = weights.heard[0]
+                answers = answer_sums(hidden, selected_experts_TK, heard_T, weights.down, weights.down_bias)
+            if judged_logits_TE is not None and self._has_answers:
                 output_TO = self._judged(weights, output_TO, judged_logits_TE, x_TD, selected_experts_TK)
-            return ExpertsOutput(output_TO, None)
+            return ExpertsOutput(output_TO, None, answers)
+
+    @property
+    def _has_answers(self) -> bool:
+        """Not where means alone answer and no step has ended yet."""
+        assert self.judgement is not None
+        return self.judgement.asks or self.answer_means.mean_EO is not None
 
     def _weights(self, dtype: torch.dtype) -> ExpertWeights:
         up_bias = getattr(self, f"{self.up_name}_bias", None)
@@ -147,6 +164,8 @@ class PackedExperts(nn.Module):
         how = self.judgement._replace(
             activate=self._activate_without_dropout, chunk_tokens=self.chunk_tokens or max(1, CHUNK_OUTPUTS // hidden)
         )
+        if how.uses_means and self.answer_means.mean_EO is not None:
+            how = how._replace(mean_EO=self.answer_means.mean_EO, seen_E=self.answer_means.seen_E)
         experts = (weights.up, weights.up_bias, weights.down, weights.down_bias)
         return JudgedOutput.apply(output_TO, logits_TE, x_TD, selected_TK, *experts, how)
 
@@ -192,10 +211,11 @@ def _judgement(config: MoeLayerConfig) -> Judgement | None:
     """What the configuration says of the loss's judgement; the call adds the rest."""
     if config.competition_judge != "loss":
         return None
-    assert config.competition_margin is not None
     contenders = config.competition_contenders
     return Judgement(
         subtracts_output=config.competition_baseline == "output",
-        margin=config.competition_margin,
+        margin=config.competition_margin or 0.0,
         contenders=contenders if isinstance(contenders, int) else None,
+        asks=config.competition_answers != "mean",
+        uses_means=config.competition_answers != "full",
     )

@@ -53,6 +53,8 @@ class ExpertWeights:
         self.num_experts = down.shape[0]
         self.has_gate, self.has_bias = gated, down_bias is not None
         self.act_fn, self.gate_dropout = act_fn, gate_dropout
+        # Where a list, `activate` leaves its hidden states here.
+        self.heard: list[Tensor] | None = None
         self.config = SimpleNamespace(hidden_act=activation)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
@@ -61,7 +63,10 @@ class ExpertWeights:
 
     def activate(self, up: Tensor) -> Tensor:
         """Pre-activations [..., M] -> hidden states [..., I]."""
-        return self._apply_gate(up) if self.has_gate else self.act_fn(up)
+        hidden = self._apply_gate(up) if self.has_gate else self.act_fn(up)
+        if self.heard is not None:
+            self.heard.append(hidden.detach())
+        return hidden
 
     def fit_grouped_mm(self) -> bool:
         output_size, intermediate_size = self.down.shape[1:]

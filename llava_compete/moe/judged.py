@@ -7,8 +7,9 @@ router's logits r get, besides their usual gradient, that of
 
 the first-order change of the loss had expert j spoken. Asked are the experts with p_j >= margin x (smallest p of C), at
 most the `contenders` next by p. Nothing flows into them, and no Y_j is ever written: with Y_j = V_j h_j + b_j,
-<g, Y_j> = <g V_j, h_j> + <g, b_j>. Suffixes: T tokens, C tokens of a chunk, E experts, K chosen, m asked at most,
-P = C m rows sorted by expert, D in, M = I or 2 I hidden rows, I hidden, O out.
+<g, Y_j> = <g V_j, h_j> + <g, b_j>. In the place of those that are not asked, or of all, running means of what experts
+say where they are chosen may answer (`answers.py`). Suffixes: T tokens, C tokens of a chunk, E experts, K chosen, m
+asked at most, P = C m rows sorted by expert, D in, M = I or 2 I hidden rows, I hidden, O out.
 """
 
 from __future__ import annotations
@@ -30,14 +31,20 @@ from llava_compete.moe.routers import top_experts
 
 
 class Judgement(NamedTuple):
-    """activate: pre-activations [..., M] to hidden states [..., I], without dropout; subtracts_output: the baseline is
-    y and not 0; contenders: None for all that were not chosen; chunk_tokens: tokens at a time."""
+    """subtracts_output: the baseline is y and not 0; contenders: None for all that were not chosen; asks: whether any
+    expert is asked, or means alone answer; uses_means: whether these answer for experts that are not asked. Of a call:
+    activate: pre-activations [..., M] to hidden states [..., I], without dropout; chunk_tokens: tokens at a time;
+    mean_EO, seen_E: the means, and which experts have one."""
 
     subtracts_output: bool
     margin: float
     contenders: int | None
+    asks: bool = True
+    uses_means: bool = False
     activate: Callable[[Tensor], Tensor] = torch.nn.Identity()
     chunk_tokens: int = 1
+    mean_EO: Tensor | None = None
+    seen_E: Tensor | None = None
 
 
 class _Asked(NamedTuple):
@@ -105,24 +112,33 @@ def judge(
 ) -> Tensor:
     """The term's gradient at the logits [T, E], in their dtype."""
     probs_TE = logits_TE.softmax(-1)
-    contested_TE = _contested(probs_TE, selected_TK, how)
-    value_TE = torch.empty_like(probs_TE)
+    contested_TE = contested(probs_TE, selected_TK, how)
+    value_TE = torch.zeros_like(probs_TE)
+    answered_TE = contested_TE
+    if how.mean_EO is not None and how.seen_E is not None:
+        answered_TE = contested_TE | how.seen_E.expand_as(probs_TE).scatter(1, selected_TK, False)
     products = _some_products if _asks_few(experts, how) else _all_products
     for tokens in chunks(len(x_TD), how.chunk_tokens):
-        of_chunk = (x_TD, grad_TO, probs_TE, selected_TK, contested_TE)
-        asked = _Asked(*(tensor[tokens] for tensor in of_chunk))
-        value_TE[tokens] = products(asked, experts, how)
-    if experts.down_bias_EO is not None:
-        value_TE += grad_TO @ experts.down_bias_EO.t()
-    if baseline_TO is not None:
-        value_TE -= (grad_TO * baseline_TO).sum(-1, keepdim=True, dtype=value_TE.dtype)
-    # `where`, not a product: rows that were not computed hold anything.
-    value_TE = torch.where(contested_TE, value_TE, 0.0)
+        grad_CO = grad_TO[tokens].float()  # sums of products in float32, of a chunk at a time
+        value_CE = value_TE[tokens]
+        if how.asks:
+            of_chunk = (x_TD, grad_TO, probs_TE, selected_TK, contested_TE)
+            value_CE.copy_(products(_Asked(*(tensor[tokens] for tensor in of_chunk)), experts, how))
+            if experts.down_bias_EO is not None:
+                value_CE.addmm_(grad_CO, experts.down_bias_EO.float().t())
+        if how.mean_EO is not None:
+            # `where`, not a product, here and below: rows that were not computed hold anything.
+            value_CE.copy_(torch.where(contested_TE[tokens], value_CE, grad_CO @ how.mean_EO.t()))
+        if baseline_TO is not None:
+            value_CE -= (grad_CO * baseline_TO[tokens].float()).sum(-1, keepdim=True)
+    value_TE = torch.where(answered_TE, value_TE, 0.0)
     return torch._softmax_backward_data(value_TE, probs_TE, -1, probs_TE.dtype)
 
 
-def _contested(probs_TE: Tensor, selected_TK: Tensor, how: Judgement) -> Tensor:
+def contested(probs_TE: Tensor, selected_TK: Tensor, how: Judgement) -> Tensor:
     """Which experts are asked [T, E]: by token, so that no cut of the batch changes it."""
+    if not how.asks:
+        return torch.zeros_like(probs_TE, dtype=torch.bool)
     least_T1 = probs_TE.gather(1, selected_TK).amin(-1, keepdim=True)
     contested_TE = (probs_TE >= how.margin * least_T1).scatter_(1, selected_TK, False)
     if how.contenders is not None:

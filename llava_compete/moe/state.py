@@ -171,6 +171,8 @@ class RoutingState:
         self._competes: dict[str, bool] = {}
         self.competition_enabled = False
         self.records: dict[str, RoutingRecord] = {}
+        # Of the layers whose experts' usual answers are kept: sums of what they said in this forward (answers.py).
+        self.answers: dict[str, Tensor] = {}
         self.groups: dict[str, TokenGroups] = {}
         self.is_recording = False
         self.recording_gradients = False
@@ -195,7 +197,7 @@ class RoutingState:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Drop the last forward's records; inside, each block leaves one under its name."""
-        self.records = {}
+        self.records, self.answers = {}, {}
         self.is_recording, self.recording_gradients = True, torch.is_grad_enabled()
         try:
             yield

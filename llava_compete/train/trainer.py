@@ -33,6 +33,7 @@ from llava_compete.train import checkpoints, trainable
 from llava_compete.train import resharding as universal
 from llava_compete.train import step_counts as counts
 from llava_compete.train.adapters import save_merged
+from llava_compete.train.callbacks.answer_means import AnswerMeansCallback
 from llava_compete.train.callbacks.bad_steps import BadStepsCallback
 from llava_compete.train.config import TrainConfig
 from llava_compete.train.distributed import wait_for_all
@@ -81,6 +82,7 @@ class StageTrainer(Trainer):
     def __init__(self, *, config: TrainConfig, batch_sampler: Any, **kwargs: Any) -> None:
         self.optimizer: Any = None
         self.control: Any = None
+        self._saving = False  # a training checkpoint, and not the stage's result
         super().__init__(**kwargs)
         self.config = config
         self.batch_sampler = batch_sampler
@@ -91,6 +93,8 @@ class StageTrainer(Trainer):
         self.stop_requested = False
         self.bad_steps = BadStepsCallback(self)
         self.add_callback(self.bad_steps)
+        self.answer_means = AnswerMeansCallback(self)
+        self.add_callback(self.answer_means)
         self.record: dict[str, Any] = {}
         # Throughput and times since its last call; the step callback, which measures them, sets it.
         self.take_window: Callable[[], dict[str, Any]] = dict
@@ -220,6 +224,7 @@ class StageTrainer(Trainer):
         terms = {"lm_loss": outputs.lm_loss, **outputs.loss_terms}
         terms |= {f"{part}/aux_loss": loss for part, loss in outputs.aux_losses.items()}
         self.step_metrics.add_forward(terms, self.core_model.routing.records)
+        self.answer_means.add_forward(self.core_model.routing.answers)
         loss = outputs.loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
@@ -232,6 +237,7 @@ class StageTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        self.answer_means.load(Path(checkpoint))
         optimizer = self.optimizer if self.deepspeed is None else self.deepspeed.optimizer.optimizer
         rates = set_rates(self.lr_scheduler, [group["lr"] for group in self._group_settings])
         for group, now, rate in zip(optimizer.param_groups, self._group_settings, rates, strict=True):
@@ -284,8 +290,7 @@ class StageTrainer(Trainer):
     # ---- checkpoints: written beside, then renamed ----
 
     def _get_output_dir(self, trial: Any) -> str:
-        saving = getattr(self, "_saving", False)
-        return str(Path(self.args.output_dir) / checkpoints.STAGING) if saving else self.args.output_dir
+        return str(Path(self.args.output_dir) / checkpoints.STAGING) if self._saving else self.args.output_dir
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         began = time.perf_counter()
@@ -340,7 +345,10 @@ class StageTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The self-contained model directory that the next stage reads; rank 0 writes it, the others wait."""
         if self.args.should_save:
-            self._write(Path(output_dir or self.args.output_dir), state_dict)
+            directory = Path(output_dir or self.args.output_dir)
+            self._write(directory, state_dict)
+            if self._saving:
+                self.answer_means.save(directory)
         wait_for_all()
 
     def _write(self, directory: Path, state_dict: dict[str, Tensor] | None) -> None:

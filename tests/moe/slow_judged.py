@@ -60,11 +60,37 @@ def judgement(
     baseline: bool = True,
     margin: float = 0.0,
     contenders: int | None = None,
+    asks: bool = True,
+    means: dict[int, Tensor] | None = None,
 ) -> Tensor:
-    """The sum whose gradient the logits get, of one token; a function of the logits alone."""
+    """The sum whose gradient the logits get, of one token; a function of the logits alone.
+
+    `means`: by expert, what answers in the place of those that are not asked.
+    """
     x = x.detach()
     y = block_output(expert, logits, x, count).detach() if baseline else torch.zeros_like(grad)
     probs, total = torch.softmax(logits, 0), logits.sum() * 0
-    for e in asked(logits, count, margin, contenders):
-        total = total + probs[e] * (grad @ (expert(e, x).detach() - y)).detach()
+    answers = {e: mean for e, mean in (means or {}).items() if e not in route(logits, count)[0]}
+    if asks:
+        answers |= {e: expert(e, x).detach() for e in asked(logits, count, margin, contenders)}
+    for e, answer in answers.items():
+        total = total + probs[e] * (grad @ (answer - y)).detach()
     return total
+
+
+class SlowMeans:
+    """Running means of what experts said to the tokens that chose them; `said` collects one step's."""
+
+    def __init__(self) -> None:
+        self.means: dict[int, Tensor] = {}
+        self.said: dict[int, list[Tensor]] = {}
+
+    def hear(self, expert: Expert, logits: Tensor, x: Tensor, count: int) -> None:
+        for e in route(logits, count)[0]:
+            self.said.setdefault(e, []).append(expert(e, x).detach())
+
+    def end_step(self) -> None:
+        for e, outputs in self.said.items():
+            now = torch.stack(outputs).mean(0)
+            self.means[e] = 0.9 * self.means[e] + 0.1 * now if e in self.means else now
+        self.said = {}

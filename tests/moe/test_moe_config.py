@@ -11,6 +11,7 @@ from llava_compete.errors import UserError
 from llava_compete.moe.config import ROUTERS, MoeConfig, MoeLayerConfig
 
 JUDGED = {"competition_judge": "loss"}
+MEANS = {**JUDGED, "competition_answers": "mean"}
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,10 @@ JUDGED = {"competition_judge": "loss"}
         ({**JUDGED, "distillation_coef": 0.1}, "distillation_coef: found 0.1, expected none"),
         ({**JUDGED, "diversity_coef": 0.1}, "diversity_coef: found 0.1, expected none"),
         ({**JUDGED, "competition_balance_coef": 0.1}, "competition_balance_coef: found 0.1, expected none"),
+        ({"competition_answers": "mean"}, "competition_answers: found 'mean', expected none, for competition_judge"),
+        ({**MEANS, "competition_margin": 0.5}, "competition_margin: found 0.5, expected none, for competition_answers"),
+        ({**MEANS, "competition_contenders": 2}, "competition_contenders: found 2, expected none"),
+        ({**MEANS, "experts_implementation": "batched_mm"}, "experts_implementation: found 'batched_mm', expected one"),
         ({**JUDGED, "num_experts": 2}, "competition_judge: found 'loss' with num_experts_per_tok = num_experts = 2"),
         ({**JUDGED, "competition_contenders": 3}, "competition_contenders: found 3, expected at most the 2 experts"),
         ({"balance_coef": -1.0}, "balance_coef: expected a finite coefficient"),
@@ -74,9 +79,11 @@ def test_the_papers_defaults_are_resolved_and_survive_a_round_trip() -> None:
         assert MoeConfig.model_validate(config.model_dump(mode="json")) == config
     judged = MoeLayerConfig.model_validate(JUDGED)
     assert (judged.competition_baseline, judged.competition_margin) == ("output", 0.8)
+    assert (judged.competition_answers, MoeLayerConfig.model_validate(MEANS).competition_margin) == ("full", None)
     assert (judged.competition_contenders, judged.competition_rate) == ("all", 1)
     assert judged.distillation_coef is judged.diversity_coef is judged.competition_balance_coef is None
-    assert MoeLayerConfig.model_validate(judged.model_dump(mode="json")) == judged
+    for config in (judged, MoeLayerConfig.model_validate(MEANS)):
+        assert MoeLayerConfig.model_validate(config.model_dump(mode="json")) == config
     assert list(MoeConfig(language=layer, vision=layer).parts()) == ["vision", "language"]
 
 

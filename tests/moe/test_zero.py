@@ -29,15 +29,16 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [launcher, "--num_gpus", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
     done = subprocess.run(
-        [*command, worker, "1,2,3", out], env=environment, capture_output=True, text=True, check=False
+        [*command, worker, "0,1,2,3", out], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return [json.loads(out.with_suffix(f".{rank}.json").read_text()) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(
-    "mode", ["router", "contest", "judged", "judged behind a frozen front", "judged, routers only"]
+    "mode",
+    ["router", "contest", "judged", "judged behind a frozen front", "judged, routers only", "judged by means"],
 )
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_gradients_equal_one_process(

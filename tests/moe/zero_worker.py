@@ -21,7 +21,7 @@ from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.state import RoutingState, TokenGroups
 
 WIDTH, EXPERTS, SEQUENCES, LENGTH = 8, 4, 8, 6
-MODES = ("router", "contest", "judged", "judged behind a frozen front", "judged, routers only")
+MODES = ("router", "contest", "judged", "judged behind a frozen front", "judged, routers only", "judged by means")
 
 
 class Model(nn.Module):
@@ -31,8 +31,13 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         # The second layer asks by rows sorted by expert, the first every expert.
-        judged = {"competition_judge": "loss", "competition_margin": 0.0} if mode.startswith("judged") else {}
-        asks_one = {"competition_contenders": 1} if judged else {}
+        judged: dict[str, Any] = (
+            {"competition_judge": "loss", "competition_margin": 0.0} if mode.startswith("judged") else {}
+        )
+        asks_one: dict[str, Any] = {"competition_contenders": 1} if judged else {}
+        if mode == "judged by means":  # in the first layer for experts that are not asked, in the second for all
+            judged |= {"competition_answers": "both", "competition_margin": 0.9}
+            asks_one = {"competition_answers": "mean", "competition_margin": None}
         self.routing = RoutingState()
         self.first = nn.Linear(WIDTH, WIDTH)
         self.blocks = nn.ModuleList(
@@ -42,8 +47,7 @@ class Model(nn.Module):
                     num_experts=EXPERTS,
                     num_experts_per_tok=2,
                     competition_chunk_tokens=5 if layer == 1 else None,
-                    **judged,
-                    **(asks_one if layer == 1 else {}),
+                    **(judged | (asks_one if layer == 1 else {})),
                 ),
                 name=f"language.{layer}",
                 state=self.routing,
@@ -67,6 +71,11 @@ class Model(nn.Module):
                 block.experts.down_proj.add_(0.1)
                 if block.experts.has_gate:
                     block.experts.up[:, block.experts.up.shape[1] // 2 :, 0] = sign_E[:, None]
+
+                # What experts said in a step before; the last one was never chosen.
+                said_EP = torch.randn(EXPERTS, WIDTH + 1)
+                said_EP[:, -1] = torch.tensor([3.0, 1.0, 2.0, 0.0])
+                block.experts.answer_means.end_step(said_EP)
 
         for name, parameter in self.named_parameters():
             frozen = {"judged behind a frozen front": "first" in name, "judged, routers only": "router" not in name}
@@ -100,7 +109,8 @@ def make_model(mode: str) -> Model:
 def one_process(mode: str) -> dict[str, Tensor]:
     model = make_model(mode)
     model(data(), SEQUENCES).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return grads | model.routing.answers
 
 
 def two_processes(stage: int, mode: str, micro_batches: int) -> tuple[dict[str, Tensor], list[float]]:
@@ -120,17 +130,20 @@ def two_processes(stage: int, mode: str, micro_batches: int) -> tuple[dict[str, 
             "zero_force_ds_cpu_optimizer": False,
         },
     )
-    load_E = torch.zeros(EXPERTS)
+    load_E, answers = torch.zeros(EXPERTS), dict[str, Tensor]()
     for x in data().chunk(world)[rank].split(rows):
         # The sum of all micro-batches' and ranks' losses is the loss; DeepSpeed takes means over both.
         engine.backward(engine(x, SEQUENCES) * world * micro_batches)
         load_E += model.routing.records["language.0"].metrics.load_E
+        answers = {name: answers.get(name, 0) + sums for name, sums in model.routing.answers.items()}
         if not engine.is_gradient_accumulation_boundary():
             engine.step()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     grads = {name: deepspeed.utils.safe_get_full_grad(parameter) for name, parameter in trained.items()}
     engine.destroy()
-    return grads, load_E.tolist()
+    for sums in answers.values():
+        dist.all_reduce(sums)
+    return grads | answers, load_E.tolist()
 
 
 def main(stages: list[int], out: Path) -> None:

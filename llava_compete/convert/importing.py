@@ -15,7 +15,10 @@ from typing import NamedTuple
 import torch
 
 from llava_compete.convert.layout import Import, ImportOptions, Layout, Source
+from llava_compete.convert.llava import LLAVA
 from llava_compete.convert.llava_hf import LLAVA_HF
+from llava_compete.convert.moe_language import MOE_LANGUAGE
+from llava_compete.convert.places import directory_of
 from llava_compete.convert.recipes import plan_tensors
 from llava_compete.errors import UserError, and_more
 from llava_compete.files import read_json
@@ -25,7 +28,7 @@ from llava_compete.model.shards import SHARD_BYTES, write_shards
 
 logger = logging.getLogger(__name__)
 
-LAYOUTS: tuple[Layout, ...] = (LLAVA_HF,)
+LAYOUTS: tuple[Layout, ...] = (LLAVA_HF, LLAVA, MOE_LANGUAGE)
 
 
 class ImportReport(NamedTuple):
@@ -49,7 +52,7 @@ def import_checkpoint(
     """
     output_dir = Path(output_dir)
     refuse_existing(output_dir)
-    layout, opened = _open(_directory_of(source))
+    layout, opened = _open(directory_of(source))
     logger.info("%s: layout %s", source, layout.name)
     found = layout.read(opened, options or ImportOptions())
     _account(found, opened)
@@ -92,21 +95,6 @@ def new_directory(path: Path) -> Iterator[Path]:
     if path.exists():
         path.rmdir()
     partial.rename(path)
-
-
-def _directory_of(source: str | Path) -> Path:
-    if Path(source).is_dir():
-        return Path(source)
-    if Path(source).exists() or str(source).count("/") != 1 or str(source).startswith((".", "/")):
-        raise UserError(f"{source}: no such directory")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(snapshot_download(str(source)))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise UserError(f"{source}: no such directory, and not to be had from the hub: {line}") from error
 
 
 def _open(directory: Path) -> tuple[Layout, Source]:

@@ -23,7 +23,7 @@ _STEMS = {
     CLIP: {"conv1": "embeddings.patch_embedding", "ln_pre": "pre_layrnorm"},
     SIGLIP: {"patch_embed.proj": "embeddings.patch_embedding"},
 }
-_BLOCKS = {CLIP: "transformer.resblocks", SIGLIP: "blocks"}
+BLOCKS = {CLIP: "transformer.resblocks", SIGLIP: "blocks"}
 _LAYERS = {
     CLIP: {"ln_1": "layer_norm1", "attn.out_proj": "self_attn.out_proj", "ln_2": "layer_norm2"},
     SIGLIP: {"norm1": "layer_norm1", "attn.proj": "self_attn.out_proj", "norm2": "layer_norm2"},
@@ -54,7 +54,7 @@ def import_recipes(kind: str, num_layers: int, dense_layers: set[int] | None = N
     else:
         recipes["pos_embed"] = Recipe((positions,), lambda weight: weight[None])
     for number in range(num_layers):
-        block, layer = f"{_BLOCKS[kind]}.{number}", f"encoder.layers.{number}"
+        block, layer = f"{BLOCKS[kind]}.{number}", f"encoder.layers.{number}"
         dense = dense_layers is None or number in dense_layers
         for suffix in ("weight", "bias"):
             for ours, theirs in (_LAYERS[kind] | (_MLPS[kind] if dense else {})).items():

@@ -19,6 +19,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+SIGLIP = "siglip_vision_model"
 TEXTS = ["a <image> red circle", "how many <image> shapes"]
 # As the template of llava-hf's 1.5 models: contents are parts, and nothing ends an answer but a space.
 LLAVA_1_5 = (
@@ -54,39 +55,50 @@ def siglip_tower() -> dict[str, Any]:
     return {"embed_dim": 768, "vision_cfg": vision}
 
 
-def llava_hf(
-    directory: Path,
+def make_llava(
+    tokenizer: Any,
     vision: Any = None,
     text: dict[str, Any] | None = None,
     model: type[Any] = LlavaForConditionalGeneration,
     config: type[Any] = LlavaConfig,
     **options: Any,
 ) -> Any:
-    """Save a model of random weights, biases and norms too, with its processor; returns the model."""
+    """A model of random weights, biases and norms too."""
     torch.manual_seed(0)
-    vision, tokenizer = vision or clip_config(), tiny_tokenizer()
-    siglip = vision.model_type == "siglip_vision_model"
+    vision = vision or clip_config()
     values = {key: value for key, value in {**LANGUAGE, **(text or {})}.items() if value is not None}
-    text_config = AutoConfig.for_model(values.pop("model_type"), **values, vocab_size=len(tokenizer))
-    strategy = "full" if siglip else "default"
     whole = config(
         vision_config=vision,
-        text_config=text_config,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        **{"vision_feature_select_strategy": strategy, **options},
+        text_config=AutoConfig.for_model(values.pop("model_type"), **values, vocab_size=len(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>") or 0,
+        **{"vision_feature_select_strategy": "full" if vision.model_type == SIGLIP else "default", **options},
     )
     built = model(whole).eval()
-    for parameter in built.parameters():
+    randomize(built)
+    return built
+
+
+def randomize(model: Any) -> None:
+    for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else 0.5 * parameter.shape[-1] ** -0.5)
-    built.save_pretrained(directory)
+
+
+def picture_processor(vision: Any) -> Any:
     size = vision.image_size
-    pictures = (
-        SiglipImageProcessor(size={"height": size, "width": size})
-        if siglip
-        else CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    )
+    if vision.model_type == SIGLIP:
+        return SiglipImageProcessor(size={"height": size, "width": size})
+    return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def llava_hf(directory: Path, **options: Any) -> Any:
+    """Save a model with its processor; returns the model."""
+    tokenizer = tiny_tokenizer()
+    built = make_llava(tokenizer, **options)
+    built.save_pretrained(directory)
+    vision, siglip = built.config.vision_config, built.config.vision_config.model_type == SIGLIP
     LlavaProcessor(
-        pictures, tokenizer, patch_size=vision.patch_size, vision_feature_select_strategy=strategy,
+        picture_processor(vision), tokenizer, patch_size=vision.patch_size,
+        vision_feature_select_strategy="full" if siglip else "default",
         num_additional_image_tokens=0 if siglip else 1, chat_template=CHATML_PARTS,
     ).save_pretrained(directory)  # fmt: skip
     return built

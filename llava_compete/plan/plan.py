@@ -95,6 +95,11 @@ class Plan:
         return self.competition_per_sample.step_flops(self.recipe.checkpointing) * self._samples - self.flops_per_step
 
     @property
+    def asking_flops(self) -> int:
+        """What a step adds at most whose loss judges the experts that were not chosen: if it asks all it may."""
+        return self.per_sample.asking_flops * self._samples
+
+    @property
     def _samples(self) -> int:
         return self.recipe.micro_batch * self.recipe.accumulation * self.num_gpus
 
@@ -123,6 +128,7 @@ class Plan:
             },
             "flops_per_step": self.flops_per_step,
             "competition_step_extra_flops": self.competition_flops,
+            "asking_flops_at_most": self.asking_flops,
             "largest_micro_batch": {f"zero{stage}": sizes for stage, sizes in self.largest_micro_batch.items()},
         }
 

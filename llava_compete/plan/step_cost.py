@@ -30,7 +30,8 @@ from llava_compete.moe.experts import ExpertsOutput, PackedExperts
 class StepCost:
     """Of one micro-batch: bytes kept for backward by each repeated layer and by the rest, and floating operations.
 
-    loss_bytes: the two float32 gradients as large as the logits with which backward begins.
+    loss_bytes: the two float32 gradients as large as the logits with which backward begins. asking_flops: beside
+    `flops`, of all the experts that the loss may ask (`competition_judge`); how many it does depends on values.
     """
 
     layer_bytes: dict[str, int]
@@ -39,6 +40,7 @@ class StepCost:
     loss_bytes: int
     flops: int
     layer_forward_flops: int
+    asking_flops: int
 
     def activations(self, checkpointing: bool) -> int:
         """Bytes at the peak of a step: where backward begins or, with checkpointing, where a layer is recomputed."""
@@ -71,7 +73,8 @@ def simulate(
     if images:
         side = config.tower.image_size
         pixels = torch.empty(images, 3, side, side, device="meta", dtype=model.model.vision_tower_dtype)
-    with counter, _stand_ins(), recorder:
+    asking = _Asking()
+    with counter, _stand_ins(asking), recorder:
         output = model(
             input_ids=ids,
             attention_mask=mask,
@@ -89,6 +92,7 @@ def simulate(
         loss_bytes=2 * 4 * output.logits.numel(),
         flops=counter.get_total_flops(),
         layer_forward_flops=recorder.layer_flops,
+        asking_flops=asking.flops,
     )
 
 
@@ -160,11 +164,36 @@ def _named_layers(model: LlavaCompeteForConditionalGeneration) -> dict[str, nn.M
     return layers
 
 
+class _Asking:
+    """Adds up what the loss's judgement may cost."""
+
+    def __init__(self) -> None:
+        self.flops = 0
+
+    def products(self, experts: PackedExperts, x_TD: Tensor, *chosen: Any, **options: Any) -> ExpertsOutput:
+        """`_expert_products`, with the judgement of its output."""
+        output_TO, contest, _ = _expert_products(experts, x_TD, *chosen[:2], **options)
+        logits_TE = chosen[2] if len(chosen) > 2 else None
+        how = experts.judgement
+        if logits_TE is not None and how is not None:
+            output_TO = _JudgedOutput.apply(output_TO, logits_TE)
+            most = experts.num_experts - experts.num_winners if how.contenders is None else how.contenders
+            if how.contenders is None and how.margin == 0:
+                most = experts.num_experts  # products of all on all tokens, without a sort
+            if how.asks:
+                products = experts.up[0].numel() + experts.down_proj[0].numel()
+                self.flops += 2 * x_TD[..., 0].numel() * most * products
+        return ExpertsOutput(output_TO, contest)
+
+
 @contextlib.contextmanager
-def _stand_ins() -> Iterator[None]:
+def _stand_ins(asking: _Asking) -> Iterator[None]:
+    def forward(experts: PackedExperts, *arguments: Any, **options: Any) -> ExpertsOutput:
+        return asking.products(experts, *arguments, **options)
+
     with (
         mock.patch.object(F, "scaled_dot_product_attention", _flash_attention),
-        mock.patch.object(PackedExperts, "forward", _expert_products),
+        mock.patch.object(PackedExperts, "forward", forward),
         # Only ever switched off in our code and peft's, and unknown to the meta device.
         mock.patch.object(torch, "autocast", return_value=contextlib.nullcontext()),
     ):
@@ -172,12 +201,29 @@ def _stand_ins() -> Iterator[None]:
 
 
 def _expert_products(
-    experts: PackedExperts, x_TD: Tensor, selected_TK: Tensor | None = None, weights_TK: Tensor | None = None
+    experts: PackedExperts,
+    x_TD: Tensor,
+    selected_TK: Tensor | None = None,
+    weights_TK: Tensor | None = None,
+    **_: Any,
 ) -> ExpertsOutput:
     """The products of a router step (K experts a token) or of a competition (all E), and what they keep."""
     if weights_TK is None:
         return _competition(experts, x_TD)
     return ExpertsOutput(_chosen_experts(experts, x_TD, weights_TK), None)
+
+
+class _JudgedOutput(torch.autograd.Function):
+    """Keeps what the loss's judgement keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, output_TO: Tensor, logits_TE: Tensor) -> Tensor:
+        ctx.save_for_backward(output_TO, logits_TE)
+        return output_TO.view_as(output_TO)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, Tensor]:
+        return grad_TO, torch.zeros_like(ctx.saved_tensors[1])
 
 
 def _chosen_experts(experts: PackedExperts, x_TD: Tensor, weights_TK: Tensor) -> Tensor:

@@ -114,6 +114,23 @@ def test_memory_and_flops_agree_with_a_real_step(moe: Any, competing: frozenset[
     assert cost.step_flops(checkpointing) == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
+@pytest.mark.parametrize("rule", [{"competition_margin": 0.0}, {"competition_answers": "mean"}], ids=["full", "mean"])
+def test_what_the_losss_judgement_keeps_and_costs_agrees_with_a_real_step(rule: dict[str, Any]) -> None:
+    moe = {"language": {"competition_judge": "loss", **rule}}
+    model = tiny("cpu", moe)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    ids, pixels = token_ids(model), torch.randn(2, 3, 28, 28)
+    states = [tensor for parameter in model.parameters() for tensor in (parameter, parameter.grad)]
+    with LiveBytes(states) as live, FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, pixel_values=pixels, labels=ids).loss.backward()
+    cost, plain = (simulate(tiny("meta", each), 2, 256, 2, frozenset()) for each in (moe, {"language": {}}))
+    assert cost.activations(checkpointing=False) == pytest.approx(live.peak, rel=0.15)
+    assert cost.flops == plain.flops
+    assert (cost.asking_flops > 0) == ("competition_margin" in rule)
+    assert cost.flops + cost.asking_flops == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
 @pytest.mark.parametrize("part", ["vision", "projector", "language"])
 def test_checkpointed_steps_agree_with_real_ones(part: str) -> None:
     costs = []

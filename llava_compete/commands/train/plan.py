@@ -59,7 +59,12 @@ def run(arguments: argparse.Namespace) -> int:
         f"{result.activations(False) / GIB:.3g} GiB, with checkpointing {result.activations(True) / GIB:.3g} GiB; "
         f"a competition step adds {result.competition_bytes / GIB:.3g} GiB\n"
         f"one optimizer step: {result.flops_per_step / 1e12:,.3g} TFLOP, "
-        f"a competition step {result.competition_flops / 1e12:,.3g} more",
+        f"a competition step {result.competition_flops / 1e12:,.3g} more"
+        + (
+            f"; a loss that judges adds at most {result.asking_flops / 1e12:,.3g}, asking the contested experts alone"
+            if result.asking_flops
+            else ""
+        ),
         highlight=False,
         soft_wrap=True,
     )

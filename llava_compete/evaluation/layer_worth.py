@@ -93,7 +93,7 @@ def _likeness(block: SparseMoeBlock, x_TD: Tensor) -> Likeness:
     outputs = []
     for expert in range(experts.num_experts):
         alone_T1 = torch.full((len(x_TD), 1), expert, device=x_TD.device)
-        outputs.append(experts(x_TD, alone_T1, torch.ones_like(alone_T1, dtype=torch.float32)).output_TO.float())
+        outputs.append(experts(x_TD, alone_T1, torch.ones_like(alone_T1, dtype=torch.float32)).float())
     y_TEO = F.normalize(torch.stack(outputs, dim=1), dim=-1)
     weights_EE = F.normalize(weights_EX, dim=-1) @ F.normalize(weights_EX, dim=-1).T
     outputs_EE = torch.einsum("teo,tfo->ef", y_TEO, y_TEO) / max(len(x_TD), 1)

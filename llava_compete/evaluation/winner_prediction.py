@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llava_compete.evaluation.routing_controls import Batch, competing
 from llava_compete.moe.block import SparseMoeBlock, moe_blocks
+from llava_compete.moe.experts import ExpertsOutput
 from llava_compete.moe.routers import Routing, top_experts
 
 # Of the mean of the squared inputs: keeps directions that the data do not show from being read.
@@ -117,7 +118,7 @@ def _watched(model: Any) -> Iterator[dict[str, Seen]]:
             choices[:] = [routing.choices_TC]
 
         def contested(_module: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-            if output.contest is not None:
+            if isinstance(output, ExpertsOutput) and output.contest is not None:
                 counted_T = block.state.groups[block.part].counted_T > 0
                 columns = inputs[0].float(), output.contest.winners_TK, choices[0]
                 seen = Seen(*(column[counted_T] for column in columns))

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple
 
 from llava_compete.errors import UserError
@@ -28,6 +28,7 @@ from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.losses import own_balance_loss, routing_losses
 from llava_compete.model.place_experts import install_language_experts, install_vision_experts, make_projector
 from llava_compete.model.placeholders import check_counts, place_features, sample_positions
+from llava_compete.model.served import check_served, is_served
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.moe.state import RoutingState, TokenGroups
@@ -135,6 +136,7 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
         self.language_model = make()
         if moe.language is not None:
             install_language_experts(self.language_model, config.text_config, moe.language, self.routing)
+        check_served(config, {"vision_tower": self.vision_tower, "multi_modal_projector": self.multi_modal_projector})
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -158,7 +160,12 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
 
     # --- images ----------------------------------------------------------------------------------------------------
 
-    def get_image_features(self, pixel_values: Tensor, num_sequences: dict[str, Any] | None = None) -> Tensor:
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+        """The projected features [n, P, H], as `pooler_output`, where transformers has them in all its models."""
+        return BaseModelOutputWithPooling(pooler_output=self._image_features(pixel_values, None))
+
+    def _image_features(self, pixel_values: Tensor, num_sequences: dict[str, Any] | None) -> Tensor:
         """Projected features [n, P, H]; each image is one sequence of tower and projector."""
         assert self.vision_tower is not None
         assert self.multi_modal_projector is not None
@@ -213,7 +220,7 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
             num_images = 0 if pixel_values is None else len(pixel_values)
             check_counts(places, num_images, self.config.num_image_tokens, may_wait=not self.training)
         if pixel_values is not None:
-            features = self.get_image_features(pixel_values, num_sequences)
+            features = self._image_features(pixel_values, num_sequences)
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
             return place_features(inputs_embeds, places, features.flatten(0, 1))
         if self.training:
@@ -301,6 +308,8 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
     def _check_length(self, tokens: Tensor | None) -> None:
         if tokens is None:
             raise ValueError("forward needs input_ids or inputs_embeds")
+        if is_served(self.config):
+            return  # one row then holds the tokens of many requests, whose lengths the server watches
         limit = getattr(self.config.text_config, "max_position_embeddings", None)
         if limit is not None and tokens.shape[1] > limit:
             raise UserError(f"text of {tokens.shape[1]} tokens is longer than the language model's context of {limit}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from llava_compete.model.served import AUTO_MAP, declare_experts, write_stub
+from llava_compete.moe.config import MoeConfig
 from llava_compete.vision.tower_config import TowerConfig
 
 
@@ -20,6 +23,8 @@ class LlavaCompeteConfig(PreTrainedConfig):
     image_token_id: id of the placeholder; one placeholder stands for one image feature.
     stage, parents: the stage that made these weights and the stages before it, oldest first.
     competition_at_inference: run the competition in place of the router in eval mode (a study mode, slow).
+
+    `text_config` also declares the language model's mixtures to inference servers (`served.py`).
     """
 
     model_type = "llava_compete"
@@ -38,6 +43,15 @@ class LlavaCompeteConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.parents = list(self.parents or [])
+        self.auto_map = dict(AUTO_MAP)
+        language = None if self.moe is None else MoeConfig.model_validate(self.moe).language
+        if language is not None:
+            declare_experts(self.text_config, language)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in transformers, with the file by which others find this model's classes (`served.py`) beside it."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_stub(save_directory)
 
     @property
     def tower(self) -> TowerConfig | None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple
 
 from llava_compete.language.loading_report import damage_named, refuse_wrong_keys
@@ -112,9 +112,9 @@ class LlavaCompeteForConditionalGeneration(LlavaCompetePreTrainedModel, ImageGen
     def get_decoder(self) -> nn.Module:
         return self.model.language_model
 
-    def get_image_features(self, pixel_values: Tensor, num_sequences: dict[str, Any] | None = None) -> Tensor:
-        """Projected features [n, P, H]."""
-        return self.model.get_image_features(pixel_values, num_sequences)
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """`LlavaCompeteModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
 
     @classmethod
     def from_pretrained(

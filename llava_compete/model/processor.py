@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import ProcessorMixin
 from transformers.image_processing_base import BatchFeature
+from transformers.processing_utils import MultiModalData
 from transformers.utils import PROCESSOR_NAME
 
 from llava_compete.errors import UserError
@@ -131,6 +132,11 @@ class LlavaCompeteProcessor(ProcessorMixin):
     def _check_sees_images(self) -> None:
         if self.image_processor is None:
             raise UserError("images given, but this model has no vision tower")
+
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
+        """Placeholders and rows of pixel_values for images of these sizes, as servers ask: the same for any size."""
+        count = len(image_sizes or [])
+        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The text that one image's placeholder becomes."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llava_compete.moe import losses
 from llava_compete.moe.competition import Contest
 from llava_compete.moe.config import MoeLayerConfig
-from llava_compete.moe.experts import PackedExperts
+from llava_compete.moe.experts import ExpertsOutput, PackedExperts
 from llava_compete.moe.precision import without_autocast
 from llava_compete.moe.router_table import ROUTER_CLASSES
 from llava_compete.moe.routers import Routing
@@ -90,7 +90,10 @@ class SparseMoeBlock(nn.Module):
             heard_T = groups.counted_T if groups is not None and self._listens() else None
         elif self.config.router == "competition" and self.state.competes(self.name):
             chosen = ()
-        output_TO, contest, answers = self.experts(x_TD, *chosen, heard_T=heard_T)
+        options = {} if heard_T is None else {"heard_T": heard_T}
+        # A tensor from our experts too, where there is nothing else: servers put experts of their own here.
+        result: Tensor | ExpertsOutput = self.experts(x_TD, *chosen, **options)
+        output_TO, contest, answers = (result, None, None) if isinstance(result, Tensor) else result
         if answers is not None:
             self.state.answers[self.name] = answers
         if groups is not None:

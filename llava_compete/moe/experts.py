@@ -111,8 +111,8 @@ class PackedExperts(nn.Module):
         routing_weights_TK: Tensor | None = None,
         judged_logits_TE: Tensor | None = None,
         heard_T: Tensor | None = None,
-    ) -> ExpertsOutput:
-        """The weighted sum of the selected experts' outputs; with none given, a competition of them all.
+    ) -> Tensor | ExpertsOutput:
+        """The weighted sum [T, O] of the selected experts' outputs; with none given, a competition of them all.
 
         `judged_logits_TE`: the router's logits, where the loss judges the experts that were not selected (judged.py).
         `heard_T`: 1 for each token of which the answers' sums are wanted, else 0.
@@ -133,7 +133,7 @@ class PackedExperts(nn.Module):
                 answers = answer_sums(hidden, selected_experts_TK, heard_T, weights.down, weights.down_bias)
             if judged_logits_TE is not None and self._has_answers:
                 output_TO = self._judged(weights, output_TO, judged_logits_TE, x_TD, selected_experts_TK)
-            return ExpertsOutput(output_TO, None, answers)
+            return output_TO if answers is None else ExpertsOutput(output_TO, None, answers)
 
     @property
     def _has_answers(self) -> bool:

@@ -86,7 +86,7 @@ def count_flops(model: Any, length: int, trainable: Mapping[Part, PartTraining] 
         of_text = counter.get_total_flops() - of_label
         if twin.vision_tower is not None:
             side = model.config.tower.image_size
-            _backward(twin.get_image_features(torch.empty(1, 3, side, side)))
+            _backward(twin.get_image_features(torch.empty(1, 3, side, side)).pooler_output)
         of_image = counter.get_total_flops() - of_text - of_label
     return Flops(of_text / length, of_label, of_image)
 

@@ -34,7 +34,7 @@ def test_features_stand_where_the_placeholders_are() -> None:
     model, processor = tiny_model()
     model.eval()
     inputs = batch(processor, ["a <image> b", "c", "<image><image> d"], [picture(c) for c in ("red", "lime", "blue")])
-    features = model.get_image_features(inputs["pixel_values"])
+    features = model.get_image_features(inputs["pixel_values"]).pooler_output
     embeddings = model.get_input_embeddings()(inputs["input_ids"])
     expected = embeddings.clone()
     expected[inputs["input_ids"] == model.config.image_token_id] = features.flatten(0, 1)

@@ -1,10 +1,20 @@
-"""Keep a library from importing an optional package merely because it is installed."""
+"""Optional packages: asked for where one is needed, and kept from a library that would import one for being there."""
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from llava_compete.errors import UserError
+
+
+def require(*packages: str, extra: str, purpose: str) -> None:
+    """Raise a `UserError` that says what to install where one of `packages` is missing."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{purpose} needs {', '.join(missing)}: pip install 'llava_compete[{extra}]'")
 
 
 @contextmanager

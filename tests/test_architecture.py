@@ -23,7 +23,7 @@ ORDER = [
     ["train"],
     ["evaluation"],
     ["plan", "report"],
-    ["bench", "study"],
+    ["bench", "study", "talk"],
     ["commands", "cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -20,6 +20,8 @@ PATHS = {
     "benchmarks": ["lmms_eval", "Levenshtein"],
     "text benchmarks": ["lm_eval"],
     "comparisons": ["scipy.stats", "matplotlib"],
+    "serve": ["fastapi", "uvicorn", "openai"],
+    "preference": ["trl"],
 }
 
 

@@ -8,8 +8,10 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from llava_compete.model.backbone import LlavaCompeteModel
 from llava_compete.model.config import LlavaCompeteConfig
@@ -37,3 +39,6 @@ AutoProcessor.register(LlavaCompeteConfig, LlavaCompeteProcessor, exist_ok=True)
 AutoModel.register(LlavaCompeteConfig, LlavaCompeteModel, exist_ok=True)
 AutoModelForImageTextToText.register(LlavaCompeteConfig, LlavaCompeteForConditionalGeneration, exist_ok=True)
 AutoModelForCausalLM.register(LlavaCompeteConfig, LlavaCompeteForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(LlavaCompeteConfig, LlavaCompeteForConditionalGeneration, exist_ok=True)
+# transformers' server tells by this table that a model takes pictures.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[LlavaCompeteConfig.model_type] = LlavaCompeteForConditionalGeneration.__name__

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from llava_compete.model.card import model_card, write_card
 from llava_compete.model.served import AUTO_MAP, declare_experts, write_stub
 from llava_compete.moe.config import MoeConfig
 from llava_compete.vision.tower_config import TowerConfig
@@ -49,9 +51,10 @@ class LlavaCompeteConfig(PreTrainedConfig):
             declare_experts(self.text_config, language)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As in transformers, with the file by which others find this model's classes (`served.py`) beside it."""
+        """As in transformers, with a card, and the file by which others find this model's classes (`served.py`)."""
         super().save_pretrained(save_directory, *args, **kwargs)
         write_stub(save_directory)
+        write_card(save_directory, model_card(self, Path(save_directory).resolve().name))
 
     @property
     def tower(self) -> TowerConfig | None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llava_compete.model.config import LlavaCompeteConfig
 
 STUB = "modeling_llava_compete"
-_STUB_TEXT = '''"""Where AutoConfig, AutoProcessor and AutoModel find this checkpoint's classes: pip install llava_compete."""
+_STUB_TEXT = '''"""Where transformers' Auto classes find this checkpoint's classes: pip install llava_compete."""
 
 from llava_compete.model import (
     LlavaCompeteConfig,

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
 from llava_compete.fetch.catalogue import TARGETS
-from llava_compete.fetch.packages import UnreachableError
+from llava_compete.fetch.packages import Package, UnreachableError, download, member
 from llava_compete.fetch.target import fetch
 
 # Implementations by the models' own makers, and what those import that this project does not need. Without their
@@ -24,6 +25,13 @@ REFERENCES = (
     "mistral-common==1.13.1", "llama-models==0.3.0", "jsonschema", "jsonschema-specifications", "referencing",
     "rpds-py", "pydantic-extra-types", "pycountry", "termcolor",
 )  # fmt: skip
+
+
+# Inference servers, whose wheels are read and not installed.
+SERVERS = {
+    "vllm": ("0.33.0", "4b6bdec4ab269990bf70d45a3c1e94c3760a27064513760193b26d6f0da883aa"),
+    "sglang": ("0.5.23", "00b3cd5b265ac76c64185fbb6b95424f324ddd9f428d0306b77bc9db9d859937"),
+}
 
 
 def cache_folder() -> Path:
@@ -46,6 +54,20 @@ def fetched(name: str) -> Path:
 def tokenizer_folders() -> Path:
     """A folder of real tokenizers: llama2, llama3, mistral_v1, mistral_v3, tekken, phi3, qwen2.5, qwen3, gemma3."""
     return fetched("tokenizers")
+
+
+@pytest.fixture(scope="session")
+def source() -> Callable[[str, str], str]:
+    """Reads a file in the wheel of one of `SERVERS`."""
+
+    def read(server: str, name: str) -> str:
+        package = Package("pypi", server, *SERVERS[server], "Apache-2.0")
+        try:
+            return member(download(package, cache_folder() / "servers"), name).decode()
+        except UnreachableError as error:
+            pytest.skip(str(error).splitlines()[0])
+
+    return read
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,59 @@
+"""A checkpoint on a hub: its own files with a card that also has the data and the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+from llava_compete.config import read_yaml
+from llava_compete.errors import UserError
+from llava_compete.files import read_json
+from llava_compete.model.card import model_card, write_card
+from llava_compete.model.checkpoint import read_config, read_weight_headers
+
+
+def push(checkpoint: Path, repo: str, evaluations: Sequence[Path] = (), private: bool = True) -> str:
+    """Upload a checkpoint's own files (no run logs, no optimizer states) as one commit; returns its address.
+
+    evaluations: directories of `llava-compete eval` whose scores the card shows; default: those inside the checkpoint.
+    The hub and the token are huggingface_hub's (HF_ENDPOINT, HF_TOKEN or `hf auth login`).
+
+    Raises:
+        UserError: no checkpoint, damaged weights, or whatever the hub refuses.
+    """
+    config = read_config(checkpoint)
+    read_weight_headers(checkpoint)
+    given = list(evaluations) or [path.parent for path in sorted(checkpoint.glob("eval*/summary.json"))]
+    scores = [row for folder in given for row in read_scores(folder)]
+    write_card(checkpoint, model_card(config, repo, read_sources(checkpoint), scores))
+    names = sorted(path.name for path in checkpoint.iterdir() if path.is_file())
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=checkpoint, allow_patterns=names, commit_message=f"Upload {checkpoint.name}"
+        )
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, ValueError, OSError) as error:
+        raise UserError(f"{repo}: not uploaded: {' '.join(str(error).split())[:400]}") from error
+    return str(commit.commit_url)
+
+
+def read_scores(folder: Path) -> list[list[Any]]:
+    """Rows (benchmark, accuracy, chance, questions) of an evaluation."""
+    path = folder / "summary.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no evaluation here (no summary.json)")
+    tasks = read_json(path).get("tasks", {})
+    return [[name, task.get("accuracy"), task.get("chance"), task.get("n")] for name, task in tasks.items()]
+
+
+def read_sources(checkpoint: Path) -> list[str]:
+    """A line for each source of the data that the checkpoint's own run was trained on; none without its run."""
+    path = checkpoint / "run" / "config.yaml"
+    data = read_yaml(path).get("data") if path.is_file() else None
+    sources = (data or {}).get("sources") or []
+    return [f"{source.get('name')} (weight {source.get('weight', 1.0):g})" for source in sources]

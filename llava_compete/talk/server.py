@@ -1,0 +1,222 @@
+"""transformers' own server (OpenAI's chat completions) for one checkpoint, narrowed to what may stand open.
+
+It answers `/v1/chat/completions`, `/v1/models` and `/health`; the routes by which a client could load other models,
+fetch addresses or empty the memory are taken out. Pictures are data URLs, decoded as in training before anything runs.
+A request at fault gets status 400 with a line that says why, and the server lives on.
+"""
+
+from __future__ import annotations
+
+import hmac
+import io
+import logging
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
+from PIL import Image
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.utils import GenerationState
+
+from llava_compete.errors import UserError
+from llava_compete.talk.talker import Talker, fitting
+from llava_compete.vision.image_decoder import BadImageError, open_image
+from llava_compete.vision.image_inputs import data_url_bytes
+
+log = logging.getLogger(__name__)
+_ROUTES = ("/v1/chat/completions", "/v1/models", "/health")
+_ROLES = ("system", "developer", "user", "assistant")
+_REFUSED = ("tools", "tool_choice", "functions", "function_call", "generation_config", "response_format", "n")
+# (smallest, largest) value of a request's numbers
+_NUMBERS = {
+    "max_tokens": (1, float("inf")),
+    "max_completion_tokens": (1, float("inf")),
+    "temperature": (0, 100),
+    "top_p": (1e-6, 1),
+    "seed": (0, 2**63 - 1),
+    "frequency_penalty": (-0.99, 2),
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one request: new tokens, pictures, MiB of a picture's file, millions of its pixels."""
+
+    max_new_tokens: int = 1024
+    images: int = 8
+    image_mib: float = 20.0
+    megapixels: float = 50.0
+
+    @property
+    def body_bytes(self) -> int:
+        """The largest request: base64 takes a third more than the pictures, and there is text beside them."""
+        return int(self.images * self.image_mib * 2**20 * 4 / 3) + 2**20
+
+
+def build_app(talker: Talker, name: str, limits: Limits, api_key: str | None = None) -> FastAPI:
+    """The application; `name` is what clients call the model. With an `api_key`, all but /health ask for it."""
+    manager = _OneModel(talker, name)
+    state = GenerationState()
+    handler = _ChatHandler(manager, state)
+    handler.limits = limits
+    app: FastAPI = build_server(manager, handler, handler, handler, handler, handler, state)
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in _ROUTES]
+
+    @app.middleware("http")
+    async def gate(request: Request, call_next: Any) -> Any:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if api_key and request.url.path != "/health" and not hmac.compare_digest(given.encode(), api_key.encode()):
+            return _error(401, "this server asks for its API key: Authorization: Bearer KEY")
+        if request.method == "POST":
+            length = request.headers.get("content-length", "")
+            if not length.isdigit():
+                return _error(411, "a request needs its Content-Length")
+            if int(length) > limits.body_bytes:
+                return _error(413, f"a request of {int(length):,} bytes, at most {limits.body_bytes:,}")
+        return await call_next(request)
+
+    @app.exception_handler(HTTPException)
+    async def as_openai_does(_: Request, error: HTTPException) -> JSONResponse:
+        return _error(error.status_code, str(error.detail))
+
+    return app
+
+
+def _error(status: int, message: str) -> JSONResponse:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status_code=status)
+
+
+class _OneModel(ModelManager):
+    """A manager whose one model is there already and stays."""
+
+    def __init__(self, talker: Talker, name: str) -> None:
+        super().__init__(model_timeout=-1)
+        self.force_model, self._talker = name, talker
+        self._since = int(time.time())
+
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        return model_id
+
+    def load_model_and_processor(self, *_: Any, **__: Any) -> tuple[Any, Any]:
+        return self._talker.model, self._talker.processor
+
+    def get_gen_models(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The one model; transformers would list a hub's cache."""
+        return [{"id": self.force_model, "object": "model", "created": self._since, "owned_by": "llava_compete"}]
+
+    def shutdown(self) -> None:
+        """Nothing: the process ends with its model."""
+
+
+class _ChatHandler(ChatCompletionHandler):
+    limits: Limits
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        try:
+            self._check(body)
+            return await super().handle_request(body, request_id)
+        except UserError as error:
+            raise HTTPException(400, str(error)) from error
+
+    def _check(self, body: dict[str, Any]) -> None:
+        """Refuse what cannot be answered, and put decoded pictures in the places of their data URLs."""
+        for key in _REFUSED:
+            if body.get(key) not in (None, [], {}) and (key, body[key]) != ("n", 1):
+                raise UserError(f"{key}: this server does not have it")
+        for key, (low, high) in _NUMBERS.items():
+            value = body.get(key)
+            if value is not None and not (
+                isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+            ):
+                raise UserError(f"{key}: found {value!r}, expected a number from {low} to {high}")
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not messages or not all(isinstance(item, dict) for item in messages):
+            raise UserError("messages: expected a list of messages")
+        parts = [part for message in messages for part in _parts(message)]
+        pictures = [part for part in parts if part["type"] == "image_url"]
+        if len(pictures) > self.limits.images:
+            raise UserError(f"{len(pictures)} pictures, at most {self.limits.images}")
+        for part in pictures:
+            part["image_url"] = {"url": self._picture(part.get("image_url"))}
+
+    def _picture(self, given: Any) -> Image.Image:
+        url = given.get("url") if isinstance(given, dict) else given
+        content = data_url_bytes(url) if isinstance(url, str) else None
+        if content is None:
+            raise UserError("image_url: expected a data URL (data:image/png;base64,...); this server fetches nothing")
+        if len(content) > self.limits.image_mib * 2**20:
+            raise UserError(f"image_url: a picture of {len(content):,} bytes, at most {self.limits.image_mib:g} MiB")
+        try:
+            with Image.open(io.BytesIO(content)) as picture:
+                width, height = picture.size
+        except Exception as error:
+            raise BadImageError("image_unreadable", "image_url: not an image that can be opened") from error
+        if width * height > self.limits.megapixels * 1e6:
+            raise UserError(
+                f"image_url: a picture of {width}x{height} pixels, at most {self.limits.megapixels:g} million"
+            )
+        return open_image(content, "image_url")
+
+    def _streaming(self, request_id: str, *arguments: Any, **options: Any) -> Any:
+        self._fit(*arguments)
+        return super()._streaming(request_id, *arguments, **options)
+
+    async def _non_streaming(self, request_id: str, *arguments: Any, **options: Any) -> Any:
+        self._fit(*arguments)
+        return await super()._non_streaming(request_id, *arguments, **options)
+
+    def _fit(self, model: Any, _processor: Any, _name: str, inputs: Any, settings: Any) -> None:
+        """Both ways to answer have the inputs and the settings of `generate` together."""
+        asked = min(settings.max_new_tokens, self.limits.max_new_tokens)
+        settings.max_new_tokens = fitting(model, inputs["input_ids"].shape[1], asked)
+
+    def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a temperature also draws, where a checkpoint's own default is greedy."""
+        settings = super()._build_generation_config(body, *args, **kwargs)
+        if body.get("temperature") or (body.get("top_p") is not None and body.get("temperature") is None):
+            settings.do_sample = True
+        return settings
+
+
+def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    if message.get("role") not in _ROLES:
+        raise UserError(f"messages: role {message.get('role')!r}, expected one of {', '.join(_ROLES)}")
+    if message["role"] == "developer":
+        message["role"] = "system"
+    content = message.get("content")
+    if isinstance(content, str):
+        return []
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise UserError("messages: content is neither a text nor a list of parts")
+    for part in content:
+        if part.get("type") not in ("text", "image_url"):
+            raise UserError(f"messages: a part of type {part.get('type')!r}, expected text or image_url")
+        if part["type"] == "text" and not isinstance(part.get("text"), str):
+            raise UserError("messages: a text part without text")
+    return content
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes any that is free.
+
+    Raises:
+        UserError: the port is in use, or the address is not this machine's.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: cannot listen there: {error.strerror or error}") from error
+
+
+def serve(app: FastAPI, listening: socket.socket) -> None:
+    """Answer until the process is told to end."""
+    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)).run(sockets=[listening])

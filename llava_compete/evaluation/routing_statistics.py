@@ -19,6 +19,7 @@ from llava_compete.evaluation.routing_controls import competing
 from llava_compete.evaluation.routing_data import TOKEN_CLASSES, Row, to_batch, token_classes
 from llava_compete.moe.block import SparseMoeBlock, moe_blocks
 from llava_compete.moe.competition import Contest
+from llava_compete.moe.experts import ExpertsOutput
 from llava_compete.moe.state import RoutingObservation
 
 NOBODY = -1  # a token that takes part in nothing
@@ -211,7 +212,7 @@ def _contests(model: Any) -> Iterator[dict[str, Contest]]:
 
     def watch(block: SparseMoeBlock) -> Any:
         def keep(_module: Any, _inputs: Any, output: Any) -> None:
-            if output.contest is not None:
+            if isinstance(output, ExpertsOutput) and output.contest is not None:
                 found[block.name] = output.contest
 
         return block.experts.register_forward_hook(keep)

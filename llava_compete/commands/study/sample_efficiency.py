@@ -2,7 +2,8 @@
 
 Fits mixtures of linear and two-layer experts, with competition and with softmax gating, exact and over-specified, to
 data from a true mixture, and fits the rate at which the experts' parameters converge. Writes sample_efficiency.json,
-sample_efficiency.png and README.md into --out.
+sample_efficiency.png and README.md into --out. --separation computes instead how well any number of samples can
+tell one expert from two near ones, and writes separation.json, separation.png and separation.md.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--out", type=Path, default=Path("outputs/sample_efficiency"), help="directory for the results")
     parser.add_argument("--quick", action="store_true", help="10 repetitions up to n = 3,162 (under a minute)")
+    parser.add_argument("--separation", action="store_true", help="the exact curve of distance against e, no sampling")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 16), help="processes (default: cores)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data and the starts")
 
@@ -29,6 +31,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     from llava_compete.study import sample_efficiency, sample_efficiency_report
 
+    if arguments.separation:
+        _separation(arguments.out)
+        return 0
     settings = sample_efficiency.Settings.quick() if arguments.quick else sample_efficiency.Settings.full()
     result = sample_efficiency.run(replace(settings, seed=arguments.seed), arguments.workers)
     command = "llava-compete study sample-efficiency" + (" --quick" if arguments.quick else "")
@@ -39,3 +44,16 @@ def run(arguments: argparse.Namespace) -> int:
     sample_efficiency_report.draw(result, arguments.out / "sample_efficiency.png")
     sys.stdout.write(text)
     return 0
+
+
+def _separation(out: Path) -> None:
+    from llava_compete.study import separation
+
+    command = "llava-compete study sample-efficiency --separation"
+    result = separation.run()
+    text = separation.describe(result, command)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "separation.json", result | {"command": command})
+    write_text(out / "separation.md", text)
+    separation.draw(result, out / "separation.png")
+    sys.stdout.write(text)

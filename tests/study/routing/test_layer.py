@@ -14,7 +14,7 @@ from llava_compete.study.routing.rules import RULES, Judge, Response
 WIDTHS = Widths(num_experts=6, num_chosen=2, hidden=8, intermediate=6)
 SEEDS = (3, 4, 5)
 ALL_COMPETE = dataclasses.replace(RULES["published"], response=Response(rate=1.0, warmup=0.0))
-JUDGED = [rule for rule in RULES.values() if rule.judge and rule.judge.answers == "full" and rule.judge.rate == 1]
+JUDGED = [rule for rule in RULES.values() if rule.judge and rule.judge.rate == 1]
 CASES = [RULES[name] for name in ("softmax", "sigmoid", "xmoe", "perturbed_cosine", "shared_softmax", "shared_sigmoid")]
 CASES += [RULES["bias_balanced"], ALL_COMPETE, *JUDGED]
 BLOCK_NAMES = {"up": "experts.up_proj", "down": "experts.down_proj"}
@@ -31,9 +31,10 @@ def block_of(rule, layer, run):
         config |= {
             "competition_judge": "loss",
             "competition_baseline": "output" if judge.subtracts_output else "none",
-            "competition_margin": judge.margin,
-            "competition_contenders": judge.contenders or "all",
+            "competition_answers": judge.answers,
         }
+        if judge.answers != "mean":
+            config |= {"competition_margin": judge.margin, "competition_contenders": judge.contenders or "all"}
     block = SparseMoeBlock(
         MoeLayerConfig(**config),
         name="language.0",
@@ -81,6 +82,9 @@ def test_equal_to_blocks(rule, sequences):
                 block(x_alone)
                 used = block.state.records["language.0"].observation.used_TK
                 block.router.end_step(used.flatten().bincount(minlength=6).float())
+            if rule.judge and rule.judge.answers != "full":
+                block(x_alone)
+                block.experts.answer_means.end_step(block.state.answers["language.0"])
             alone = block(x_alone)
         aux = block.state.records["language.0"].aux_loss
         ((alone.square() * pull[run]).sum() + aux).backward()

@@ -2,7 +2,8 @@
 # Kills a small stage at random moments, lets the same command go on, and compares the result with a run that was left
 # alone: curve and weights must be equal to the last bit.
 #   bash scripts/soak.sh [N] [OUT]     N kills (default 30), about a minute each on 2 cores; the table goes to
-#                                      OUT/README.md (outputs/soak). SOAK_SEED chooses others.
+#                                      OUT/README.md (outputs/soak). SOAK_SEED chooses others. The same command goes
+#                                      on where it was stopped.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"

@@ -1,4 +1,7 @@
-"""Kills stages at random moments and compares what they come to with runs that were left alone (scripts/soak.sh)."""
+"""Kills stages at random moments and compares what they come to with runs that were left alone (scripts/soak.sh).
+
+Goes on where it was stopped: kills are drawn anew from the seed, and those whose rows are written down are left out.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,9 @@ from typing import Any, NamedTuple
 import psutil
 
 STEPS, SAVE_STEPS = 12, 4
-# A run of these few steps that takes longer hangs.
-LIMIT_SECONDS = 400
+# A run of these few steps that takes longer hangs; on a busy machine imports alone take minutes.
+LIMIT_SECONDS = 1800
+ROWS = "rows.jsonl"
 VICTIMS = {
     "all": "kill -9 of script, launcher, ranks and workers",
     "a rank": "kill -9 of one rank",
@@ -109,8 +113,8 @@ def weights(out: Path) -> str:
 class Soak:
     """Runs of one stage below `root`, with the words of its command."""
 
-    def __init__(self, root: Path, words: list[str]) -> None:
-        self.root, self.words = root, words
+    def __init__(self, root: Path, words: list[str], goes_on: bool) -> None:
+        self.root, self.words, self.goes_on = root, words, goes_on
         self.references: dict[str, Path] = {}
 
     def start(self, setting: Setting, out: Path) -> subprocess.Popen[bytes]:
@@ -137,6 +141,8 @@ class Soak:
     def reference(self, setting: Setting) -> Path:
         """The same stage left alone; launcher and workers do not change a number."""
         out = self.root / f"straight-{setting.deepspeed}"
+        if self.goes_on and (out / "run" / "finished.json").is_file():
+            self.references[setting.deepspeed] = out
         if out not in self.references.values():
             shutil.rmtree(out, ignore_errors=True)
             out.with_suffix(".log").unlink(missing_ok=True)
@@ -232,8 +238,8 @@ def table(rows: list[dict[str, Any]], kills: int, seed: int) -> str:
     lines = [
         "# Kills at random moments",
         "",
-        f"`SOAK_SEED={seed} bash scripts/soak.sh {kills}` on {datetime.now(UTC):%Y-%m-%d}: two ranks on CPU, a demo",
-        f"stage of {STEPS} steps with competition, a checkpoint every {SAVE_STEPS}.",
+        f"`SOAK_SEED={seed} bash scripts/soak.sh {kills}`, {datetime.now(UTC):%Y-%m-%d}; {len(rows)} have run:",
+        f"two ranks on CPU, a demo stage of {STEPS} steps with competition, a checkpoint every {SAVE_STEPS}.",
         "",
         f"**{good} of {len(rows)}** came to the same curve (loss, gradient norm and rows of each step) and the same",
         "weights as a run that was left alone, bit for bit.",
@@ -264,14 +270,24 @@ def is_good(row: dict[str, Any]) -> bool:
     return bool(row["curve"] and row["weights"] and row["left"] == 0 and told_well)
 
 
+def read_rows(path: Path, plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """What an earlier call of the same plan has come to."""
+    lines = list(map(json.loads, path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
+    return lines[1:] if lines[:1] == [plan] else []
+
+
 def main(root: Path, kills: int, seed: int, words: list[str]) -> int:
     """Writes the table after each kill; returns 1 if one came to something else."""
     chance = random.Random(seed)
     order = [cell for _ in range(-(-kills // len(GRID))) for cell in chance.sample(GRID, len(GRID))][:kills]
-    soak, rows = Soak(root, words), []
-    for number, setting in enumerate(order):
-        row = soak.kill_one(number, setting, draw_kill(chance))
+    plan = {"kills": kills, "seed": seed, "words": words}
+    rows = read_rows(root / ROWS, plan)
+    soak = Soak(root, words, goes_on=bool(rows))
+    draws = [draw_kill(chance) for _ in order]
+    for number, (setting, kill) in list(enumerate(zip(order, draws, strict=True)))[len(rows) :]:
+        row = soak.kill_one(number, setting, kill)
         rows.append(row)
+        (root / ROWS).write_text("".join(json.dumps(line) + "\n" for line in (plan, *rows)), encoding="utf-8")
         if is_good(row):
             shutil.rmtree(root / f"kill-{number}")
         (root / "README.md").write_text(table(rows, kills, seed), encoding="utf-8")

@@ -101,6 +101,18 @@ def test_resume_is_as_if_nothing_had_happened(workplace, monkeypatch):
     assert straight == resumed
 
 
+def test_a_finished_stage_with_another_text_is_not_finished_already(workplace, tmp_path, capsys):
+    texts = [shutil.copy(workplace / f"{split}.jsonl", tmp_path) for split in ("train", "validation")]
+    assert train(tmp_path, workplace / "run") == 0
+    text = Path(texts[0]).read_text()
+    Path(texts[0]).write_text(text.replace("wins", "lost", 1))
+    assert train(tmp_path, workplace / "run") == 2
+    assert "has finished with other settings or data: data.train.rows was" in capsys.readouterr().err
+    Path(texts[0]).unlink()
+    assert train(tmp_path, workplace / "run") == 0
+    assert "not compared with the data that it was trained on" in capsys.readouterr().err
+
+
 def test_perplexity_is_printed_beside_the_bigrams(workplace, capsys):
     assert cli.main(["perplexity", str(workplace / "run")]) == 0
     printed = capsys.readouterr().out

@@ -136,7 +136,7 @@ def test_nodes_with_other_commands_are_refused(data: Path, tmp_path: Path) -> No
     host = socket.gethostname()
     (error,) = [line for text in said for line in text.splitlines() if line.startswith("error:")]
     assert error == (
-        f"error: rank 1 on {host} was started with training.save_steps=7, rank 0 with no training.save_steps; "
+        f"error: rank 1 on {host} was started with training.save_steps=7.0, rank 0 with training.save_steps=500.0; "
         "give all the same command"
     )
 

@@ -206,11 +206,11 @@ def _expert_products(
     selected_TK: Tensor | None = None,
     weights_TK: Tensor | None = None,
     **_: Any,
-) -> Tensor | ExpertsOutput:
+) -> ExpertsOutput:
     """The products of a router step (K experts a token) or of a competition (all E), and what they keep."""
     if weights_TK is None:
         return _competition(experts, x_TD)
-    return _chosen_experts(experts, x_TD, weights_TK)
+    return ExpertsOutput(_chosen_experts(experts, x_TD, weights_TK), None)
 
 
 class _JudgedOutput(torch.autograd.Function):

@@ -64,6 +64,9 @@ class AdaptedAttention(MultiheadAttention):
         base.out_proj = base.out_proj.get_base_layer()
         return base
 
+    def _restore_weights(self) -> None:
+        """Nothing was exchanged; peft makes new parameters here, whenever modules are listed, unknown to ZeRO-3."""
+
     def _active(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.lora_A]
 

@@ -4,7 +4,8 @@ The chat template is rendered once (`chat_rendering`), and the text is cut where
 that a training row begins with exactly the ids of the prompt at generation time (`piece_ids`).
 
 - The string of a special token inside anybody's text stays text.
-- An image is a content part `{"type": "image"}`: one image token in the text, `tokens_per_image` ids. The white space
+- An image is a content part `{"type": "image"}`: one image token in the text, `tokens_per_image` ids (one number for
+  all, or one for each image in reading order; more of them than images are left over). The white space
   around it is that of the texts beside it. A literal "<image>" in a text is text like any other.
 """
 
@@ -54,7 +55,7 @@ def encode_conversation(
     tokenizer: Any,
     messages: Sequence[Message],
     *,
-    tokens_per_image: int = 0,
+    tokens_per_image: int | Sequence[int] = 0,
     add_generation_prompt: bool = False,
     thinking: bool = False,
 ) -> EncodedConversation:
@@ -77,8 +78,12 @@ def encode_conversation(
     images = 0
     for number, is_learnt in enumerate([*learnt, False]):
         between = pieces[3 * number]
-        images += between.count(image_id)
-        input_ids += [same for token in between for same in [token] * (tokens_per_image if token == image_id else 1)]
+        for token in between:
+            if token != image_id:
+                input_ids.append(token)
+                continue
+            input_ids += [token] * _tokens_of(images, tokens_per_image)
+            images += 1
         labels += [IGNORE_INDEX] * (len(input_ids) - len(labels))
         if number < len(learnt):
             words, end = pieces[3 * number + 1 : 3 * number + 3]
@@ -92,8 +97,16 @@ def encode_conversation(
     return EncodedConversation(input_ids, labels, answers, images)
 
 
+def _tokens_of(image: int, tokens_per_image: int | Sequence[int]) -> int:
+    if isinstance(tokens_per_image, int):
+        return tokens_per_image
+    if image >= len(tokens_per_image):
+        raise EncodingError(f"the text shows more images than the {len(tokens_per_image)} given")
+    return tokens_per_image[image]
+
+
 def encode_answer(
-    tokenizer: Any, messages: Sequence[Message], answer: str, *, tokens_per_image: int = 0
+    tokenizer: Any, messages: Sequence[Message], answer: str, *, tokens_per_image: int | Sequence[int] = 0
 ) -> tuple[list[int], list[int]]:
     """Ids of a prompt and of an answer to it, without the end of its turn, as training would have them."""
     whole = encode_conversation(
@@ -126,7 +139,11 @@ def _on_lines(images: Sequence[dict[str, Any]], content: Sequence[dict[str, Any]
 
 
 def cut_to_length(
-    tokenizer: Any, messages: Sequence[Message], encoded: EncodedConversation, max_length: int, tokens_per_image: int
+    tokenizer: Any,
+    messages: Sequence[Message],
+    encoded: EncodedConversation,
+    max_length: int,
+    tokens_per_image: int | Sequence[int],
 ) -> EncodedConversation | None:
     """The longest beginning of a conversation, ending with an answer, of at most `max_length` tokens; None if none is.
 

@@ -7,12 +7,13 @@ or random number and makes no synchronisation with the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -27,12 +28,13 @@ from llava_compete.model.attention_masks import AttentionInputs, KeepsNothing, w
 from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.losses import own_balance_loss, routing_losses
 from llava_compete.model.place_experts import install_language_experts, install_vision_experts, make_projector
-from llava_compete.model.placeholders import check_counts, place_features, sample_positions
+from llava_compete.model.placeholders import check_counts, place_features, sample_positions, sent
 from llava_compete.model.served import check_served, is_served
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.moe.state import RoutingState, TokenGroups
 from llava_compete.vision.projector import Projector
+from llava_compete.vision.tiles import Layout
 from llava_compete.vision.tower import VisionTower
 
 
@@ -106,7 +108,8 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
     """The forward pass, for B rows of N tokens of width H, and n images of P features of width D:
 
         pixel_values [n, 3, S, S] -> vision_tower [n, P, D] -> multi_modal_projector [n, P, H]
-        input_ids [B, N] -> embeddings [B, N, H], the n * P placeholders among them replaced by the features
+            (of images in tiles n is that of the tiles, and [F, H] what the projector makes of them, see `vision.tiles`)
+        input_ids [B, N] -> embeddings [B, N, H], the n * P (or F) placeholders among them replaced by the features
         -> language_model -> last_hidden_state [B, N, H]
 
     Any feed-forward block of the three parts may be a mixture of experts. A text-only model has but the language model.
@@ -124,6 +127,7 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
         self.routing = RoutingState()
         self.vision_tower: VisionTower | None = None
         self.multi_modal_projector: Projector | None = None
+        self.tiling = config.tiling
         moe = MoeConfig() if config.moe is None else MoeConfig.model_validate(config.moe)
         if config.tower is not None:
             self.vision_tower = VisionTower(config.tower)
@@ -160,24 +164,71 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
 
     # --- images ----------------------------------------------------------------------------------------------------
 
-    @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
-        """The projected features [n, P, H], as `pooler_output`, where transformers has them in all its models."""
-        return BaseModelOutputWithPooling(pooler_output=self._image_features(pixel_values, None))
+    def image_lengths(self, pixel_values: Tensor | None, image_sizes: Any = None) -> tuple[list[int], list[int]]:
+        """Tiles and features of each image."""
+        if self.tiling is not None and pixel_values is not None:
+            return self._layout(pixel_values, image_sizes)[:2]
+        count = 0 if pixel_values is None else len(pixel_values)
+        return [1] * count, [self.config.num_image_tokens] * count
 
-    def _image_features(self, pixel_values: Tensor, num_sequences: dict[str, Any] | None) -> Tensor:
-        """Projected features [n, P, H]; each image is one sequence of tower and projector."""
+    def _layout(self, pixel_values: Tensor, image_sizes: Any) -> Layout:
+        """Where the features of images in tiles go. `image_sizes` is best a list or on the host: it is read there."""
+        assert self.tiling is not None
+        if image_sizes is None:
+            raise UserError("image_sizes: missing; a model of tiles needs each picture's height and width beside them")
+        sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
+        layout = self.tiling.layout([(int(height), int(width)) for height, width in sizes])
+        if sum(layout.tiles) != len(pixel_values):
+            raise UserError(
+                f"pixel_values: found {len(pixel_values)} tiles, but {len(layout.tiles)} image(s) of image_sizes make "
+                f"{sum(layout.tiles)}"
+            )
+        return layout
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, image_sizes: Any = None, **_: Any) -> BaseModelOutputWithPooling:
+        """The projected features [n, P, H], as `pooler_output`, where transformers has them in all its models; of images
+        in tiles a tuple, [F, H] of each."""
+        features = self._image_features(pixel_values, None, image_sizes)
+        if self.tiling is not None:
+            features = features.split(self.image_lengths(pixel_values, image_sizes)[1])
+        return BaseModelOutputWithPooling(pooler_output=features)
+
+    def _image_features(self, pixel_values: Tensor, num_sequences: dict[str, Any] | None, image_sizes: Any) -> Tensor:
+        """Projected features [n, P, H], or [F, H] of images in tiles; each image is one sequence of tower and
+        projector."""
         assert self.vision_tower is not None
         assert self.multi_modal_projector is not None
         counts = num_sequences or {}
+        if self.tiling is not None:
+            return self._tiled_features(pixel_values, counts, self._layout(pixel_values, image_sizes))
         if self.routing.is_recording:
             ids = self.vision_tower.tile_image_ids(len(pixel_values), pixel_values.device)
             self.routing.begin("vision", TokenGroups.from_ids(ids, len(pixel_values), counts.get("vision")))
         features = self.vision_tower(pixel_values)
         if self.routing.is_recording:
-            ones = torch.ones(features.shape[:2], device=features.device)
+            ones = torch.ones(len(features), self.config.num_image_tokens, device=features.device)
             self.routing.begin("projector", TokenGroups.from_mask(ones, counts.get("projector")))
         return self.multi_modal_projector(features)
+
+    def _tiled_features(self, pixel_values: Tensor, counts: dict[str, Any], layout: Layout) -> Tensor:
+        """All tiles of all images in one call. In the projector, features of black borders are in no statistic."""
+        assert self.vision_tower is not None
+        assert self.multi_modal_projector is not None
+        device, num_images = pixel_values.device, len(layout.tiles)
+        image_of_tile = np.repeat(np.arange(num_images), layout.tiles)
+        if self.routing.is_recording:
+            ids = sent(image_of_tile, device)[:, None].expand(-1, self.vision_tower.tokens_per_tile)
+            self.routing.begin("vision", TokenGroups.from_ids(ids, num_images, counts.get("vision")))
+        features = self.vision_tower(pixel_values)
+        if self.routing.is_recording:
+            per_tile = self.config.num_image_tokens
+            image_of_feature = np.full(len(pixel_values) * per_tile, -1)
+            image_of_feature[layout.sources] = image_of_tile[layout.sources // per_tile]
+            ids = sent(image_of_feature, device)
+            self.routing.begin("projector", TokenGroups.from_ids(ids, num_images, counts.get("projector")))
+        sources, places = sent(layout.sources, device), sent(layout.places, device)
+        return self.multi_modal_projector(features, sources, places, sum(layout.lengths))
 
     @property
     def vision_tower_dtype(self) -> torch.dtype:
@@ -198,7 +249,10 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
         tiles = sum(scale * scale for scale in self.config.tower.scales)
         self.routing.begin("vision", TokenGroups.empty(tiles * self.vision_tower.tokens_per_tile, device))
         features = self.vision_tower(pixels)
-        self.routing.begin("projector", TokenGroups.empty(features.shape[1], device))
+        self.routing.begin("projector", TokenGroups.empty(self.config.num_image_tokens, device))
+        if self.tiling is not None:  # one feature and one newline
+            first = torch.zeros(1, dtype=torch.int64, device=device)
+            return self.multi_modal_projector(features, first, first, 2) * 0
         return self.multi_modal_projector(features) * 0
 
     def _embed(
@@ -206,6 +260,7 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
         input_ids: Tensor,
         pixel_values: Tensor | None,
         num_sequences: dict[str, Any] | None,
+        image_sizes: Any,
         begins: bool,
     ) -> Tensor:
         """Token embeddings [B, N, H] with the image features in the placeholders' places; without a cache, where the
@@ -217,12 +272,12 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
             return inputs_embeds
         places = input_ids == self.config.image_token_id
         if pixel_values is not None or begins:
-            num_images = 0 if pixel_values is None else len(pixel_values)
-            check_counts(places, num_images, self.config.num_image_tokens, may_wait=not self.training)
+            _, lengths = self.image_lengths(pixel_values, image_sizes)
+            check_counts(places, lengths, may_wait=not self.training)
         if pixel_values is not None:
-            features = self._image_features(pixel_values, num_sequences)
+            features = self._image_features(pixel_values, num_sequences, image_sizes)
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
-            return place_features(inputs_embeds, places, features.flatten(0, 1))
+            return place_features(inputs_embeds, places, features.flatten(0, -2))
         if self.training:
             return inputs_embeds + self._dummy_image_features(input_ids.device).sum().to(inputs_embeds.dtype)
         return inputs_embeds
@@ -244,6 +299,7 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
         use_cache: bool | None = None,
         output_routing: bool | None = None,
         num_local_sequences: int | None = None,
+        image_sizes: Tensor | Sequence[tuple[int, int]] | None = None,
         **kwargs: Any,
     ) -> LlavaCompeteModelOutput:
         """Hidden states of the last layer, and the routing losses.
@@ -268,7 +324,9 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
         with self._routing_mode(), self.routing.recording() if record else nullcontext():
             if inputs_embeds is None:
                 assert input_ids is not None
-                inputs_embeds = self._embed(input_ids, pixel_values, num_sequences_in_batch, past_key_values is None)
+                inputs_embeds = self._embed(
+                    input_ids, pixel_values, num_sequences_in_batch, image_sizes, past_key_values is None
+                )
             if self.routing.is_recording:
                 count = (num_sequences_in_batch or {}).get("language")
                 self._begin_language(attention_mask, sequence_ids, inputs_embeds, count, num_local_sequences)

@@ -21,12 +21,13 @@ from llava_compete.language.tokenizer import add_image_token
 from llava_compete.model.checkpoint import load_checkpoint, save_checkpoint
 from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
+from llava_compete.model.place_experts import make_projector
 from llava_compete.model.processor import LlavaCompeteProcessor
 from llava_compete.model.section import ModelSection
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.vision.image_processing import LlavaCompeteImageProcessor
-from llava_compete.vision.projector import Projector
+from llava_compete.vision.projector import check_pool
 from llava_compete.vision.sources import load_pretrained, resolve_tower
 from llava_compete.vision.tower import VisionTower
 
@@ -143,6 +144,8 @@ def build_config(
 ) -> LlavaCompeteConfig:
     """config.json of a new model; without a tokenizer (`plan`) the vocabulary is what the section says."""
     tower = None if section.vision_tower is None else resolve_tower(section.vision_tower)
+    if tower is not None:
+        check_pool(section.projector, tower)
     language = section.language_model
     if language is not None and language.name is None and "vocab_size" not in (language.config or {}):
         if tokenizer is not None:
@@ -189,9 +192,7 @@ def _join(section: ModelSection, config: LlavaCompeteConfig, tokenizer: Any) -> 
         model.set_language_model(language_model)
         if config.tower is not None:
             model.model.vision_tower = VisionTower(config.tower)
-            model.model.multi_modal_projector = Projector(
-                config.projector_config["type"], config.tower.feature_width, config.text_config.hidden_size
-            )
+            model.model.multi_modal_projector = make_projector(config, None, model.routing)
     if model.vision_tower is not None and section.vision_tower is not None:
         new_parts.append("projector")
         if not load_pretrained(model.vision_tower, section.vision_tower):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from transformers.configuration_utils import SubConfigSpec
 from llava_compete.model.card import model_card, write_card
 from llava_compete.model.served import AUTO_MAP, declare_experts, write_stub
 from llava_compete.moe.config import MoeConfig
+from llava_compete.vision.projector import ProjectorSection
+from llava_compete.vision.tiles import Tiling
 from llava_compete.vision.tower_config import TowerConfig
 
 
@@ -19,7 +22,7 @@ class LlavaCompeteConfig(PreTrainedConfig):
     """Tower, projector, language model and mixtures of experts of one model.
 
     vision_config: a `TowerConfig` as a dict, or None for a text-only model.
-    projector_config: {"type": "linear" | "mlp2x_gelu" | ...}, or None without a tower.
+    projector_config: a `ProjectorSection` as a dict, or None without a tower.
     text_config: the language model's own Hugging Face config.
     moe: a `MoeConfig` as a dict, or None for a dense model.
     image_token_id: id of the placeholder; one placeholder stands for one image feature.
@@ -62,7 +65,20 @@ class LlavaCompeteConfig(PreTrainedConfig):
         return None if self.vision_config is None else TowerConfig.model_validate(self.vision_config)
 
     @property
+    def projector(self) -> ProjectorSection:
+        """The typed form of `projector_config`."""
+        return ProjectorSection.model_validate(self.projector_config)
+
+    @property
     def num_image_tokens(self) -> int:
-        """Placeholders (= features) for one image; 0 without a tower."""
+        """Placeholders (= embeddings) for one image, or of tiles for one tile; 0 without a tower."""
         tower = self.tower
-        return 0 if tower is None else tower.num_tokens
+        return 0 if tower is None else tower.num_tokens // self.projector.pool**2
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """How pictures are cut into tiles; None where each is one picture of one size."""
+        tower = self.tower
+        if tower is None or tower.tiles is None:
+            return None
+        return Tiling(tower.image_size, math.isqrt(self.num_image_tokens), tower.tiles)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -20,7 +22,7 @@ from llava_compete.model.generation import ImageGenerationMixin
 from llava_compete.model.language_head import LanguageHead
 from llava_compete.model.losses import language_loss
 from llava_compete.model.parameter_names import old_names_mapping
-from llava_compete.model.placeholders import placeholder_rows
+from llava_compete.model.placeholders import placeholder_rows, sent
 from llava_compete.model.sequence_shares import sequences_by_labels
 from llava_compete.model.strict_loading import refuse_offloaded_tower, spare_from_quantization
 from llava_compete.moe.block import moe_blocks
@@ -116,6 +118,10 @@ class LlavaCompeteForConditionalGeneration(LlavaCompetePreTrainedModel, ImageGen
         """`LlavaCompeteModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    def image_lengths(self, pixel_values: Tensor | None, image_sizes: Any = None) -> tuple[list[int], list[int]]:
+        """Tiles and features of each image."""
+        return self.model.image_lengths(pixel_values, image_sizes)
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
@@ -149,6 +155,7 @@ class LlavaCompeteForConditionalGeneration(LlavaCompetePreTrainedModel, ImageGen
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_sizes: Tensor | Sequence[tuple[int, int]] | None = None,
         labels: Tensor | None = None,
         label_positions: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -166,9 +173,11 @@ class LlavaCompeteForConditionalGeneration(LlavaCompetePreTrainedModel, ImageGen
         """
         if num_items_in_batch is not None and labels is not None and kwargs.get("num_sequences_in_batch") is None:
             kwargs["num_sequences_in_batch"] = self._sequences(
-                labels, num_items_in_batch, input_ids, pixel_values, kwargs
+                labels, num_items_in_batch, input_ids, self.image_lengths(pixel_values, image_sizes)[1], kwargs
             )
-        outputs = self.model(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
+        outputs = self.model(
+            input_ids, attention_mask, pixel_values, image_sizes=image_sizes, return_dict=True, **kwargs
+        )
         hidden = outputs.last_hidden_state
         if label_positions is None:
             hidden = hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
@@ -196,17 +205,16 @@ class LlavaCompeteForConditionalGeneration(LlavaCompetePreTrainedModel, ImageGen
         labels: Tensor,
         num_items: Tensor | int,
         input_ids: Tensor | None,
-        pixel_values: Tensor | None,
+        lengths: list[int],
         options: dict[str, Any],
     ) -> dict[Part, Tensor] | None:
         """What each sequence counts, where the caller counts supervised tokens alone; None if nothing asks for it."""
         if not self.training or (self.config.moe is None and not self.model.own_balance_coef):
             return None
         first = None
-        if pixel_values is not None and input_ids is not None:
-            size = self.config.num_image_tokens
-            places = input_ids == self.config.image_token_id
-            first = placeholder_rows(places, len(pixel_values) * size)[::size]
+        if lengths and input_ids is not None:
+            starts = sent(np.cumsum([0, *lengths[:-1]]), input_ids.device)
+            first = placeholder_rows(input_ids == self.config.image_token_id, sum(lengths))[starts]
         return sequences_by_labels(
             labels, num_items, options.get("sequence_ids"), options.get("num_local_sequences"), first
         )

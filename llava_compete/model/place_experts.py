@@ -37,9 +37,10 @@ def install_vision_experts(tower: VisionTower, moe: MoeLayerConfig, state: Routi
 def make_projector(config: LlavaCompeteConfig, moe: MoeLayerConfig | None, state: RoutingState) -> Projector:
     """The projector, whose feed-forward block is a mixture where `moe` says so."""
     assert config.tower is not None
-    kind, width, hidden = config.projector_config["type"], config.tower.feature_width, config.text_config.hidden_size
+    section, width, hidden = config.projector, config.tower.feature_width, config.text_config.hidden_size
+    has_newline = config.tower.tiles is not None
     if moe is None:
-        return Projector(kind, width, hidden)
+        return Projector(section, width, hidden, has_newline=has_newline)
     _select(moe, 1, "projector")
 
     def make_block(hidden_size: int, intermediate_size: int, output_size: int) -> nn.Module:
@@ -55,7 +56,7 @@ def make_projector(config: LlavaCompeteConfig, moe: MoeLayerConfig | None, state
             bias=True,
         )
 
-    return Projector(kind, width, hidden, make_block)
+    return Projector(section, width, hidden, make_block, has_newline)
 
 
 def install_language_experts(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,20 +12,20 @@ from torch import Tensor
 from llava_compete.errors import UserError
 
 
-def check_counts(places: Tensor, num_images: int, features_per_image: int, may_wait: bool) -> None:
+def check_counts(places: Tensor, lengths: Sequence[int], may_wait: bool) -> None:
     """As many placeholders (true in `places`) as features.
 
+    lengths: features of each image.
     may_wait: read the count back from an accelerator for an error that names both; else, in training, where the
         collator has counted already, an asynchronous assertion that costs no synchronisation.
     """
-    expected = num_images * features_per_image
+    expected = sum(lengths)
     count = places.sum()
     if places.device.type == "cpu" or (may_wait and places.device.type != "meta"):
         if int(count) != expected:
-            raise UserError(
-                f"the text has {int(count)} image placeholders, but {num_images} image(s) of "
-                f"{features_per_image} features make {expected}"
-            )
+            sizes = " and ".join(map(str, sorted(set(lengths))))
+            given = f"{len(lengths)} image(s) of {sizes} features make {expected}" if lengths else "no image is given"
+            raise UserError(f"the text has {int(count)} image placeholders, but {given}")
     elif places.device.type != "meta":
         torch._assert_async(count == expected, f"image placeholders in the text differ from {expected} image features")
 
@@ -42,6 +45,11 @@ def placeholder_rows(places_BN: Tensor, count: int) -> Tensor:
     A stable sort brings them to the front in their order; there are as many as features (`check_counts`).
     """
     return torch.argsort(places_BN.flatten().to(torch.uint8), descending=True, stable=True)[:count]
+
+
+def sent(values: np.ndarray, device: torch.device) -> Tensor:
+    """Numbers of the host on a device, without waiting for it."""
+    return torch.from_numpy(values).to(device, non_blocking=True)
 
 
 def sample_positions(attention_mask: Tensor | None, sequence_ids: Tensor | None) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,15 @@ from transformers.utils import PROCESSOR_NAME
 from llava_compete.errors import UserError
 from llava_compete.language.chat_encoding import encode_conversation, on_lines_of_their_own
 from llava_compete.parts import IMAGE_TOKEN
+from llava_compete.vision.tiles import Tiling
 
 
 class LlavaCompeteProcessor(ProcessorMixin):
     """Tokenizer and image processor of a checkpoint.
 
     Each `<image>` in a text stands for one image and becomes `num_image_tokens` placeholders, one for each feature
-    the model will put there. The chat template is the tokenizer's.
+    the model will put there; of images in tiles that is one tile's number, and `tokens_per_image` counts. The chat
+    template is the tokenizer's.
     """
 
     def __init__(
@@ -35,6 +39,35 @@ class LlavaCompeteProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         tokenizer.padding_side = "left"  # tokenizer files keep the side of their last use
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """How pictures are cut into tiles; None where each is one picture of one size, or there are none."""
+        if self.image_processor is None:
+            return None
+        return self.image_processor.tiling(math.isqrt(self.num_image_tokens))
+
+    def tokens_per_image(self, sizes: Iterable[tuple[int, int]]) -> int | list[int]:
+        """Placeholders of every image or, where that depends on their heights and widths (`sizes`), of each.
+
+        Raises:
+            BadImageError: a picture so thin that tiles show nothing of it.
+        """
+        tiling = self.tiling
+        return self.num_image_tokens if tiling is None else [tiling.num_tokens(size) for size in sizes]
+
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
+        """Placeholders and rows of pixel_values for images of these heights and widths, as servers ask."""
+        sizes = [(int(height), int(width)) for height, width in image_sizes or []]
+        tiling = self.tiling
+        if tiling is None:
+            return MultiModalData(
+                num_image_tokens=[self.num_image_tokens] * len(sizes), num_image_patches=[1] * len(sizes)
+            )
+        return MultiModalData(
+            num_image_tokens=[tiling.num_tokens(size) for size in sizes],
+            num_image_patches=[tiling.num_tiles(size) for size in sizes],
+        )
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         """As in transformers; a text-only model has no image processor."""
@@ -109,14 +142,17 @@ class LlavaCompeteProcessor(ProcessorMixin):
         rows, images = [], []
         for conversation in conversations:
             messages = [_with_lines(message) for message in conversation]
+            given = [image for message in messages for image in _images_of(message)]
+            if given:
+                self._check_sees_images()
+                given = self.image_processor.fetch_images(given)
             encoded = encode_conversation(
                 self.tokenizer,
                 messages,
-                tokens_per_image=self.num_image_tokens,
+                tokens_per_image=self.tokens_per_image((image.height, image.width) for image in given),
                 add_generation_prompt=add_generation_prompt,
                 thinking=bool(kwargs["enable_thinking"]),
             )
-            given = [image for message in messages for image in _images_of(message)]
             if encoded.num_images != len(given):
                 raise UserError(f"the conversation shows {encoded.num_images} images, but gives {len(given)}")
             rows.append(encoded.input_ids)
@@ -124,8 +160,7 @@ class LlavaCompeteProcessor(ProcessorMixin):
         tensors = None if return_tensors == "auto" else return_tensors
         data = dict(self.tokenizer.pad({"input_ids": rows}, padding=len(rows) > 1))
         if images:
-            self._check_sees_images()
-            data["pixel_values"] = self.image_processor(images)["pixel_values"]
+            data.update(self.image_processor(images))
         inputs = BatchFeature(data, tensor_type=tensors)
         return inputs if return_dict else inputs["input_ids"]
 
@@ -133,14 +168,13 @@ class LlavaCompeteProcessor(ProcessorMixin):
         if self.image_processor is None:
             raise UserError("images given, but this model has no vision tower")
 
-    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
-        """Placeholders and rows of pixel_values for images of these sizes, as servers ask: the same for any size."""
-        count = len(image_sizes or [])
-        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
-
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The text that one image's placeholder becomes."""
-        return self.image_token * self.num_image_tokens
+        count = self.num_image_tokens
+        if (tiling := self.tiling) is not None:
+            height, width = image_inputs["image_sizes"][image_idx]
+            count = tiling.num_tokens((int(height), int(width)))
+        return self.image_token * count
 
 
 def _with_lines(message: dict[str, Any]) -> dict[str, Any]:

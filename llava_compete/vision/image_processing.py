@@ -22,6 +22,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from llava_compete.errors import UserError
 from llava_compete.vision.image_inputs import load_images
+from llava_compete.vision.tiles import Tiling, tile_pixels
 from llava_compete.vision.tower_config import CLIP_MEAN, CLIP_STD, Interpolation, PixelVersion, ResizeMode, TowerConfig
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -48,6 +49,7 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
         interpolation: Interpolation = "bicubic",
         resize_mode: ResizeMode = "squash",
         version: PixelVersion = 1,
+        tiles: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> None:
         _refuse(sorted(kwargs.keys() - set(_NOTES)))
@@ -58,11 +60,19 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
         self.interpolation = interpolation
         self.resize_mode = resize_mode
         self.version = version
+        self.tiles = None if tiles is None else [list(grid) for grid in tiles]
 
     @classmethod
     def from_tower(cls, tower: TowerConfig) -> LlavaCompeteImageProcessor:
         """The processor that delivers what this tower takes."""
-        return cls(**{**tower.preprocess.model_dump(), "size": tower.image_size})
+        tiles = {} if tower.tiles is None else {"tiles": tower.tiles}
+        return cls(**{**tower.preprocess.model_dump(), "size": tower.image_size, **tiles})
+
+    def tiling(self, side: int) -> Tiling | None:
+        """How pictures are cut whose tiles become `side` x `side` embeddings; None for pictures of one size."""
+        if self.tiles is None:
+            return None
+        return Tiling(self.size, side, tuple((rows, columns) for rows, columns in self.tiles))
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Images of any kind as upright RGB Pillow images, nesting kept; transformers' processor calls this by name."""
@@ -70,15 +80,27 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
         """`images`: one image or any nesting of them -> pixel_values [n, 3, size, size], uint8 in version 2 and
-        normalised float32 in version 1.
+        normalised float32 in version 1. With tiles n counts those of all images, the whole picture first, and
+        `image_sizes` [images, 2] are the pictures' own heights and widths.
 
         Raises:
             BadImageError: an image that cannot be decoded.
             UserError: an option of transformers' image processors; `image_inputs` lists what an image may be.
         """
         _refuse(sorted(key for key, value in kwargs.items() if value is not None))
-        pixels = [self.pixels(image) for image in _flatten(self.fetch_images(images))]
-        return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+        flat = _flatten(self.fetch_images(images))
+        tiling = self.tiling(side=1)
+        if tiling is None:
+            pixels = [self.pixels(image) for image in flat]
+            return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+        tiles = [tile for image in flat for tile in self._tiled(image, tiling)]
+        sizes = [(image.height, image.width) for image in flat]
+        return BatchFeature({"pixel_values": tiles, "image_sizes": sizes}, tensor_type=return_tensors)
+
+    def _tiled(self, image: Image.Image, tiling: Tiling) -> list[np.ndarray]:
+        """The whole picture and its tiles."""
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        return [self.pixels(image), *tile_pixels(pixels, tiling, self.interpolation)]
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """One RGB image, [3, size, size]; uint8 or normalised float32, as in `preprocess`."""

@@ -6,6 +6,7 @@ Sources: open_clip's registry by name and tag, `hf-hub:org/repo`, `local-dir:pat
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +17,16 @@ from torch import Tensor
 from llava_compete.config import parse_config
 from llava_compete.errors import UserError, and_more, nearest
 from llava_compete.files import read_json
+from llava_compete.vision.tiles import LLAVA_NEXT_GRIDS
 from llava_compete.vision.tower import VisionTower
-from llava_compete.vision.tower_config import CLIP_MEAN, CLIP_STD, LATEST_PIXELS, TowerConfig, VisionTowerSection
+from llava_compete.vision.tower_config import (
+    CLIP_MEAN,
+    CLIP_STD,
+    LATEST_PIXELS,
+    TilesSection,
+    TowerConfig,
+    VisionTowerSection,
+)
 from llava_compete.vision.trunks import build_trunk, tower_facts
 from llava_compete.weight_files import load_pickled
 
@@ -44,7 +53,8 @@ def resolve_tower(section: VisionTowerSection) -> TowerConfig:
         )
     quick_gelu = bool(model_cfg.get("quick_gelu", False))
     facts = tower_facts(embed_dim, vision_cfg, quick_gelu, section.feature_layer, section.select)
-    resize_mode = preprocess_cfg.get("resize_mode") or "shortest"
+    # LLaVA-NeXT squashes the whole picture, whose proportions its tiles keep.
+    resize_mode = "squash" if section.tiles else preprocess_cfg.get("resize_mode") or "shortest"
     preprocess = {
         "size": facts.image_size,
         "mean": preprocess_cfg.get("mean") or CLIP_MEAN,
@@ -55,6 +65,7 @@ def resolve_tower(section: VisionTowerSection) -> TowerConfig:
     }
     values = {
         **section.model_dump(include={"name", "pretrained", "feature_layer", "select", "scales", "scales_from"}),
+        "tiles": None if section.tiles is None else _grids(section.tiles),
         "embed_dim": embed_dim,
         "quick_gelu": quick_gelu,
         "vision_cfg": vision_cfg,
@@ -63,7 +74,21 @@ def resolve_tower(section: VisionTowerSection) -> TowerConfig:
         "num_tokens": facts.num_tokens,
         "num_layers": facts.num_layers,
     }
-    return parse_config(TowerConfig, values, source="vision_tower")
+    tower = parse_config(TowerConfig, values, source="vision_tower")
+    if tower.tiles is not None and tower.preprocess.version != 2:
+        raise UserError("vision_tower.preprocess.version: found 1, expected 2, the pixels that tiles are made of")
+    return tower
+
+
+def _grids(section: TilesSection) -> Sequence[tuple[int, int]]:
+    """The grids that a picture may be cut into; of equal ones the smaller first."""
+    if section.grids is not None:
+        return section.grids
+    if section.max is None:
+        return LLAVA_NEXT_GRIDS
+    sides = range(1, section.max + 1)
+    grids = [(rows, columns) for rows in sides for columns in sides if rows * columns <= section.max]
+    return sorted(grids, key=lambda grid: (grid[0] * grid[1], grid))
 
 
 def load_pretrained(tower: VisionTower, section: VisionTowerSection) -> bool:

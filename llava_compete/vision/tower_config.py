@@ -50,6 +50,29 @@ class PreprocessConfig(StrictConfig):
     )
 
 
+class TilesSection(StrictConfig):
+    """Pictures in tiles, as in LLaVA-NeXT: the whole picture, then the grid of tiles that fits it best."""
+
+    max: int | None = Field(
+        default=None, ge=1, description="tiles of a picture, its whole apart: every grid of at most so many is allowed"
+    )
+    grids: tuple[tuple[int, int], ...] | None = Field(
+        default=None,
+        description="the grids allowed, each [rows, columns] of tiles; default those of `max`, or LLaVA-NeXT's five",
+    )
+
+    @model_validator(mode="after")
+    def _grids_fit(self) -> TilesSection:
+        for rows, columns in self.grids or ():
+            if rows < 1 or columns < 1:
+                raise ValueError(f"grids: found [{rows}, {columns}], expected one tile or more each way")
+            if self.max is not None and rows * columns > self.max:
+                raise ValueError(f"grids: [{rows}, {columns}] has {rows * columns} tiles, more than max {self.max}")
+        if self.grids is not None and (not self.grids or len(set(self.grids)) < len(self.grids)):
+            raise ValueError(f"grids: found {[list(grid) for grid in self.grids]}, expected different grids")
+        return self
+
+
 class TowerConfig(StrictConfig):
     """A vision tower with its architecture spelled out."""
 
@@ -78,6 +101,9 @@ class TowerConfig(StrictConfig):
             "what the scales are made of: the image, prepared at the largest and shrunk, or the base, the picture at "
             "the tower's size and enlarged, which shows no more detail (LibMoE's and CuMo's checkpoints)"
         ),
+    )
+    tiles: tuple[tuple[int, int], ...] | None = Field(
+        default=None, description="grids of tiles that a picture may be cut into; none: one picture of one size"
     )
     preprocess: PreprocessConfig = Field(description="how a picture becomes pixels")
     # Facts of the built tower: with them a config alone tells the number of image tokens and the projector's width.
@@ -153,6 +179,9 @@ class VisionTowerSection(StrictConfig):
             "the tower's size and enlarged, which shows no more detail (LibMoE's and CuMo's checkpoints)"
         ),
     )
+    tiles: TilesSection | None = Field(
+        default=None, description="pictures in tiles at their own proportions, for documents and charts (LLaVA-NeXT)"
+    )
     preprocess: PreprocessOverrides = Field(
         default=PreprocessOverrides(), description="what to change in the tower's own preprocessing"
     )
@@ -161,4 +190,9 @@ class VisionTowerSection(StrictConfig):
     def _one_source(self) -> VisionTowerSection:
         if (self.name is None) == (self.config is None):
             raise ValueError("give either name or config")
+        if self.tiles is not None and (self.scales != (1,) or self.select != "patch"):
+            raise ValueError(
+                f"tiles: found with scales {list(self.scales)} and select {self.select}, expected scales [1] and "
+                "select patch: tiles stand in for larger scales, and rows of tiles have no class tokens"
+            )
         return self

@@ -153,7 +153,7 @@ def test_wrong_number_of_placeholders_names_both() -> None:
         model(**inputs)
     alone = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     for call in (model, model.generate):
-        with pytest.raises(UserError, match=r"16 image placeholders.* 0 image\(s\) of 16 features make 0"):
+        with pytest.raises(UserError, match=r"16 image placeholders, but no image is given"):
             call(**alone)
     text_model, text_processor = tiny_model(tower=None)
     conversation = [{"role": "user", "content": [{"type": "image", "image": picture()}]}]

@@ -7,7 +7,7 @@ not fail there.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,8 @@ from llava_compete.errors import UserError
 from llava_compete.language.chat_encoding import cut_to_length, encode_conversation
 from llava_compete.language.piece_ids import piece_encoder
 from llava_compete.parts import IGNORE_INDEX, IMAGE_TOKEN
-from llava_compete.vision.image_decoder import BadImageError, open_image
+from llava_compete.vision.image_decoder import BadImageError, image_size, open_image
+from llava_compete.vision.tiles import Tiling
 
 MIN_SIDE, MAX_ASPECT = 8, 50  # a picture below or beyond says nothing once resized
 
@@ -97,6 +98,14 @@ class TextSide(NamedTuple):
 
     tokenizer: Any
     num_image_tokens: int
+    tiling: Tiling | None = None
+
+    def tokens_per_image(self, source: SourceSection, images: Sequence[str | bytes]) -> int | list[int]:
+        """Placeholders of every image, or of each where the picture's size decides; errors as `image_size`."""
+        if self.tiling is None:
+            return self.num_image_tokens
+        files = (image if isinstance(image, bytes) else source.images / image for image in images)
+        return [self.tiling.num_tokens(image_size(file)) for file in files]
 
 
 def check_row(source: SourceSection, raw: Any, number: int, text_side: TextSide | None, max_length: int) -> RowFacts:
@@ -122,7 +131,13 @@ def check_row(source: SourceSection, raw: Any, number: int, text_side: TextSide 
     if text_side is not None:
         if source.images_first:
             conversation = conversation._replace(messages=images_first(conversation.messages))
-        facts.problems += _length_problems(facts, conversation, text_side, max_length)
+        try:
+            counts = text_side.tokens_per_image(source, conversation.images)
+        except BadImageError as error:
+            if error.kind not in {kind for kind, _ in facts.problems}:
+                facts.problems.append((error.kind, str(error)))
+            return facts
+        facts.problems += _length_problems(facts, conversation, text_side, counts, max_length)
     return facts
 
 
@@ -154,12 +169,12 @@ def _image_problems(source: SourceSection, conversation: Conversation) -> Iterat
 
 
 def _length_problems(
-    facts: RowFacts, conversation: Conversation, text_side: TextSide, max_length: int
+    facts: RowFacts, conversation: Conversation, text_side: TextSide, counts: int | list[int], max_length: int
 ) -> Iterator[tuple[str, str]]:
-    tokenizer, tokens_per_image, messages = text_side.tokenizer, text_side.num_image_tokens, conversation.messages
+    tokenizer, messages = text_side.tokenizer, conversation.messages
     try:
-        whole = encode_conversation(tokenizer, messages, tokens_per_image=tokens_per_image)
-        cut = cut_to_length(tokenizer, messages, whole, max_length, tokens_per_image)
+        whole = encode_conversation(tokenizer, messages, tokens_per_image=counts)
+        cut = cut_to_length(tokenizer, messages, whole, max_length, counts)
     except UserError as error:
         yield "template_fails", str(error)
         return
@@ -173,7 +188,7 @@ def _length_problems(
         yield "cut_to_limit", f"{len(whole.input_ids)} tokens, {len(cut.input_ids)} kept"
     facts.tokens = len(cut.input_ids)
     facts.supervised = sum(label != IGNORE_INDEX for label in cut.labels)
-    facts.image_tokens = cut.num_images * text_side.num_image_tokens
+    facts.image_tokens = cut.num_images * counts if isinstance(counts, int) else sum(counts[: cut.num_images])
 
 
 def _has_control_tokens(tokenizer: Any, conversation: Conversation) -> bool:

@@ -48,7 +48,9 @@ def text_side_of(model: dict[str, Any], section: DataSection, source: str) -> Te
         if config.tokenizer is not None and config.tokenizer.train_on is not None:
             trained = train_byte_level_bpe(_texts(section), config.tokenizer.vocab_size)
         processor = build_processor(config, trained)
-    return TextSide(processor.tokenizer, processor.num_image_tokens)
+    tiling = processor.tiling
+    section.check_tiles(tiling)
+    return TextSide(processor.tokenizer, processor.num_image_tokens, tiling)
 
 
 def _texts(section: DataSection) -> Iterator[str]:

@@ -84,7 +84,13 @@ def _config(config: LlavaCompeteConfig, source: str) -> LlavaConfig:
             raise UserError(f"{source}: the {part} has experts (moe.{part}), which transformers' Llava has not")
     if config.competition_at_inference and moe.language is not None:
         raise UserError(f"{source}: competition_at_inference: found true; in transformers a router decides")
-    kind = config.projector_config["type"]
+    if tower.tiles is not None:
+        raise UserError(
+            f"{source}: pictures in tiles (vision_tower.tiles), which LlavaForConditionalGeneration has not"
+        )
+    if config.projector.pool > 1:
+        raise UserError(f"{source}: projector.pool {config.projector.pool}, and transformers' Llava does not pool")
+    kind = config.projector.type
     if kind != "mlp2x_gelu":
         raise UserError(f"{source}: projector type {kind!r}, and transformers' Llava has mlp2x_gelu alone")
     try:

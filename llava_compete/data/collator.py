@@ -21,7 +21,9 @@ class Collator:
     """Items of `ConversationDataset` to a batch.
 
     Keys: input_ids, attention_mask, labels (int64 [B, N]), sample_ids (a string for each item), and pixel_values
-    ([images, 3, H, W] in reading order over the batch) only if the micro-batch has images. sequence_ids (int64
+    ([images, 3, H, W] in reading order over the batch) only if the micro-batch has images; of images in tiles
+    [tiles, 3, H, W], and image_sizes, a list of each image's height and width: the model reads it on the host.
+    sequence_ids (int64
     [B, N]: number of the item that a token belongs to, -1 = none) only when packed, and for a filler.
     right_padded (True): the model needs no mask.
     label_positions (int64 [M]): where in [B, N] flattened the next token has a label, at least one. Found here, for
@@ -52,6 +54,9 @@ class Collator:
         images = [item["pixel_values"] for item in ordered if item["pixel_values"] is not None]
         if images:
             batch["pixel_values"] = torch.cat(images)
+            sizes = [size for item in ordered for size in item.get("image_sizes", ())]
+            if sizes:
+                batch["image_sizes"] = sizes
         if self.pack_to:
             numbers = iter(range(len(ordered)))
             sequence_ids = [torch.cat([torch.full((len(i["input_ids"]),), next(numbers)) for i in row]) for row in rows]
@@ -70,6 +75,12 @@ class Collator:
             "sample_ids": [],
             "right_padded": True,
         }
+
+
+def on_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """What a forward without a trainer takes of a batch: its tensors on the device, and sizes, read on the host."""
+    tensors = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    return tensors | {key: value for key, value in batch.items() if key == "image_sizes"}
 
 
 def _targets(item: dict[str, Any]) -> torch.Tensor:

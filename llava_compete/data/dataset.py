@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,11 +19,12 @@ from torch.utils.data import Dataset
 
 from llava_compete.data.config import DataSection
 from llava_compete.data.mixture import Mixture
-from llava_compete.data.tables import SourceTable, load_source
+from llava_compete.data.picture_sizes import picture_sizes
+from llava_compete.data.tables import SourceTable, cache_folder, load_source
 from llava_compete.errors import UserError
 from llava_compete.language.chat_encoding import EncodedConversation, cut_to_length, encode_conversation
 from llava_compete.parts import IGNORE_INDEX, IMAGE_TOKEN
-from llava_compete.vision.image_decoder import BadImageError, open_image
+from llava_compete.vision.image_decoder import BadImageError, image_size, open_image
 
 _CHARS_PER_TOKEN = 4  # for the sampler's length estimate only
 _FIRST_ROWS = 1000  # before so many are read, their rejected share says little
@@ -45,7 +47,8 @@ class ConversationDataset(Dataset):
     """Rows of a mixture.
 
     Items: input_ids and labels (int64 [N], images expanded), pixel_values ([images, 3, H, W] or None), length
-    (tokens), modality (1 = has images), sample_id ("source/id").
+    (tokens), modality (1 = has images), sample_id ("source/id"). Of images in tiles pixel_values are [tiles, 3, H, W],
+    and image_sizes lists each image's height and width.
     `lengths` (estimated tokens, int32) and `modalities` (int8) are what the sampler needs, without reading rows;
     `sources` (int32) are the places of the rows' sources in `source_names`.
     """
@@ -61,7 +64,7 @@ class ConversationDataset(Dataset):
             of_source = index[:, 0] == number
             rows = index[of_source, 1]
             images, chars = table.rows.images_per_row()[rows], table.rows.chars()[rows]
-            self.lengths[of_source] = chars // _CHARS_PER_TOKEN + images * processor.num_image_tokens
+            self.lengths[of_source] = chars // _CHARS_PER_TOKEN + _image_tokens(processor, table, section, rows)
             self.modalities[of_source] = images > 0
         # Counted in shared memory, because rows are read in worker processes.
         self._read_rows = multiprocessing.Value("q", 0)
@@ -94,11 +97,14 @@ class ConversationDataset(Dataset):
         """
         if not self.modalities.any():
             return None
-        placeholders = [self.processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)] * self.processor.num_image_tokens
+        blank = Image.new("RGB", (8, 8))
+        count = self.processor.tokens_per_image([(blank.height, blank.width)])
+        count = count if isinstance(count, int) else count[0]
+        placeholders = [self.processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)] * count
         return {
             "input_ids": torch.tensor(placeholders),
             "labels": torch.full((len(placeholders),), IGNORE_INDEX),
-            "pixel_values": _pixels(self.processor, [Image.new("RGB", (8, 8))]),
+            **prepare_images(self.processor, [blank]),
             "length": len(placeholders),
             "modality": 1,
             "sample_id": "",
@@ -110,21 +116,25 @@ class ConversationDataset(Dataset):
         row = table.rows.row(number)
         sample_id = f"{table.section.name}/{row['id']}"
         try:
-            encoded = encode_row(self.processor, table.messages(row), self.section.max_length)
+            counts = self.processor.tokens_per_image(_sizes(table, row["images"]))
+            encoded = encode_row(self.processor, table.messages(row), self.section.max_length, counts)
+        except BadImageError as error:
+            self._count_bad_image(sample_id, error)
+            return None
         except UserError as error:
             raise UserError(f"row {sample_id}: {error}") from error
         if encoded is None:
             self._count_rejected(sample_id)
             return None
         try:
-            pixel_values = load_pixels(self.processor, table, row["images"][: encoded.num_images])
+            pictures = load_images(self.processor, table, row["images"][: encoded.num_images])
         except BadImageError as error:
             self._count_bad_image(sample_id, error)
             return None
         return {
             "input_ids": torch.tensor(encoded.input_ids),
             "labels": torch.tensor(encoded.labels),
-            "pixel_values": pixel_values,
+            **pictures,
             "length": len(encoded.input_ids),
             "modality": int(encoded.num_images > 0),
             "sample_id": sample_id,
@@ -157,25 +167,57 @@ def _increment(counter: Any) -> int:
         return int(counter.value)
 
 
-def encode_row(processor: Any, messages: list[dict[str, Any]], max_length: int) -> EncodedConversation | None:
+def encode_row(
+    processor: Any, messages: list[dict[str, Any]], max_length: int, tokens_per_image: int | list[int]
+) -> EncodedConversation | None:
     """Ids and labels, cut after the last answer that fits in `max_length` tokens; None if nothing to learn fits."""
-    tokenizer, tokens_per_image = processor.tokenizer, processor.num_image_tokens
+    tokenizer = processor.tokenizer
     encoded = encode_conversation(tokenizer, messages, tokens_per_image=tokens_per_image)
     cut = cut_to_length(tokenizer, messages, encoded, max_length, tokens_per_image)
     return cut if cut is not None and any(label != IGNORE_INDEX for label in cut.labels) else None
 
 
-def load_pixels(processor: Any, table: SourceTable, images: list[dict[str, Any]]) -> torch.Tensor | None:
-    """Decode and preprocess the images of one row: [images, 3, H, W], or None without images."""
+def load_images(processor: Any, table: SourceTable, images: list[dict[str, Any]]) -> dict[str, Any]:
+    """Decode and preprocess the images of one row, as an item has them."""
+    return prepare_images(processor, [open_image(source) for source in _files(table, images)])
+
+
+def prepare_images(processor: Any, images: list[Image.Image]) -> dict[str, Any]:
+    """pixel_values, None without images; with tiles image_sizes too."""
     if not images:
-        return None
+        return {"pixel_values": None}
+    prepared = processor.image_processor.preprocess(images)
+    return {**prepared, "pixel_values": torch.as_tensor(np.asarray(prepared["pixel_values"]))}
+
+
+def _files(table: SourceTable, images: list[dict[str, Any]]) -> list[Any]:
+    """The bytes or the path of each image."""
     folder = table.section.images
-    opened = [open_image(image["bytes"] if image["path"] is None else folder / image["path"]) for image in images]
-    return _pixels(processor, opened)
+    return [image["bytes"] if image["path"] is None else folder / image["path"] for image in images]
 
 
-def _pixels(processor: Any, images: list[Image.Image]) -> torch.Tensor:
-    return torch.as_tensor(np.asarray(processor.image_processor.preprocess(images)["pixel_values"]))
+def _sizes(table: SourceTable, images: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
+    """Height and width of each image, read only where they are asked for."""
+    return map(image_size, _files(table, images))
+
+
+def _image_tokens(processor: Any, table: SourceTable, section: DataSection, rows: np.ndarray) -> np.ndarray:
+    """Tokens of the images of each of these rows: int [len(rows)]."""
+    per_row = table.rows.images_per_row()
+    if processor.tiling is None or not per_row.any():
+        return per_row[rows] * processor.num_image_tokens
+    sizes, inverse = np.unique(picture_sizes(table, cache_folder(section.cache_dir)), axis=0, return_inverse=True)
+    tokens = np.array([_tokens_or_none(processor, size) for size in sizes.tolist()])[inverse.reshape(-1)]
+    of_rows = np.concatenate([[0], np.cumsum(tokens)])[np.concatenate([[0], np.cumsum(per_row)])]
+    return np.diff(of_rows)[rows]
+
+
+def _tokens_or_none(processor: Any, size: list[int]) -> int:
+    """0 for a picture that cannot be used, which is named where its row is read."""
+    try:
+        return processor.tiling.num_tokens((size[0], size[1])) if min(size) else 0
+    except BadImageError:
+        return 0
 
 
 def build_datasets(section: DataSection, processor: Any, seed: int) -> DataBundle:

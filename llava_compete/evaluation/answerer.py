@@ -22,6 +22,7 @@ from llava_compete.evaluation.generation_settings import GenerationSettings, cut
 from llava_compete.language.chat_encoding import encode_answer, encode_conversation, images_before, stop_token_ids
 from llava_compete.model.build import load_checkpoint
 from llava_compete.model.lora import load_adapter
+from llava_compete.vision.image_inputs import load_images
 
 ResultT = TypeVar("ResultT")
 _PLACEHOLDER = re.compile(r"<image(?: \d+)?>")
@@ -111,14 +112,14 @@ class Answerer:
     def _load(self, prompt: Prompt) -> _Loaded:
         with document_errors(prompt.name):
             images = prompt.images()
-            images = [images[index] for index in reading_order(prompt.text, len(images))]
+            images = load_images([images[index] for index in reading_order(prompt.text, len(images))])
             messages = [{"role": "user", "content": content_parts(prompt.text, len(images))}]
             if not self.chat:
                 return _Loaded(prompt.name, messages, self._plain_ids(prompt.text, images), images)
             encoded = encode_conversation(
                 self.tokenizer,
                 messages,
-                tokens_per_image=self.processor.num_image_tokens,
+                tokens_per_image=self._tokens_per_image(images),
                 add_generation_prompt=True,
             )
             return _Loaded(prompt.name, messages, encoded.input_ids, images)
@@ -136,11 +137,14 @@ class Answerer:
                 self.tokenizer,
                 loaded.messages,
                 continuation.lstrip(),
-                tokens_per_image=self.processor.num_image_tokens,
+                tokens_per_image=self._tokens_per_image(loaded.images),
             )
             if not ids:
                 raise ValueError(f"continuation {continuation!r} has no tokens")
             return _Choice(prompt.name, loaded._replace(input_ids=prompt_ids), ids)
+
+    def _tokens_per_image(self, images: Sequence[Image.Image]) -> int | list[int]:
+        return self.processor.tokens_per_image((image.height, image.width) for image in images)
 
     def _plain_ids(self, text: str, images: Sequence[Image.Image]) -> list[int]:
         """Ids for a language model without a chat template; such a model has no place for images."""
@@ -194,8 +198,8 @@ class Answerer:
         inputs = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
         images = [image for item in batch for image in item.images]
         if images:
-            pixels = self.processor.image_processor.preprocess(images, return_tensors="pt")["pixel_values"]
-            inputs["pixel_values"] = pixels.to(self.model.device)
+            inputs.update(self.processor.image_processor.preprocess(images, return_tensors="pt"))
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.device)  # sizes are read on the host
         return inputs
 
     def _batches(self, texts: Sequence[str], keys: Sequence[Any]) -> Iterator[list[int]]:

@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from llava_compete.config import parse_config, read_yaml
-from llava_compete.data.collator import Collator
+from llava_compete.data.collator import Collator, on_device
 from llava_compete.data.config import DataSection, SourceSection
+from llava_compete.data.dataset import prepare_images
 from llava_compete.data.tables import load_source
 from llava_compete.errors import UserError
 from llava_compete.language.chat_encoding import encode_conversation, images_before
@@ -160,22 +161,19 @@ def _read(table: _TestTable | _TrainingTable, source: str, number: int) -> Row:
 
 def encode_row(row: Row, processor: Any) -> dict[str, Any]:
     """A row as the collator takes it: input_ids, labels, pixel_values, sample_id."""
-    encoded = encode_conversation(processor.tokenizer, row.messages, tokens_per_image=processor.num_image_tokens)
-    pixels = None
-    if row.images:
-        pixels = processor.image_processor.preprocess(row.images, return_tensors="pt")["pixel_values"]
+    counts = processor.tokens_per_image((image.height, image.width) for image in row.images)
+    encoded = encode_conversation(processor.tokenizer, row.messages, tokens_per_image=counts)
     return {
         "input_ids": torch.tensor(encoded.input_ids),
         "labels": torch.tensor(encoded.labels),
-        "pixel_values": pixels,
+        **prepare_images(processor, row.images),
         "sample_id": f"{row.source}/{row.id}",
     }
 
 
-def to_batch(rows: Sequence[Row], processor: Any, device: torch.device) -> dict[str, Tensor]:
+def to_batch(rows: Sequence[Row], processor: Any, device: torch.device) -> dict[str, Any]:
     """The model's inputs for some rows, with labels, padded on the right."""
-    batch = Collator(processor)([encode_row(row, processor) for row in rows])
-    return {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+    return on_device(Collator(processor)([encode_row(row, processor) for row in rows]), device)
 
 
 def token_classes(batch: dict[str, Tensor], image_token_id: int | None) -> Tensor:

@@ -1,7 +1,8 @@
 """Which experts answered each patch of a picture and each token of a text, and the patches an expert is surest of.
 
 A patch is a place of the tower's grid: what the tower's blocks, the projector and the language model's picture tokens
-have in common. With several scales (S²) a tower's block is shown at the first. Suffixes: T tokens, K chosen, P patches.
+have in common. With several scales (S²) a tower's block is shown at the first. Of pictures in tiles, and where the
+projector pools, they have none in common, and no patches are shown. Suffixes: T tokens, K chosen, P patches.
 """
 
 from __future__ import annotations
@@ -47,10 +48,11 @@ def choices_of(model: Any, processor: Any, row: Row) -> RowChoices:
     """Run one row with its answers, and read every layer's choices."""
     batch = to_batch([row], processor, model.device)
     model(**{key: value for key, value in batch.items() if key != "labels"}, output_routing=True)
-    tower = model.model.vision_tower
+    tower = model.model.vision_tower if has_patches(model) else None
     grid = (0, 0) if tower is None else tower.grid
+    images = [] if tower is None else row.images
     classes = token_classes(batch, model.config.image_token_id)[0]
-    places = [] if tower is None else _picture_places(model, batch["input_ids"][0], len(row.images))
+    places = [] if tower is None else _picture_places(model, batch["input_ids"][0], len(images))
     patches: dict[str, list[Choices]] = {}
     tokens: dict[str, Choices] = {}
     for name, record in model.routing.records.items():
@@ -59,13 +61,17 @@ def choices_of(model: Any, processor: Any, row: Row) -> RowChoices:
             tokens[name] = choices
             patches[name] = [Choices(choices.experts[place], choices.weights[place]) for place in places]
         else:
-            found = (patch_tokens(model, name, number) for number in range(len(row.images)))
+            found = (patch_tokens(model, name, number) for number in range(len(images)))
             patches[name] = [Choices(choices.experts[place], choices.weights[place]) for place in found]
-    pictures = (
-        [] if not row.images else [to_picture(pixels, tower.config.preprocess) for pixels in batch["pixel_values"]]
-    )
+    pictures = [] if not images else [to_picture(pixels, tower.config.preprocess) for pixels in batch["pixel_values"]]
     text = [processor.tokenizer.decode([token]) for token in batch["input_ids"][0].tolist()]
     return RowChoices(grid, patches, tokens, text, classes.tolist(), pictures)
+
+
+def has_patches(model: Any) -> bool:
+    """Whether tower, projector and language model see the same places of a picture."""
+    tower = model.model.vision_tower
+    return tower is not None and model.model.tiling is None and model.config.projector.pool == 1
 
 
 def patch_tokens(model: Any, name: str, number: int) -> np.ndarray:
@@ -111,7 +117,7 @@ def surest_patches(
     best: dict[str, list[list[Patch]]] = {}
     for part in rows:
         batch = to_batch(part, processor, model.device)
-        if "pixel_values" not in batch:
+        if "pixel_values" not in batch or not has_patches(model):
             continue
         model(**{key: value for key, value in batch.items() if key != "labels"}, output_routing=True)
         for name in layers:

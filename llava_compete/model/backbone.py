@@ -187,31 +187,39 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, image_sizes: Any = None, **_: Any) -> BaseModelOutputWithPooling:
-        """The projected features [n, P, H], as `pooler_output`, where transformers has them in all its models; of images
-        in tiles a tuple, [F, H] of each."""
+        """The projected features [n, P, H], as `pooler_output`, where transformers has them in all its models; of
+        images in tiles a tuple, [F, H] of each."""
         features = self._image_features(pixel_values, None, image_sizes)
         if self.tiling is not None:
             features = features.split(self.image_lengths(pixel_values, image_sizes)[1])
         return BaseModelOutputWithPooling(pooler_output=features)
 
-    def _image_features(self, pixel_values: Tensor, num_sequences: dict[str, Any] | None, image_sizes: Any) -> Tensor:
+    def _image_features(
+        self,
+        pixel_values: Tensor,
+        num_sequences: dict[str, Any] | None,
+        image_sizes: Any,
+        num_tile_chunks: int | None = None,
+    ) -> Tensor:
         """Projected features [n, P, H], or [F, H] of images in tiles; each image is one sequence of tower and
         projector."""
         assert self.vision_tower is not None
         assert self.multi_modal_projector is not None
         counts = num_sequences or {}
         if self.tiling is not None:
-            return self._tiled_features(pixel_values, counts, self._layout(pixel_values, image_sizes))
+            return self._tiled_features(pixel_values, counts, self._layout(pixel_values, image_sizes), num_tile_chunks)
         if self.routing.is_recording:
             ids = self.vision_tower.tile_image_ids(len(pixel_values), pixel_values.device)
             self.routing.begin("vision", TokenGroups.from_ids(ids, len(pixel_values), counts.get("vision")))
-        features = self.vision_tower(pixel_values)
+        features = self.vision_tower(pixel_values, num_tile_chunks)
         if self.routing.is_recording:
             ones = torch.ones(len(features), self.config.num_image_tokens, device=features.device)
             self.routing.begin("projector", TokenGroups.from_mask(ones, counts.get("projector")))
         return self.multi_modal_projector(features)
 
-    def _tiled_features(self, pixel_values: Tensor, counts: dict[str, Any], layout: Layout) -> Tensor:
+    def _tiled_features(
+        self, pixel_values: Tensor, counts: dict[str, Any], layout: Layout, num_tile_chunks: int | None
+    ) -> Tensor:
         """All tiles of all images in one call. In the projector, features of black borders are in no statistic."""
         assert self.vision_tower is not None
         assert self.multi_modal_projector is not None
@@ -220,7 +228,7 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
         if self.routing.is_recording:
             ids = sent(image_of_tile, device)[:, None].expand(-1, self.vision_tower.tokens_per_tile)
             self.routing.begin("vision", TokenGroups.from_ids(ids, num_images, counts.get("vision")))
-        features = self.vision_tower(pixel_values)
+        features = self.vision_tower(pixel_values, num_tile_chunks)
         if self.routing.is_recording:
             per_tile = self.config.num_image_tokens
             image_of_feature = np.full(len(pixel_values) * per_tile, -1)
@@ -236,7 +244,7 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
         assert self.vision_tower is not None
         return next(parameter.dtype for parameter in self.vision_tower.parameters() if parameter.is_floating_point())
 
-    def _dummy_image_features(self, device: torch.device) -> Tensor:
+    def _dummy_image_features(self, device: torch.device, num_tile_chunks: int | None) -> Tensor:
         """The features of one blank image, absent from every statistic, times 0.
 
         It sends a text-only micro-batch of training through the same modules at the same place, so that all ranks run
@@ -248,7 +256,7 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
         pixels = torch.zeros(1, 3, side, side, device=device, dtype=self.vision_tower_dtype)
         tiles = sum(scale * scale for scale in self.config.tower.scales)
         self.routing.begin("vision", TokenGroups.empty(tiles * self.vision_tower.tokens_per_tile, device))
-        features = self.vision_tower(pixels)
+        features = self.vision_tower(pixels, num_tile_chunks)
         self.routing.begin("projector", TokenGroups.empty(self.config.num_image_tokens, device))
         if self.tiling is not None:  # one feature and one newline
             first = torch.zeros(1, dtype=torch.int64, device=device)
@@ -261,6 +269,7 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
         pixel_values: Tensor | None,
         num_sequences: dict[str, Any] | None,
         image_sizes: Any,
+        num_tile_chunks: int | None,
         begins: bool,
     ) -> Tensor:
         """Token embeddings [B, N, H] with the image features in the placeholders' places; without a cache, where the
@@ -275,11 +284,13 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
             _, lengths = self.image_lengths(pixel_values, image_sizes)
             check_counts(places, lengths, may_wait=not self.training)
         if pixel_values is not None:
-            features = self._image_features(pixel_values, num_sequences, image_sizes)
+            features = self._image_features(pixel_values, num_sequences, image_sizes, num_tile_chunks)
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
             return place_features(inputs_embeds, places, features.flatten(0, -2))
         if self.training:
-            return inputs_embeds + self._dummy_image_features(input_ids.device).sum().to(inputs_embeds.dtype)
+            return inputs_embeds + self._dummy_image_features(input_ids.device, num_tile_chunks).sum().to(
+                inputs_embeds.dtype
+            )
         return inputs_embeds
 
     # --- running ---------------------------------------------------------------------------------------------------
@@ -300,6 +311,7 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
         output_routing: bool | None = None,
         num_local_sequences: int | None = None,
         image_sizes: Tensor | Sequence[tuple[int, int]] | None = None,
+        num_tile_chunks: int | None = None,
         **kwargs: Any,
     ) -> LlavaCompeteModelOutput:
         """Hidden states of the last layer, and the routing losses.
@@ -309,6 +321,7 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
             processor made them, uint8 or normalised.
         sequence_ids: [B, N] for packed rows: which sample of the batch (0, 1, ...) a token belongs to, -1 padding.
         right_padded: all padding stands at the rows' ends, as `Collator` puts it; a training step then needs no mask.
+        num_tile_chunks: in how many goes the tower takes the images, on the rank that needs most; see `tile_batch`.
         num_sequences_in_batch: images ("vision", "projector") and samples ("language") of the whole optimizer step.
         num_local_sequences: samples in this micro-batch, for packed rows; read off `sequence_ids` if not given, which
             waits for the device.
@@ -325,7 +338,12 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
             if inputs_embeds is None:
                 assert input_ids is not None
                 inputs_embeds = self._embed(
-                    input_ids, pixel_values, num_sequences_in_batch, image_sizes, past_key_values is None
+                    input_ids,
+                    pixel_values,
+                    num_sequences_in_batch,
+                    image_sizes,
+                    num_tile_chunks,
+                    past_key_values is None,
                 )
             if self.routing.is_recording:
                 count = (num_sequences_in_batch or {}).get("language")

@@ -52,7 +52,18 @@ def build_model(
             apply_moe_settings(model, moe)
     else:
         model, processor = _make(section, moe, tokenizer)
+    if model.vision_tower is not None and section.tile_batch is not None:
+        _set_tile_batch(model.vision_tower, section.tile_batch)
     return model.train(), processor
+
+
+def _set_tile_batch(tower: VisionTower, tile_batch: int) -> None:
+    if moe_blocks(tower):
+        raise UserError(
+            f"model.tile_batch: found {tile_batch}, but the tower has experts (moe.vision), whose routing losses are "
+            "of a whole micro-batch; lower training.per_device_train_batch_size in its place"
+        )
+    tower.tile_batch = tile_batch
 
 
 def _load(section: ModelSection) -> tuple[LlavaCompeteForConditionalGeneration, LlavaCompeteProcessor]:

@@ -36,6 +36,14 @@ class ModelSection(StrictConfig):
     attention: AttentionName | None = Field(
         default=None, description="attention kernel; default: transformers' choice, sdpa wherever the family has it"
     )
+    tile_batch: int | None = Field(
+        default=None,
+        ge=1,
+        description=(
+            "tiles (or pictures) that pass through the tower at once, which bounds the memory of a frozen tower, or "
+            "of one with activation checkpointing; default all of a micro-batch"
+        ),
+    )
     quantization: Literal["4bit", "8bit"] | None = Field(
         default=None,
         description=(

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from llava_compete.config import apply_overrides, parse_config, read_yaml
+from llava_compete.data.config import DataSection
 from llava_compete.data.text.config import TextSection
 from llava_compete.errors import UserError
 from llava_compete.files import read_json
@@ -61,6 +62,8 @@ def read_recipe(path: Path, overrides: list[str]) -> Recipe:
     training = stage.training
     bf16 = training.bf16 or training.fp16 or stage.model.dtype != "float32"
     length = stage.data.context if isinstance(stage.data, TextSection) else stage.data.max_length
+    if isinstance(stage.data, DataSection):
+        stage.data.check_tiles(config.tiling)
     limit = getattr(config.text_config, "max_position_embeddings", length)
     zero_stage, offload = _zero_options(stage.deepspeed)
     return Recipe(

@@ -59,6 +59,7 @@ def simulate(
 ) -> StepCost:
     """Cost of a micro-batch of `rows` samples of `length` tokens with `images` images in all, on a meta-device model.
 
+    Images in tiles are taken to be of the most tokens that their grids allow.
     Counts with the model's `requires_grad` flags: frozen parts cost no backward. Layers in `competing` run all experts.
     """
     counter = FlopCounterMode(display=False)
@@ -67,18 +68,24 @@ def simulate(
     config = model.config
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
     mask = torch.zeros(1, 1, length, length, dtype=torch.bool, device="meta")
-    pixels = None
+    pixels, sizes, tiling = None, None, model.model.tiling
     # At most these tokens have a label, and the head runs for no others.
-    labelled = rows * length - images * (config.num_image_tokens if images else 0)
+    tokens = tiles = 0
+    if images:
+        sizes = None if tiling is None else [tiling.largest] * images
+        tokens = images * (config.num_image_tokens if tiling is None else tiling.num_tokens(tiling.largest))
+        tiles = images * (1 if tiling is None else tiling.num_tiles(tiling.largest))
+    labelled = rows * length - tokens
     if images:
         side = config.tower.image_size
-        pixels = torch.empty(images, 3, side, side, device="meta", dtype=model.model.vision_tower_dtype)
+        pixels = torch.empty(tiles, 3, side, side, device="meta", dtype=model.model.vision_tower_dtype)
     asking = _Asking()
     with counter, _stand_ins(asking), recorder:
         output = model(
             input_ids=ids,
             attention_mask=mask,
             pixel_values=pixels,
+            image_sizes=sizes,
             labels=ids,
             label_positions=torch.zeros(max(labelled, 1), dtype=torch.long, device="meta"),
             num_items_in_batch=1,

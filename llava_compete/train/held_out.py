@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from llava_compete.data.collator import on_device
 from llava_compete.parts import IGNORE_INDEX
 
 
@@ -29,7 +30,7 @@ def validation_loss(
     totals_S2 = torch.zeros(len(dataset.source_names), 2, dtype=torch.float64, device=device)
     for source, batch in _equal_batches(dataset, collate, batch_size):
         targets = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
-        inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+        inputs = on_device(batch, device)
         # Divided by one item, the model's loss is the sum over tokens.
         loss_sum = model(**inputs, num_items_in_batch=1).lm_loss
         totals_S2[source] += torch.stack([loss_sum.double(), targets.to(device).double()])
@@ -72,12 +73,11 @@ def greedy_answers(
         start = int(supervised.nonzero()[0, 0])
         end = start + int(supervised[start:].cumprod(0).sum())
         prompt = item["input_ids"][:start].unsqueeze(0).to(device)
-        pixels = item["pixel_values"]
-        images = int((prompt == model.config.image_token_id).sum()) // max(processor.num_image_tokens, 1)
+        placeholders = int((prompt == model.config.image_token_id).sum())
         generated = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
-            pixel_values=None if pixels is None or not images else pixels[:images].to(device),
+            **_images_before(model, item, placeholders, device),
             max_new_tokens=max(end - start, 16),
             do_sample=False,
             synced_gpus=synced,
@@ -87,3 +87,14 @@ def greedy_answers(
         answers.append(dict(zip(("prompt", "expected", "generated"), texts, strict=True)) | {"id": item["sample_id"]})
     model.train(was_training)
     return answers
+
+
+def _images_before(model: Any, item: dict[str, Any], placeholders: int, device: torch.device) -> dict[str, Any]:
+    """The images of a row that its first placeholders show."""
+    pixels, sizes = item["pixel_values"], item.get("image_sizes")
+    if pixels is None or not placeholders:
+        return {}
+    tiles, lengths = model.image_lengths(pixels, sizes)
+    images = int(np.searchsorted(np.cumsum(lengths), placeholders)) + 1
+    shown = {"pixel_values": pixels[: sum(tiles[:images])].to(device)}
+    return shown if sizes is None else {**shown, "image_sizes": sizes[:images]}

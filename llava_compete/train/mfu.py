@@ -35,7 +35,7 @@ PEAK_BF16 = {
 
 class Flops(NamedTuple):
     """Forward and backward operations of one text or image token in the language model's layers, of one label in its
-    head, and of one image before it."""
+    head, and of one image, or tile of one, before it."""
 
     per_token: float
     per_label: float
@@ -84,11 +84,15 @@ def count_flops(model: Any, length: int, trainable: Mapping[Part, PartTraining] 
         tokens = torch.empty(1, length, width, requires_grad=in_front)
         _backward(twin.model(inputs_embeds=tokens, use_cache=False, output_routing=False).last_hidden_state)
         of_text = counter.get_total_flops() - of_label
+        tiles = 1
         if twin.vision_tower is not None:
             side = model.config.tower.image_size
-            _backward(twin.get_image_features(torch.empty(1, 3, side, side)).pooler_output)
-        of_image = counter.get_total_flops() - of_text - of_label
-    return Flops(of_text / length, of_label, of_image)
+            sizes = None if twin.model.tiling is None else [twin.model.tiling.largest]
+            tiles = 1 if sizes is None else twin.model.tiling.num_tiles(sizes[0])
+            features = twin.get_image_features(torch.empty(tiles, 3, side, side), image_sizes=sizes).pooler_output
+            _backward(features if sizes is None else torch.cat(features))
+        of_images = counter.get_total_flops() - of_text - of_label
+    return Flops(of_text / length, of_label, of_images / tiles)
 
 
 def _fill_with_fakes(model: nn.Module, trains: set[str]) -> None:

@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
 from llava_compete.console import setup_console
+from llava_compete.data.config import DataSection
 from llava_compete.errors import UserError
 from llava_compete.language.sources import context_of
 from llava_compete.manifest import write_manifest
@@ -48,7 +49,6 @@ from llava_compete.train.preflight import (
 )
 from llava_compete.train.resume import choose, total_steps
 from llava_compete.train.sharding import (
-    gather_attention_whole,
     sharding_of,
     whole,
     zero_stage,
@@ -165,9 +165,9 @@ def _prepare_model(config: TrainConfig, rank: Rank, sharding: Any) -> tuple[Any,
         with whole(sharding):
             model, processor, moe = start_model(config, rank)
         config.data.check_context(context_of(model.config.text_config))
+        if isinstance(config.data, DataSection):
+            config.data.check_tiles(model.config.tiling)
         model = with_adapters(model, config.trainable)
-        if sharding is not None and sharding.is_zero3():
-            gather_attention_whole(model)
         trainable.apply(model, config.trainable)
     return model, processor, moe
 

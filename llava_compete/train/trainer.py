@@ -127,7 +127,9 @@ class StageTrainer(Trainer):
             raise UserError(
                 str(error).strip().splitlines()[-1].removeprefix("llava_compete.errors.UserError: ")
             ) from error
-        self.step_counts = counts.gather(batches, device, stop=self.stop_requested)
+        tower = self.core_model.vision_tower
+        chunks = {} if tower is None else {"num_chunks": tower.num_chunks}
+        self.step_counts = counts.gather(batches, device, stop=self.stop_requested, **chunks)
         self.bad_steps.begin(batches, self._tr_loss)
         return batches, self.step_counts.supervised_tokens
 
@@ -190,13 +192,16 @@ class StageTrainer(Trainer):
     ) -> Tensor:
         """As the Trainer's; notes the micro-batch's shape, should it not fit in memory."""
         rows, length = inputs["input_ids"].shape
-        images = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
+        tiles = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
+        images = (
+            f"{len(inputs['image_sizes'])} images in {tiles} tiles" if "image_sizes" in inputs else f"{tiles} images"
+        )
         competing = (
             ", competition in " + ", ".join(sorted(layers)) if (layers := self.core_model.routing.competing) else ""
         )
         self._micro_batch = (
             f"in step {self.state.global_step + 1}: micro-batch of {rows} rows, padded to {length} tokens, "
-            f"{images} images{competing}"
+            f"{images}{competing}"
         )
         return super().training_step(model, inputs, num_items_in_batch)
 

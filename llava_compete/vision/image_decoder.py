@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from llava_compete.errors import UserError
 
 MAX_PIXELS = 100_000_000
+_ON_THEIR_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
 
 
@@ -49,6 +50,22 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
             return upright_rgb(image, label)
 
 
+def image_size(source: str | Path | bytes, name: str | None = None) -> tuple[int, int]:
+    """Height and width that `open_image` would give, from the file's header alone; errors are the same as far as the
+    header shows them."""
+    label = name or (str(source) if not isinstance(source, bytes) else "embedded image")
+    if not source:
+        raise BadImageError("image_empty", f"{label or 'image'}: the file has no bytes")
+    with _named_errors(label):
+        if not isinstance(source, bytes):
+            _check_file(Path(source), label)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            width, height = image.size
+            _check_size(width, height, label)
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in _ON_THEIR_SIDE
+            return (width, height) if turned else (height, width)
+
+
 def upright_rgb(image: Image.Image, label: str = "image") -> Image.Image:
     """The RGB image that `open_image` makes of a Pillow image's file; the image itself is not changed.
 
@@ -59,10 +76,7 @@ def upright_rgb(image: Image.Image, label: str = "image") -> Image.Image:
         return image
     with _named_errors(label):
         width, height = image.size
-        if width < 1 or height < 1:
-            raise BadImageError("image_empty", f"{label} of size {width}x{height}: nothing to see")
-        if width * height > MAX_PIXELS:
-            raise BadImageError("image_too_large", f"{label}: {width}×{height} pixels, at most {MAX_PIXELS:,}")
+        _check_size(width, height, label)
         image.load()
         mode = image.mode
         if (
@@ -75,6 +89,13 @@ def upright_rgb(image: Image.Image, label: str = "image") -> Image.Image:
             rgb = _to_rgb(ImageOps.exif_transpose(image), label)
         rgb.info = {"source_mode": mode}  # and nothing of the file: its orientation would be applied twice
         return rgb
+
+
+def _check_size(width: int, height: int, label: str) -> None:
+    if width < 1 or height < 1:
+        raise BadImageError("image_empty", f"{label} of size {width}x{height}: nothing to see")
+    if width * height > MAX_PIXELS:
+        raise BadImageError("image_too_large", f"{label}: {width}×{height} pixels, at most {MAX_PIXELS:,}")
 
 
 def _check_file(path: Path, label: str) -> None:

@@ -19,14 +19,17 @@ from torch.utils.checkpoint import checkpoint
 
 from llava_compete.errors import UserError
 from llava_compete.vision.tower_config import PreprocessConfig, TowerConfig
-from llava_compete.vision.trunks import build_trunk, feature_block, trunk_of
+from llava_compete.vision.trunks import Features, build_trunk, feature_block, trunk_of
 
 
 class VisionTower(nn.Module):
     """pixel_values [n, 3, H, W] at the largest scale, or the base -> features [n, num_tokens, feature_width].
 
     uint8 pixels (version 2) are normalised here, on their device; floating-point ones have been.
+    `tile_batch`: at most so many tiles pass through the trunk at once; None: all of a call.
     """
+
+    tile_batch: int | None = None
 
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
@@ -86,8 +89,29 @@ class VisionTower(nn.Module):
             if enable:
                 block.forward = partial(_checkpointed, block, type(block).forward, function)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Features of each image; the checks' message says both sizes."""
+    def num_chunks(self, num_pictures: int) -> int | None:
+        """In how many goes the trunk takes pixel values [num_pictures, ...]; None without a limit."""
+        tiles = num_pictures * sum(scale * scale for scale in self.config.scales)
+        return None if self.tile_batch is None else -(-tiles // self.tile_batch)
+
+    def _in_chunks(self, tiles: Tensor, num_chunks: int | None) -> Features:
+        """The trunk's features. Under ZeRO-3 ranks must call it equally often, so there only `num_chunks` cuts."""
+        is_sharded = hasattr(next(self.parameters()), "ds_id")
+        if self.tile_batch is None or (num_chunks is None and is_sharded):
+            return self.kind.features(self.trunk(tiles))
+        chunks = list(tiles.split(self.tile_batch))
+        fill = max((num_chunks or 0) - len(chunks), 0)
+        found = [self.kind.features(self.trunk(chunk)) for chunk in [*chunks, *[torch.zeros_like(tiles[:1])] * fill]]
+        patches = torch.cat([features.patches for features in found[: len(chunks)]])
+        for features in found[len(chunks) :]:  # in the graph, so that backward too calls the trunk as often
+            patches = patches + features.patches.sum() * 0
+        return Features(patches, torch.cat([features.prefix for features in found[: len(chunks)]]))
+
+    def forward(self, pixel_values: Tensor, num_chunks: int | None = None) -> Tensor:
+        """Features of each image; the checks' message says both sizes.
+
+        num_chunks: how often the trunk is called at least, as all ranks do in this micro-batch; see `tile_batch`.
+        """
         expected = self.config.image_size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, expected, expected):
             raise UserError(
@@ -98,7 +122,7 @@ class VisionTower(nn.Module):
             pixel_values = normalise(pixel_values, self.config.preprocess)
         pixel_values = pixel_values.to(dtype)
         tiles = torch.cat([self._tiles(pixel_values, scale) for scale in self.config.scales])
-        patches, prefix = self.kind.features(self.trunk(tiles))
+        patches, prefix = self._in_chunks(tiles, num_chunks)
         maps, classes, start = [], [], 0
         for scale in self.config.scales:
             stop = start + len(pixel_values) * scale * scale

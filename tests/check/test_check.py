@@ -179,6 +179,8 @@ def test_the_check_and_training_agree(kind, tmp_path, images, text_side):
         tokenizer=text_side.tokenizer,
         image_processor=LlavaCompeteImageProcessor(8),
         num_image_tokens=text_side.num_image_tokens,
+        tiling=None,
+        tokens_per_image=lambda sizes: text_side.num_image_tokens,
     )
     for number, item in enumerate(BROKEN[kind]):
         section = section_of(tmp_path, images, [item])

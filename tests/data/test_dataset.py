@@ -32,10 +32,16 @@ class Resize:
         return {"pixel_values": np.stack([np.asarray(i.resize((4, 4)), np.float32).transpose(2, 0, 1) for i in images])}
 
 
+def processor_with(tokenizer):
+    return SimpleNamespace(
+        tokenizer=tokenizer, image_processor=Resize(), num_image_tokens=6, tiling=None, tokens_per_image=lambda sizes: 6
+    )
+
+
 @pytest.fixture
 def processor():
     tokenizer = make_tokenizer("byte_bpe", "chatml")
-    return SimpleNamespace(tokenizer=tokenizer, image_processor=Resize(), num_image_tokens=6)
+    return processor_with(tokenizer)
 
 
 def png(color="red"):
@@ -321,7 +327,7 @@ def test_the_rejected_share_is_of_the_rows_read(tmp_path, source, processor):
 def test_a_row_that_the_template_refuses_is_named(tmp_path, source):
     tokenizer = make_tokenizer("byte_bpe_pad_is_eos", "llava_llama_2")
     original = tokenizer.chat_template
-    processor = SimpleNamespace(tokenizer=tokenizer, image_processor=Resize(), num_image_tokens=6)
+    processor = processor_with(tokenizer)
     bundle = build_datasets(section(tmp_path, source([row("7")])), processor, 0)
     try:
         tokenizer.chat_template = "{{ raise_exception('no images here') }}" + original

@@ -276,3 +276,21 @@ def test_buffers_that_no_checkpoint_stores_are_computed_again() -> None:
         buffer.zero_()
     tower.restore_buffers()
     assert torch.equal(tower(pixels), expected)
+
+
+@pytest.mark.parametrize("scales", [(1,), (1, 2)])
+def test_a_tower_that_takes_few_tiles_at_a_time_gives_the_same(scales: tuple[int, ...]) -> None:
+    side = 28 * scales[-1]
+    pixels = torch.randn(5, 3, side, side)
+    gradients, features = [], []
+    for tile_batch, chunks in ((None, None), (3, None), (3, 30)):  # 30: another rank has so many
+        tower = make_tower(TOWER, scales=scales)
+        tower.tile_batch = tile_batch
+        features.append(tower(pixels, chunks))
+        features[-1].square().sum().backward()
+        gradients.append([parameter.grad for parameter in tower.parameters()])
+    for found, gradient in zip(features[1:], gradients[1:], strict=True):
+        torch.testing.assert_close(found, features[0], rtol=1e-5, atol=1e-5)
+        for one, other in zip(gradient, gradients[0], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert tower.num_chunks(5) == -(-5 * sum(scale * scale for scale in scales) // 3)

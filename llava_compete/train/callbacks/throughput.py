@@ -51,7 +51,7 @@ class ThroughputCallback(TrainerCallback):
             times.setdefault(kind, []).append(seconds)
         self._layers.update(layers)
         self._window_tokens += counts.tokens
-        self._window_images += counts.images
+        self._window_images += counts.tiles
         self._window_supervised += counts.num_supervised
         self._checksum = (self._checksum * 31 + counts.sample_checksum) % 2**32
         self.tokens += counts.tokens

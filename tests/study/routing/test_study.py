@@ -44,14 +44,18 @@ def test_a_study_out_of_time_reports_what_it_has(tmp_path, short):
     plan = grid.Plan((((TASK,), RULES, (1.0,)),), 2)
     assert grid.run(plan, tmp_path, "cpu", minutes=0.0) is False
     assert not (tmp_path / "runs").exists()
+    assert grid.estimated_hours(plan, tmp_path, "cpu") > 0
+    for rule in RULES:
+        keep(tmp_path, rule, [0.3, 0.4], task=TASK)
+    assert grid.estimated_hours(plan, tmp_path, "cpu") == 0
 
 
-def keep(out, rule, scores, extra=0, times=1.0, price=0.0, seeds=None):
-    unit = grid.Unit("facts_8", rule, times, extra)
+def keep(out, rule, scores, extra=0, times=1.0, price=0.0, seeds=None, task="facts_8"):
+    unit = grid.Unit(task, rule, times, extra)
     seeds = list(range(len(scores))) if seeds is None else seeds
-    write_json_of = {**unit._asdict(), "seeds": seeds, "scores": scores, "prices": [price] * len(scores)}
     unit.path(out).parent.mkdir(parents=True, exist_ok=True)
-    write_json(unit.path(out), write_json_of)
+    content = {**unit._asdict(), "seeds": seeds, "scores": scores, "prices": [price] * len(scores)}
+    write_json(unit.path(out), content)
 
 
 def test_differences_are_paired_by_seed_at_equal_samples_arithmetic_and_best_rate(tmp_path):

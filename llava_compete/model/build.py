@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from llava_compete.errors import UserError
+from llava_compete.files import read_json
 from llava_compete.language.chat_encoding import stop_token_ids
 from llava_compete.language.sources import load_language_model, load_tokenizer, text_config_of
 from llava_compete.language.templates import set_chat_template
 from llava_compete.language.tokenizer import add_image_token
-from llava_compete.model.checkpoint import load_checkpoint, save_checkpoint
+from llava_compete.model.checkpoint import load_checkpoint, read_config, save_checkpoint
 from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.place_experts import make_projector
@@ -188,6 +190,8 @@ def _join(section: ModelSection, config: LlavaCompeteConfig, tokenizer: Any) -> 
     if language.name is None:
         model = LlavaCompeteForConditionalGeneration(config)
         new_parts.append("language_model (no name given)")
+    elif (own := _own_experts(language.name)) is not None:
+        model = _join_own(section, config, own, moe=config.moe)
     else:
         if config.moe is not None:
             raise UserError(
@@ -201,15 +205,50 @@ def _join(section: ModelSection, config: LlavaCompeteConfig, tokenizer: Any) -> 
         with torch.device("meta"):
             model = LlavaCompeteForConditionalGeneration(config)
         model.set_language_model(language_model)
-        if config.tower is not None:
-            model.model.vision_tower = VisionTower(config.tower)
-            model.model.multi_modal_projector = make_projector(config, None, model.routing)
+        _add_new_eyes(model)
     if model.vision_tower is not None and section.vision_tower is not None:
         new_parts.append("projector")
         if not load_pretrained(model.vision_tower, section.vision_tower):
             new_parts.append("vision_tower (no pretrained weights named)")
     _fit_vocabulary(model, tokenizer)
     logger.info("new parts with random weights: %s", ", ".join(new_parts) or "none")
+    return model
+
+
+def _add_new_eyes(model: LlavaCompeteForConditionalGeneration) -> None:
+    """Tower and projector with random weights, where the model has them on the meta device."""
+    config = model.config
+    if config.tower is not None:
+        model.model.vision_tower = VisionTower(config.tower)
+        model.model.multi_modal_projector = make_projector(config, None, model.routing)
+
+
+def _own_experts(name: str) -> LlavaCompeteConfig | None:
+    """The config of a text-only checkpoint of ours, such as an imported Mixtral; None for any other language model."""
+    path = Path(name) / "config.json"
+    if not path.is_file() or read_json(path).get("model_type") != LlavaCompeteConfig.model_type:
+        return None
+    own = read_config(name)
+    if own.tower is not None:
+        raise UserError(f"language_model.name: {name}: has a vision tower; give it as model.checkpoint")
+    return own
+
+
+def _join_own(
+    section: ModelSection, config: LlavaCompeteConfig, own: LlavaCompeteConfig, moe: dict[str, Any] | None
+) -> LlavaCompeteForConditionalGeneration:
+    """A model whose language part, experts included, is that of a text-only checkpoint of ours."""
+    assert section.language_model is not None
+    attention = {} if section.attention is None else {"attn_implementation": section.attention}
+    loaded, _ = load_checkpoint(section.language_model.name or "", dtype=getattr(torch, section.dtype), **attention)
+    config.moe = own.moe
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = own.tie_word_embeddings
+    with torch.device("meta"):
+        model = LlavaCompeteForConditionalGeneration(config)
+    model.adopt_language_model(loaded)
+    _add_new_eyes(model)
+    if moe is not None:
+        apply_moe_settings(model, MoeConfig.model_validate(moe))
     return model
 
 

@@ -79,6 +79,17 @@ class LlavaCompeteForConditionalGeneration(LlavaCompetePreTrainedModel, ImageGen
         self.lm_head = self.language_head.module
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
 
+    def adopt_language_model(self, other: LlavaCompeteForConditionalGeneration) -> None:
+        """Put another model's language part, its experts too, in the place of ours; `other` is of no use afterwards."""
+        self.language_head = other.language_head
+        self._tied_weights_keys = other._tied_weights_keys
+        self.model.language_model, self.lm_head = other.model.language_model, other.lm_head
+        for block in moe_blocks(self).values():
+            if block.part == "language":
+                block.state = self.routing
+                self.routing.join(block.name)
+        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
+
     @property
     def vision_tower(self) -> VisionTower | None:
         """None in a text-only model."""

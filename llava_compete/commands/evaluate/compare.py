@@ -21,7 +21,9 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="DIR or NAME=DIR,DIR,... (one directory a seed)")
-    parser.add_argument("--published", metavar="FILE", help="JSON of published scores, shown beside ours")
+    parser.add_argument(
+        "--published", metavar="FILE", action="append", default=[], help="JSON of published scores; may be repeated"
+    )
     parser.add_argument("--out", default="outputs/comparison", metavar="DIR", help="default: %(default)s")
     parser.add_argument("--primary", metavar="ROW", help="benchmark to judge (default: the mean, or the only one)")
     parser.add_argument("--margin", type=float, metavar="POINTS", help="a difference below it does not matter")
@@ -34,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     from llava_compete.evaluation.compare.evaluation_dirs import read_method, read_published
     from llava_compete.report.comparison import to_markdown, write_comparison
 
-    published = read_published(Path(arguments.published)) if arguments.published else {}
+    published = read_published([Path(file) for file in arguments.published])
     comparison = compare_methods(
         [read_method(text) for text in arguments.runs],
         published,
@@ -43,7 +45,9 @@ def run(arguments: argparse.Namespace) -> None:
         resamples=arguments.resamples,
     )
     if published and not comparison.published:
-        raise UserError(f"{arguments.published}: no score of a task that the runs have ({', '.join(comparison.rows)})")
+        raise UserError(
+            f"{', '.join(arguments.published)}: no score of a task that the runs have ({', '.join(comparison.rows)})"
+        )
     command = shlex.join(["llava-compete", *sys.argv[1:]])
     paths = write_comparison(comparison, Path(arguments.out), command)
     sys.stdout.write(to_markdown(comparison, command))

@@ -107,15 +107,20 @@ def pair_by_seed(methods: Sequence[Method]) -> tuple[list[Method], str]:
     return ordered, f"Runs are paired by training seed: {_listed(seeds[first])}."
 
 
-def read_published(path: Path) -> dict[str, dict[str, float]]:
-    """Published scores: a JSON file with `routers: {name: {task: percent}}`."""
-    try:
-        routers = read_json(path)["routers"]
-        return {name: {task: float(score) for task, score in scores.items()} for name, scores in routers.items()}
-    except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path}: expected a JSON file with 'routers': {{name: {{task: percent}}}} ({error})"
-        ) from error
+def read_published(paths: Sequence[Path]) -> dict[str, dict[str, float]]:
+    """Published scores of JSON files with `routers: {name: {task: percent}}`; a name that an earlier file has gets its
+    file's beside it."""
+    published: dict[str, dict[str, float]] = {}
+    for path in paths:
+        try:
+            for name, scores in read_json(path)["routers"].items():
+                column = f"{name} ({path.stem})" if name in published else name
+                published[column] = {task: float(score) for task, score in scores.items()}
+        except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{path}: expected a JSON file with 'routers': {{name: {{task: percent}}}} ({error})"
+            ) from error
+    return published
 
 
 def _read_run(directory: Path) -> Run:

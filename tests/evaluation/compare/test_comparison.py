@@ -279,4 +279,14 @@ def test_runs_that_cannot_be_read(tmp_path):
     (tmp_path / "list.json").write_text('{"routers": [1]}')
     for name in ("missing.json", "list.json"):
         with pytest.raises(UserError, match="expected a JSON file with 'routers'"):
-            read_published(tmp_path / name)
+            read_published([tmp_path / name])
+
+
+def test_published_tables_are_columns_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text('{"routers": {"softmax": {"pope": 1}, "other": {"pope": 2}}}')
+    columns = read_published([ROOT / "eval" / "published_665k.json", tmp_path / "mine.json"])
+    assert columns["softmax"]["pope"] == 87.13
+    assert columns["softmax (mine)"] == {"pope": 1.0}
+    assert columns["other"] == {"pope": 2.0}
+    libmoe = [scores for name, scores in columns.items() if name not in ("softmax (mine)", "other")]
+    assert {len(scores) for scores in libmoe} == {16}

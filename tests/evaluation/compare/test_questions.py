@@ -40,6 +40,23 @@ def covered(truth: float, trials: int, difference: float, units: int, seed_sprea
     return hits / trials
 
 
+def test_intervals_are_as_wide_as_lmms_evals_clustered_errors():
+    """Questions about one image stand together; theirs: equation 4 of arXiv 2411.00640; ours: a bootstrap."""
+    metrics = pytest.importorskip("lmms_eval.api.metrics")
+    rng = np.random.default_rng(3)
+    images = np.repeat(np.arange(600), rng.integers(1, 6, size=600))
+    of_image = rng.normal(0, 0.5, size=600)[images]
+    scores = np.stack([rng.random(len(images)) < 0.6, rng.random(len(images)) < 0.6 + 0.2 * of_image]).astype(float)
+    differences = scores[1] - scores[0]
+    theirs = metrics.clustered_stderr(differences.tolist(), images.tolist())
+    naive = differences.std(ddof=1) / len(differences) ** 0.5
+    grouped = group_units(scores[:, None], np.ones(len(images)), [f"image {image}" for image in images])
+    low, high = question_intervals([grouped], 4000)[0]
+    assert theirs > 1.05 * naive
+    assert (high - low) / (2 * 1.96) == pytest.approx(theirs, rel=0.05)
+    assert (low + high) / 2 == pytest.approx(differences.mean(), abs=0.1 * theirs)
+
+
 @pytest.mark.slow
 def test_interval_covers_95_percent_of_other_questions():
     """One seed without spread: the only chance is which questions were asked."""

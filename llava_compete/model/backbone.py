@@ -26,7 +26,7 @@ from transformers.utils import can_return_tuple
 from llava_compete.errors import UserError
 from llava_compete.model.attention_masks import AttentionInputs, KeepsNothing, without_waiting
 from llava_compete.model.config import LlavaCompeteConfig
-from llava_compete.model.losses import own_balance_loss, routing_losses
+from llava_compete.model.losses import attach_losses, own_balance_loss, routing_losses
 from llava_compete.model.place_experts import install_language_experts, install_vision_experts, make_projector
 from llava_compete.model.placeholders import check_counts, place_features, sample_positions, sent
 from llava_compete.model.served import check_served, is_served
@@ -115,10 +115,16 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
     Any feed-forward block of the three parts may be a mixture of experts. A text-only model has but the language model.
     `routing` is the state that all mixtures share.
 
+    attached_loss_scale: for trainers that run this backbone and a head of their own, such as trl's, and never see
+        `aux_losses`: in training these then reach the gradients through the hidden states, times the scale. 1 over the
+        number of accumulation steps is as if each micro-batch's loss held them; None attaches nothing.
+
     Args:
         config: what to build.
         make_language_model: builds the language model without its head, after the tower; default: `AutoModel`.
     """
+
+    attached_loss_scale: float | None = None
 
     def __init__(
         self, config: LlavaCompeteConfig, make_language_model: Callable[[], PreTrainedModel] | None = None
@@ -312,6 +318,7 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
         num_local_sequences: int | None = None,
         image_sizes: Tensor | Sequence[tuple[int, int]] | None = None,
         num_tile_chunks: int | None = None,
+        attaches_losses: bool = True,
         **kwargs: Any,
     ) -> LlavaCompeteModelOutput:
         """Hidden states of the last layer, and the routing losses.
@@ -325,6 +332,7 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
         num_sequences_in_batch: images ("vision", "projector") and samples ("language") of the whole optimizer step.
         num_local_sequences: samples in this micro-batch, for packed rows; read off `sequence_ids` if not given, which
             waits for the device.
+        attaches_losses: false where the caller adds the routing losses itself (`attached_loss_scale`).
         output_routing: leave records in `self.routing.records`; default: while training.
         """
         self._check_length(input_ids if input_ids is not None else inputs_embeds)
@@ -372,8 +380,11 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
             own = own_balance_loss(outputs.router_logits, chosen, self.routing.groups["language"])
             aux_losses["language"] = self.own_balance_coef * own
             loss_terms["language/own_balance_loss"] = own.detach()
+        hidden = outputs.last_hidden_state
+        if attaches_losses and self.training and self.attached_loss_scale is not None:
+            hidden = attach_losses(hidden, list(aux_losses.values()), self.attached_loss_scale)
         return LlavaCompeteModelOutput(
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=hidden,
             past_key_values=None if isinstance(outputs.past_key_values, KeepsNothing) else outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

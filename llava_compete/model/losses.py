@@ -48,6 +48,27 @@ def routing_losses(records: dict[str, RoutingRecord]) -> tuple[dict[str, Tensor]
     return aux_losses, terms
 
 
+class _WithLoss(torch.autograd.Function):
+    """The hidden states as they are; in backward a scalar loss gets the gradient `scale`, as if it were in the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_BNH: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.scale, ctx.like = scale, loss.detach()
+        return hidden_BNH.view_as(hidden_BNH)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BNH: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad_BNH, torch.full_like(ctx.like, ctx.scale), None
+
+
+def attach_losses(hidden_BNH: Tensor, losses: Sequence[Tensor], scale: float) -> Tensor:
+    """Hidden states through which `scale` times each loss reaches the gradients, whoever computes the rest."""
+    for loss in losses:
+        if loss.requires_grad:
+            hidden_BNH = _WithLoss.apply(hidden_BNH, loss.to(hidden_BNH.device), scale)
+    return hidden_BNH
+
+
 def own_balance_loss(router_logits: Sequence[Tensor], num_chosen: int, groups: TokenGroups) -> Tensor:
     """The balance loss of a language model's own experts (Switch, arXiv 2101.03961, equations 4 to 6): E x sum over
     experts of share of choices x mean probability, both over all tokens of all layers; 1 x K when uniform.

@@ -186,6 +186,7 @@ class LlavaCompeteForConditionalGeneration(LlavaCompetePreTrainedModel, ImageGen
             kwargs["num_sequences_in_batch"] = self._sequences(
                 labels, num_items_in_batch, input_ids, self.image_lengths(pixel_values, image_sizes)[1], kwargs
             )
+        kwargs["attaches_losses"] = labels is None  # else they are added below
         outputs = self.model(
             input_ids, attention_mask, pixel_values, image_sizes=image_sizes, return_dict=True, **kwargs
         )

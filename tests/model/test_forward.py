@@ -12,6 +12,7 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from llava_compete.errors import UserError
+from llava_compete.model.losses import language_loss
 from llava_compete.moe.config import MoeConfig
 from llava_compete.parts import PREFIXES
 
@@ -244,3 +245,24 @@ def test_tuples_in_place_of_outputs() -> None:
     assert torch.equal(plain[1], named.logits)
     hidden = model.model(**inputs, return_dict=False)
     assert torch.equal(hidden[0], model.model(**inputs).last_hidden_state)
+
+
+def test_attached_losses_reach_the_gradients_without_the_models_own_loss() -> None:
+    moe = {"vision": {}, "projector": {}, "language": {}}
+    gradients = []
+    for attaches in (False, True):
+        model, processor = tiny_model(moe=moe)
+        inputs = batch(processor, ["a <image> red circle", "how many ?"], [picture()])
+        labels = inputs.pop("labels")
+        if attaches:  # as trl: the backbone, and a head of its own
+            model.model.attached_loss_scale = 1.0
+            hidden = model.base_model(**inputs).last_hidden_state
+            language_loss(model.lm_head(hidden), labels, None).backward()
+        else:
+            model(**inputs, labels=labels).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, msg=name)
+    routers = [grad for name, grad in gradients[1].items() if "router" in name]
+    assert routers
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in routers)

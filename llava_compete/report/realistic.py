@@ -75,6 +75,7 @@ def _row(by_model: dict[str, list[Unit]], last: str) -> dict[str, Any]:
     answers = Counter(unit.target for unit in units)
     row: dict[str, Any] = {
         "n": len(units),
+        "chance": 1 / len(answers),  # a guess among the answers that occur
         "blind": max(answers.values()) / len(units),
         "interval": [float(interval.low), float(interval.high)],
         "scores": {name: sum(unit.score for unit in found) / len(found) for name, found in by_model.items()},
@@ -113,14 +114,14 @@ def write_report(directory: Path, pictures: Sequence[Path]) -> None:
 
 def _sections(metrics: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     names = list(MODELS)
-    header = ["test", "type", "n", "blind", *names, "95%", *(f"sft - {name} (95%)" for name in names[:-1])]
+    header = ["test", "type", "n", "chance", "blind", *names, "95%", *(f"sft - {name} (95%)" for name in names[:-1])]
     rows = []
     for row in metrics["rows"]:
         scores = [f"{row['scores'][name]:.2f}" if name in row["scores"] else "" for name in names]
         low, high = row["interval"]
         found = [row["differences"].get(name) for name in names[:-1]]
         apart = [f"{d[0]:+.2f} ({d[1]:+.2f} to {d[2]:+.2f})" if d else "" for d in found]
-        cells = [row["task"], row["type"], str(row["n"]), f"{row['blind']:.2f}", *scores]
+        cells = [row["task"], row["type"], str(row["n"]), f"{row['chance']:.2f}", f"{row['blind']:.2f}", *scores]
         rows.append([*cells, f"{low:.2f} to {high:.2f}" + ("" if row["above_blind"] else " *"), *apart])
     yield "Accuracy by question type (* does not lie above the best blind answer)", header, rows
     text = [[name, f"{value:.2f}"] for name, value in metrics["perplexity"].items()]

@@ -3,7 +3,7 @@
 Output, below the output folder (the pictures stay where `llava-compete fetch emoji` put them):
 
     names.json           the name of each training picture                              (pretrain_align)
-    captions.json        its name, its kind, and both in a sentence                     (pft)
+    captions.json        its name, its kind, both in a sentence; some English           (pft)
     instruct.json        all question types, some in several turns, some of text only   (sft)
     eval/emoji_vendor_test.parquet   things of training, as OpenMoji draws them: a vendor that training never shows
     eval/emoji_new_test.parquet      things that training neither shows nor names, as the three vendors draw them
@@ -36,12 +36,12 @@ from llava_compete.demo.emoji.questions import WORDING, Asker, Question, descrip
 from llava_compete.demo.emoji.table import KINDS, UNSEEN_VENDOR, VENDORS, held_out, read_things, with_article
 from llava_compete.files import read_json, write_json, write_json_lines
 
-GENERATOR = "2"  # raise when the same settings give other data
+GENERATOR = "3"  # raise when the same settings give other data
 TRAIN_SEED, TEST_SEED = 21, 22
-NUM_TEXT_ONLY = 30
+NUM_TEXT_ONLY = 160
 # Rows of instruct.json by type, beside names.
 INSTRUCT = {"kind": 60, "yes_no": 160, "describe": 20, "colour": 80, "same": 100, "odd": 60, "style": 30}
-SEVERAL_TURNS = 20
+SEVERAL_TURNS, WORDS_ALONE = 20, 10
 TESTS = {
     "emoji_vendor": dict.fromkeys(("name", "kind", "yes_no", "describe", "colour", "same", "odd"), 30),
     "emoji_new": dict.fromkeys(("kind", "yes_no", "colour", "same", "odd", "style"), 20),
@@ -92,17 +92,17 @@ def _write_training(out: Path, asker: Asker) -> dict[str, int]:
     names = [_row(f"{t.code}-{v}-name", t.images[v], WORDING["name"], t.name) for t, v in pictures]
     kinds = [_row(f"{t.code}-{v}-kind", t.images[v], WORDING["kind"], t.kind) for t, v in pictures]
     told = [_row(f"{t.code}-{v}-told", t.images[v], WORDING["describe"], description(t)) for t, v in pictures]
-    captions = names + kinds + told
     text = function_rows(NUM_TEXT_ONLY)
+    english = [
+        {"id": f"text-{n:04d}", "conversations": llava_turns([pair], with_image=False)} for n, pair in enumerate(text)
+    ]
+    captions = names + kinds + told + english[::2]
     instruct = (
         asker.rng.sample(names, len(names) // 2)
         + _asked(asker, INSTRUCT, "instruct")
         + [_conversation(asker, number) for number in range(SEVERAL_TURNS)]
-        + [_text_row(asker, number) for number in range(NUM_TEXT_ONLY // 3)]
-        + [
-            {"id": f"text-{n:04d}", "conversations": llava_turns([pair], with_image=False)}
-            for n, pair in enumerate(text)
-        ]
+        + [_text_row(asker, number) for number in range(WORDS_ALONE)]
+        + english[1::2]
     )
     counts = {}
     for name, rows in (("names", names), ("captions", captions), ("instruct", instruct)):

@@ -71,9 +71,9 @@ _plain_apply = next(kind.__dict__["apply"] for kind in torch.autograd.Function._
 def _apply(cls: Any, *arguments: Any) -> Any:
     """Notes which arguments are tensors: a node has an edge for each of these, its backward returns one for all."""
     result = _plain_apply.__get__(None, cls)(*arguments)
-    output = result[0] if isinstance(result, tuple) else result
-    if output.grad_fn is not None:
-        output.grad_fn.takes_tensor = [isinstance(argument, Tensor) for argument in arguments]
+    for output in result if isinstance(result, tuple) else (result,):
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            output.grad_fn.takes_tensor = [isinstance(argument, Tensor) for argument in arguments]
     return result
 
 
@@ -108,7 +108,7 @@ def _gradients(root: Tensor, grad_root: Tensor) -> dict[Tensor, Tensor]:
 def _call(node: Any, arrived: dict[int, Tensor]) -> tuple[Tensor | None, ...]:
     metadata = node._input_metadata
     if isinstance(node, torch.autograd.function.BackwardCFunction):  # the engine would fill in zeros
-        inputs = [arrived.get(i, torch.zeros(m.shape, dtype=m.dtype, device=m.device)) for i, m in enumerate(metadata)]
+        inputs = [arrived.get(i, torch.empty(m.shape, dtype=m.dtype, device=m.device)) for i, m in enumerate(metadata)]
         made = node.apply(*inputs)
         made = made if isinstance(made, tuple) else (made,)
         return tuple(grad for grad, is_tensor in zip(made, node.takes_tensor, strict=True) if is_tensor)

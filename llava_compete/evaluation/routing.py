@@ -20,7 +20,7 @@ from llava_compete.evaluation.config import EvalConfig
 from llava_compete.evaluation.routing_controls import Batch, measure_controls
 from llava_compete.evaluation.routing_data import Rows, batches_of, to_batch
 from llava_compete.evaluation.winner_prediction import measure_prediction
-from llava_compete.moe.state import RoutingMetrics
+from llava_compete.moe.metrics import RoutingMetrics
 
 log = logging.getLogger(__name__)
 

@@ -125,14 +125,10 @@ def _mean_of_all(block: SparseMoeBlock, routing: Routing) -> Routing:
 
 def _chosen(routing: Routing, experts_TC: Tensor) -> Routing:
     """The routing with other experts in place of the choices; a shared expert stays."""
-    shared_TS = routing.selected_experts_TK[:, routing.choices_TC.shape[1] :]
-    return routing._replace(selected_experts_TK=torch.cat([experts_TC, shared_TS], dim=1))
+    return routing._replace(choices_TC=experts_TC)
 
 
 def _equal_weights(routing: Routing, experts_TX: Tensor) -> Routing:
     """Any number of experts that share the weight of the choices."""
-    count = routing.choices_TC.shape[1]
-    routed_T1 = routing.routing_weights_TK[:, :count].sum(1, keepdim=True)
-    weights_TX = (routed_T1 / experts_TX.shape[1]).expand(-1, experts_TX.shape[1])
-    changed = _chosen(routing, experts_TX)
-    return changed._replace(routing_weights_TK=torch.cat([weights_TX, routing.routing_weights_TK[:, count:]], dim=1))
+    weights_TX = torch.full_like(experts_TX, 1 / experts_TX.shape[1], dtype=routing.weights_TC.dtype)
+    return routing._replace(choices_TC=experts_TX, weights_TC=weights_TX)

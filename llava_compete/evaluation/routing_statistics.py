@@ -20,7 +20,7 @@ from llava_compete.evaluation.routing_data import TOKEN_CLASSES, Row, to_batch, 
 from llava_compete.moe.block import SparseMoeBlock, moe_blocks
 from llava_compete.moe.competition import Contest
 from llava_compete.moe.experts import ExpertsOutput
-from llava_compete.moe.state import RoutingObservation
+from llava_compete.moe.records import RoutingObservation
 
 NOBODY = -1  # a token that takes part in nothing
 

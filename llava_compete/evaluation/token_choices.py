@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llava_compete.evaluation.routing_controls import Batch
 from llava_compete.evaluation.routing_data import Row, to_batch, token_classes
-from llava_compete.moe.state import RoutingObservation
+from llava_compete.moe.records import RoutingObservation
 
 
 class Choices(NamedTuple):

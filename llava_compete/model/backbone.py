@@ -32,6 +32,7 @@ from llava_compete.model.placeholders import check_counts, place_features, sampl
 from llava_compete.model.served import check_served, is_served
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
+from llava_compete.moe.records import stack_layers
 from llava_compete.moe.state import RoutingState, TokenGroups
 from llava_compete.vision.projector import Projector
 from llava_compete.vision.tiles import Layout
@@ -374,7 +375,9 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
                 **attention._asdict(),
                 **kwargs,
             )
-        aux_losses, loss_terms = routing_losses(self.routing.records) if record else ({}, {})
+        if record:
+            self.routing.stacks = stack_layers(self.routing.records)
+        aux_losses, loss_terms = routing_losses(self.routing.stacks) if record else ({}, {})
         if balances_own:
             chosen = self.config.text_config.num_experts_per_tok
             own = own_balance_loss(outputs.router_logits, chosen, self.routing.groups["language"])

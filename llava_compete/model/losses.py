@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_compete.moe.state import RoutingRecord, TokenGroups
+from llava_compete.moe.records import LayerStack
+from llava_compete.moe.state import TokenGroups
 from llava_compete.parts import IGNORE_INDEX
 
 
@@ -30,21 +30,23 @@ def language_loss(
     return total / torch.as_tensor(num_items, device=total.device)
 
 
-def routing_losses(records: dict[str, RoutingRecord]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """For each part the mean over its layers of the auxiliary loss and of each term (absent counts as 0)."""
-    layers: dict[str, list[str]] = {}
-    for name in records:
-        layers.setdefault(name.split(".")[0], []).append(name)
+def routing_losses(stacks: dict[tuple[str, ...], LayerStack]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """For each part the mean over its layers of the auxiliary loss and of each term (absent counts as 0).
+
+    stacks: by names of layers.
+    """
+    parts: dict[str, list[LayerStack]] = {}
+    for names, stack in stacks.items():
+        parts.setdefault(names[0].split(".")[0], []).append(stack)
     aux_losses: dict[str, Tensor] = {}
-    terms: dict[str, Any] = {}
-    for part, names in layers.items():
-        part_records = [records[name] for name in names]
-        device = part_records[0].aux_loss.device
-        aux_losses[part] = torch.stack([record.aux_loss.to(device) for record in part_records]).mean()
-        for record in part_records:
-            for term, value in record.losses.items():
-                key = f"{part}/{term}"
-                terms[key] = terms.get(key, 0) + value.detach().to(device) / len(part_records)
+    terms: dict[str, Tensor] = {}
+    for part, part_stacks in parts.items():
+        count = sum(len(stack.records) for stack in part_stacks)
+        device = part_stacks[0].aux_loss_L.device
+        for stack in part_stacks:
+            _add(aux_losses, part, (stack.aux_loss_L.sum() / count).to(device))
+            for term, values_L in stack.losses.items():
+                _add(terms, f"{part}/{term}", (values_L.sum() / count).to(device))
     return aux_losses, terms
 
 
@@ -67,6 +69,10 @@ def attach_losses(hidden_BNH: Tensor, losses: Sequence[Tensor], scale: float) ->
         if loss.requires_grad:
             hidden_BNH = _WithLoss.apply(hidden_BNH, loss.to(hidden_BNH.device), scale)
     return hidden_BNH
+
+
+def _add(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
+    sums[key] = sums[key] + value if key in sums else value
 
 
 def own_balance_loss(router_logits: Sequence[Tensor], num_chosen: int, groups: TokenGroups) -> Tensor:

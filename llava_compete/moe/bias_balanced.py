@@ -41,7 +41,7 @@ class BiasBalancedRouter(SoftmaxRouter):
     def route(self, logits_TR: Tensor) -> Routing:
         choices_TC = top_experts(logits_TR.softmax(-1) + self.bias_E, self.num_choices)
         weights_TC = logits_TR.gather(1, choices_TC).softmax(-1)
-        return Routing(logits_TR, logits_TR, choices_TC, choices_TC, weights_TC)
+        return Routing(logits_TR, logits_TR, choices_TC, weights_TC)
 
     @torch.no_grad()
     def end_step(self, load_E: Tensor) -> None:

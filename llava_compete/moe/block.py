@@ -2,25 +2,24 @@
 
 It never guesses its mode: the shared `RoutingState` says which tokens count and whether this layer competes in this
 step. Its forward has no counter, RNG or print, and no host synchronisation (but for eager experts, which read how many
-rows each has); its losses leave through the state's records. Suffixes: T tokens, D in, O out, E experts,
-K chosen.
+rows each has); what its losses are made of leaves through the state's records. Suffixes: T tokens, D in, O out, E
+experts, K chosen.
 """
 
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llava_compete.moe import losses
-from llava_compete.moe.competition import Contest
 from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.experts import ExpertsOutput, PackedExperts
-from llava_compete.moe.precision import without_autocast
+from llava_compete.moe.records import RoutingRecord
 from llava_compete.moe.router_table import ROUTER_CLASSES
 from llava_compete.moe.routers import Routing
-from llava_compete.moe.state import RoutingObservation, RoutingRecord, RoutingState, TokenGroups
+from llava_compete.moe.state import RoutingState, TokenGroups
 from llava_compete.parts import PARTS
 
 
@@ -80,27 +79,28 @@ class SparseMoeBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        groups = self._groups(x_TD.shape[0])
+        groups = self._groups(x_TD.shape[0]) if self.state.is_recording else None
         # Called on a competition step too, on every rank: ZeRO-3 gathers a router's weights by its call.
         routing: Routing = self.router(x_TD)
-        chosen: tuple[Tensor, ...] = (routing.selected_experts_TK, routing.routing_weights_TK)
-        heard_T = None
+        options: dict[str, Any] = {}
+        if routing.shared_weight and not isinstance(self.experts, PackedExperts):
+            chosen: tuple[Tensor, ...] = (routing.selected_experts_TK, routing.routing_weights_TK)
+        else:
+            chosen = (routing.choices_TC, routing.weights_TC)
+            options |= {"shared_weight": routing.shared_weight} if routing.shared_weight else {}
         if self.config.competition_judge == "loss":
             chosen += (routing.logits_TR,) if self._asks(routing) else ()
-            heard_T = groups.counted_T if groups is not None and self._listens() else None
+            if groups is not None and self._listens():
+                options["heard_T"] = groups.counted_T
         elif self.config.router == "competition" and self.state.competes(self.name):
             chosen = ()
-        options = {} if heard_T is None else {"heard_T": heard_T}
         # A tensor from our experts too, where there is nothing else: servers put experts of their own here.
         result: Tensor | ExpertsOutput = self.experts(x_TD, *chosen, **options)
         output_TO, contest, answers = (result, None, None) if isinstance(result, Tensor) else result
         if answers is not None:
             self.state.answers[self.name] = answers
         if groups is not None:
-            # Also done in a recomputation, which must save the same tensors; only a recording keeps the result.
-            record = self._record(routing, contest, groups)
-            if self.state.is_recording:
-                self.state.records[self.name] = record
+            self.state.records[self.name] = RoutingRecord(routing, contest, groups, self.config)
         return self.output_dropout(output_TO).view(*hidden_states.shape[:-1], output_TO.shape[-1])
 
     def _asks(self, routing: Routing) -> bool:
@@ -113,14 +113,11 @@ class SparseMoeBlock(nn.Module):
         learns = self.state.is_recording and self.training and torch.is_grad_enabled()
         return learns and self.config.competition_answers != "full"
 
-    def _groups(self, num_tokens: int) -> TokenGroups | None:
-        """How this forward's tokens group, or None where nothing reads statistics."""
+    def _groups(self, num_tokens: int) -> TokenGroups:
+        """How this forward's tokens group."""
         state = self.state
         groups = state.groups.get(self.part)
-        fits = groups is not None and groups.sequence_weights_ST.shape[1] == num_tokens
-        if not state.is_recording:
-            return groups if fits and torch.is_grad_enabled() else None
-        if not fits:
+        if groups is None or groups.sequence_weights_ST.shape[1] != num_tokens:
             found = "none" if groups is None else str(groups.sequence_weights_ST.shape[1])
             raise RuntimeError(f"{self.name}: {num_tokens} tokens, but state.begin({self.part!r}) described {found}")
         if state.recording_gradients and not torch.is_grad_enabled() and self.training and _trains(self):
@@ -129,32 +126,6 @@ class SparseMoeBlock(nn.Module):
                 "this, and would silently give routing losses no gradient: set use_reentrant=False"
             )
         return groups
-
-    def _record(self, routing: Routing, contest: Contest | None, groups: TokenGroups) -> RoutingRecord:
-        coefs = self.config.loss_coefs(competing=contest is not None)
-        logits_TR = routing.logits_TR
-        with without_autocast(logits_TR.device.type):
-            if contest is None:
-                counted_TC = self._counted(routing.choices_TC)
-                terms = losses.router_losses(logits_TR, routing.scores_TR, counted_TC, groups, coefs)._asdict()
-            else:
-                counted_TC = self._counted(contest.winners_TK)
-                tensors = (logits_TR, contest.affinity_TE, contest.winners_TK, counted_TC, contest.diversity_T)
-                terms = losses.competition_losses(*tensors, groups, coefs)._asdict()
-        aux_loss = terms.pop("aux_loss")
-        observation = RoutingObservation(
-            scores_TR=routing.scores_TR.detach(),
-            choices_TC=routing.choices_TC,
-            used_TK=routing.selected_experts_TK if contest is None else contest.winners_TK,
-            weights_TK=(routing.routing_weights_TK if contest is None else contest.weights_TK).detach(),
-            num_experts=self.config.num_experts,
-            competed=contest is not None,
-            groups=groups,
-        )
-        return RoutingRecord(terms, aux_loss, observation)
-
-    def _counted(self, choices_TC: Tensor) -> Tensor:
-        return choices_TC[:, :1] if self.config.balance_over == "first_choice" else choices_TC
 
 
 def moe_blocks(model: nn.Module) -> dict[str, SparseMoeBlock]:

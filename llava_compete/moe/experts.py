@@ -107,32 +107,33 @@ class PackedExperts(nn.Module):
     def forward(
         self,
         x_TD: Tensor,
-        selected_experts_TK: Tensor | None = None,
-        routing_weights_TK: Tensor | None = None,
+        choices_TC: Tensor | None = None,
+        weights_TC: Tensor | None = None,
         judged_logits_TE: Tensor | None = None,
         heard_T: Tensor | None = None,
+        shared_weight: float = 0.0,
     ) -> Tensor | ExpertsOutput:
-        """The weighted sum [T, O] of the selected experts' outputs; with none given, a competition of them all.
+        """The weighted sum [T, O] of the chosen experts' outputs; with none given, a competition of them all.
 
         `judged_logits_TE`: the router's logits, where the loss judges the experts that were not selected (judged.py).
         `heard_T`: 1 for each token of which the answers' sums are wanted, else 0.
+        `shared_weight`: where not 0, the last expert's weight in each token's output; the chosen ones have the rest.
         Done here because ZeRO-3 gathers the parameters for this module's call and for its backward.
         """
         weights = self._weights(_compute_dtype(x_TD, self.down_proj))
         with without_autocast(x_TD.device.type):
             x_TD = x_TD.to(weights.down.dtype)
-            if selected_experts_TK is None or routing_weights_TK is None:
+            if choices_TC is None or weights_TC is None:
                 return self._compete(weights, x_TD)
-            num_tokens, num_choices = selected_experts_TK.shape
-            function = choose(self.implementation, weights, num_tokens, num_choices, x_TD.device)
+            num_chosen = choices_TC.shape[1] + (shared_weight > 0)
+            function = choose(self.implementation, weights, len(x_TD), num_chosen, x_TD.device)
             weights.heard = [] if heard_T is not None else None
-            output_TO = function(weights, x_TD, selected_experts_TK, routing_weights_TK)
+            output_TO = function(weights, x_TD, choices_TC, weights_TC, shared_weight)
             answers = None
             if heard_T is not None and weights.heard:
-                hidden = weights.heard[0]
-                answers = answer_sums(hidden, selected_experts_TK, heard_T, weights.down, weights.down_bias)
+                answers = answer_sums(weights.heard[0], choices_TC, heard_T, weights.down, weights.down_bias)
             if judged_logits_TE is not None and self._has_answers:
-                output_TO = self._judged(weights, output_TO, judged_logits_TE, x_TD, selected_experts_TK)
+                output_TO = self._judged(weights, output_TO, judged_logits_TE, x_TD, choices_TC)
             return output_TO if answers is None else ExpertsOutput(output_TO, None, answers)
 
     @property

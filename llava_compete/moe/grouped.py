@@ -3,8 +3,9 @@
 `DispatchUp` and `DownCombine` are the two linear maps of the MLP with the passages around them, and the activation
 stands between them. Nothing waits for the device and the number of operators does not depend on E. Each is one
 autograd node for two reasons: it saves the packed parameter itself (a saved view would keep ZeRO-3's gathered weights
-alive), and biases need no row of their own for each pair. Suffixes: P pairs sorted by expert, T tokens, K choices, E
-experts, D in, M = I or 2 I hidden rows, I hidden, O out.
+alive), and both ways through it, by choice and shared, write one gradient. A shared expert, the last, is a dense
+product over all tokens beside the grouped one, in which its group is empty. Suffixes: P pairs sorted by expert, T
+tokens, C choices, E experts, D in, M = I or 2 I hidden rows, I hidden, O out.
 """
 
 from __future__ import annotations
@@ -33,97 +34,104 @@ def aligned(weight: Tensor) -> Tensor:
 
 
 class DispatchUp(torch.autograd.Function):
-    """Tokens x [T, D] -> pre-activations of each pair, [P, M].
-
-    A bias rides as more input columns, as many as fill 16 bytes. Each has the value 1 over their number, a power of
-    two, so that their products add up to the bias, and exactly: in the float32 accumulator. The bias's gradient, a sum
-    over an expert's rows, then is a column of the weight's gradient, times their number.
-    """
+    """Tokens x [T, D] -> pre-activations of each pair, [P, M], and of a shared expert [T, M] (else None)."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_EMD: Tensor, bias_EM: Tensor | None, pairs: Pairs) -> Tensor:
-        ctx.width, ctx.extra = x_TD.shape[1], ALIGNMENT_BYTES // x_TD.element_size()
-        weight_EMH = weight_EMD
-        if bias_EM is not None:
-            ones_TX = x_TD.new_full((1, 1), 1 / ctx.extra).expand(len(x_TD), ctx.extra)
-            x_TD = torch.cat([x_TD, ones_TX], 1)
-            weight_EMH = torch.cat([weight_EMD, bias_EM[:, :, None].expand(*bias_EM.shape, ctx.extra)], 2)
-        x_PH = x_TD.index_select(0, pairs.token_P)
-        ctx.save_for_backward(x_PH, weight_EMD)
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        weight_EMD: Tensor,
+        bias_EM: Tensor | None,
+        pairs: Pairs,
+        marks_PE: Tensor | None,
+        has_shared: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        x_PD = x_TD.index_select(0, pairs.token_P)
+        up_PM = _add_biases(F.grouped_mm(x_PD, weight_EMD.transpose(1, 2), offs=pairs.ends_E), marks_PE, bias_EM)
+        up_TM = _last_expert(x_TD, weight_EMD, bias_EM) if has_shared else None
+        ctx.save_for_backward(x_PD, x_TD if has_shared else None, weight_EMD, marks_PE)
         ctx.pairs = pairs
-        return F.grouped_mm(x_PH, weight_EMH.transpose(1, 2), offs=pairs.ends_E)
+        return up_PM, up_TM
 
     @staticmethod
-    def backward(ctx: Any, grad_PM: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x_PH, weight_EMD = ctx.saved_tensors
-        x_wanted, weight_wanted, bias_wanted, _ = ctx.needs_input_grad
+    def backward(
+        ctx: Any, grad_PM: Tensor, grad_TM: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        x_PD, x_TD, weight_EMD, marks_PE = ctx.saved_tensors
+        x_wanted, weight_wanted, bias_wanted, *_ = ctx.needs_input_grad
         grad_PM, ends_E = grad_PM.contiguous(), ctx.pairs.ends_E
         grad_x_TD = grad_weight_EMD = grad_bias_EM = None
         if x_wanted:
             grad_x_TD = sum_rows(F.grouped_mm(grad_PM, weight_EMD, offs=ends_E), ctx.pairs)
-        if weight_wanted or bias_wanted:
-            grad_EMH = F.grouped_mm(grad_PM.t(), x_PH, offs=ends_E)
-            grad_weight_EMD = grad_EMH[:, :, : ctx.width].contiguous() if weight_wanted else None
-            grad_bias_EM = grad_EMH[:, :, ctx.width] * ctx.extra if bias_wanted else None
-        return grad_x_TD, grad_weight_EMD, grad_bias_EM, None
-
-
-def dispatch_up(x_TD: Tensor, weight_EMD: Tensor, bias_EM: Tensor | None, pairs: Pairs) -> Tensor:
-    """`DispatchUp`, or at inference the same without its copy of the weights: few tokens are decoded at a time."""
-    if torch.is_grad_enabled():
-        return DispatchUp.apply(x_TD, weight_EMD, bias_EM, pairs)
-    up_PM = F.grouped_mm(x_TD.index_select(0, pairs.token_P), weight_EMD.transpose(1, 2), offs=pairs.ends_E)
-    return up_PM if bias_EM is None else up_PM.add_(bias_EM.index_select(0, pairs.expert_P.int()))
+            if x_TD is not None:
+                grad_x_TD.addmm_(grad_TM, weight_EMD[-1])
+        if weight_wanted:
+            grad_weight_EMD = F.grouped_mm(grad_PM.t(), x_PD, offs=ends_E)
+            if x_TD is not None:
+                torch.mm(grad_TM.t(), x_TD, out=grad_weight_EMD[-1])
+        if bias_wanted:
+            grad_bias_EM = marks_PE.t() @ grad_PM
+            if x_TD is not None:
+                torch.sum(grad_TM, 0, out=grad_bias_EM[-1])
+        return grad_x_TD, grad_weight_EMD, grad_bias_EM, None, None, None
 
 
 class DownCombine(torch.autograd.Function):
-    """Hidden states of each pair, [P, I] -> weighted sums over each token's choices, [T, O].
-
-    sum_k w_k (h_k V_e + b_e) = sum_k w_k h_k V_e + (gates b), where gates [T, E] hold a token's weights at its chosen
-    experts: biases cost a product of [T, E] with [E, O], never a row for each pair.
-    """
+    """Hidden states of each pair, [P, I], and a shared expert's, [T, I] -> weighted sums by token, [T, O]."""
 
     @staticmethod
     def forward(
         ctx: Any,
         h_PI: Tensor,
+        h_TI: Tensor | None,
         weight_EOI: Tensor,
         bias_EO: Tensor | None,
-        weights_TK: Tensor,
-        selected_TK: Tensor,
+        weights_TC: Tensor,
         pairs: Pairs,
+        marks_PE: Tensor | None,
+        shared_weight: float,
     ) -> Tensor:
-        y_PO = F.grouped_mm(h_PI, weight_EOI.transpose(1, 2), offs=pairs.ends_E)
-        output_TO = sum_rows(y_PO, pairs, weights_TK)
-        gates_TE = None
-        if bias_EO is not None:
-            gates_TE = weights_TK.new_zeros(weights_TK.shape[0], bias_EO.shape[0]).scatter_(1, selected_TK, weights_TK)
-            output_TO = torch.addmm(output_TO, gates_TE, bias_EO)
-        ctx.save_for_backward(h_PI, weight_EOI, bias_EO, weights_TK, selected_TK, y_PO, gates_TE)
-        ctx.pairs = pairs
+        y_PO = _add_biases(F.grouped_mm(h_PI, weight_EOI.transpose(1, 2), offs=pairs.ends_E), marks_PE, bias_EO)
+        output_TO = sum_rows(y_PO, pairs, weights_TC)
+        if h_TI is not None:
+            output_TO = torch.lerp(output_TO, _last_expert(h_TI, weight_EOI, bias_EO), shared_weight)
+        ctx.save_for_backward(h_PI, h_TI, weight_EOI, marks_PE, weights_TC, y_PO)
+        ctx.pairs, ctx.shared_weight = pairs, shared_weight
         return output_TO
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_TO: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]:
-        h_PI, weight_EOI, bias_EO, weights_TK, selected_TK, y_PO, gates_TE = ctx.saved_tensors
-        h_wanted, weight_wanted, bias_wanted, weights_wanted, *_ = ctx.needs_input_grad
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
+        h_PI, h_TI, weight_EOI, marks_PE, weights_TC, y_PO = ctx.saved_tensors
+        h_wanted, shared_wanted, weight_wanted, bias_wanted, weights_wanted, *_ = ctx.needs_input_grad
         pairs: Pairs = ctx.pairs
-        grad_TO = grad_TO.contiguous()
-        grad_h_PI = grad_weight_EOI = grad_bias_EO = grad_weights_TK = None
-        grad_y_PO = spread_rows(grad_TO, pairs, weights_TK)
+        grad_shared_TO = grad_TO * ctx.shared_weight if h_TI is not None else None
+        grad_TO = grad_TO.contiguous() if h_TI is None else grad_TO * (1 - ctx.shared_weight)
+        grad_h_PI = grad_h_TI = grad_weight_EOI = grad_bias_EO = grad_weights_TC = None
+        grad_y_PO = spread_rows(grad_TO, pairs, weights_TC)
         if h_wanted:
             grad_h_PI = F.grouped_mm(grad_y_PO, weight_EOI, offs=pairs.ends_E)
+        if shared_wanted:
+            grad_h_TI = grad_shared_TO @ weight_EOI[-1]
         if weight_wanted:
             grad_weight_EOI = F.grouped_mm(grad_y_PO.t(), h_PI, offs=pairs.ends_E)
+            if h_TI is not None:
+                torch.mm(grad_shared_TO.t(), h_TI, out=grad_weight_EOI[-1])
         if bias_wanted:
-            grad_bias_EO = gates_TE.t() @ grad_TO
+            grad_bias_EO = marks_PE.t() @ grad_y_PO
+            if h_TI is not None:
+                torch.sum(grad_shared_TO, 0, out=grad_bias_EO[-1])
         if weights_wanted:
-            grad_weights_TK = row_products(grad_TO, y_PO, pairs)
-            if bias_EO is not None:
-                grad_weights_TK = grad_weights_TK + (grad_TO @ bias_EO.t()).gather(1, selected_TK)
-        return grad_h_PI, grad_weight_EOI, grad_bias_EO, grad_weights_TK, None, None
+            grad_weights_TC = row_products(grad_TO, y_PO, pairs)
+        return grad_h_PI, grad_h_TI, grad_weight_EOI, grad_bias_EO, grad_weights_TC, None, None, None
+
+
+def _add_biases(rows_PH: Tensor, marks_PE: Tensor | None, bias_EH: Tensor | None) -> Tensor:
+    """In place, by a product: `bias[expert]` would write a row for each pair first."""
+    return rows_PH if bias_EH is None else rows_PH.addmm_(marks_PE, bias_EH)
+
+
+def _last_expert(x_TH: Tensor, weight_EMH: Tensor, bias_EM: Tensor | None) -> Tensor:
+    return F.linear(x_TH, weight_EMH[-1], None if bias_EM is None else bias_EM[-1])
 
 
 # torch's FLOP counter passes its own grouped product over.

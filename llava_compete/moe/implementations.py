@@ -1,7 +1,8 @@
 """Ways to run the chosen experts (`experts_implementation`): ours in `FUNCTIONS`, and transformers' experts interface.
 
-Each is a function of (weights, x [T, D], selected_experts [T, K], routing_weights [T, K]) to the weighted sums [T, O].
-All give the same numbers to rounding, with gradients for every expert, zeros for one without tokens.
+Each is a function of (weights, x [T, D], choices [T, C], their weights [T, C], shared weight) to the weighted sums
+[T, O]: (1 - s) x the sum over a token's choices + s x the last expert, where the shared weight s is not 0. All give the
+same numbers to rounding, with gradients for every expert, zeros for one without tokens.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from llava_compete.errors import UserError
 from llava_compete.moe.all_experts import AllExpertsDown, AllExpertsUp
-from llava_compete.moe.grouped import DownCombine, aligned, dispatch_up, fits_grouped_mm
+from llava_compete.moe.grouped import DispatchUp, DownCombine, aligned, fits_grouped_mm
 from llava_compete.moe.looped import grouped_linear
 from llava_compete.moe.pairs import Combine, Dispatch, Pairs
+from llava_compete.moe.routers import with_shared
 
 # Up to so many bytes of the chosen experts' weights a GPU copies them in about the time of one kernel's launch.
 COPIED_WEIGHT_BYTES = 2**25
@@ -73,7 +75,7 @@ class ExpertWeights:
         return fits_grouped_mm(self.up.dtype, self.up.shape[2], self.up.shape[1], intermediate_size, output_size)
 
 
-Function = Callable[[ExpertWeights, Tensor, Tensor, Tensor], Tensor]
+Function = Callable[[ExpertWeights, Tensor, Tensor, Tensor, float], Tensor]
 
 
 def choose(requested: str, weights: ExpertWeights, num_tokens: int, num_choices: int, device: torch.device) -> Function:
@@ -105,43 +107,64 @@ def _reads_all_anyway(num_experts: int, num_tokens: int, num_choices: int) -> bo
     return few and (num_tokens * num_choices >= 2 * num_experts or 3 * num_choices >= num_experts)
 
 
-def eager(weights: ExpertWeights, x_TD: Tensor, selected_TK: Tensor, routing_TK: Tensor) -> Tensor:
+def _with_shared(
+    weights: ExpertWeights, choices_TC: Tensor, weights_TC: Tensor, shared: float
+) -> tuple[Tensor, Tensor]:
+    """All that a token runs and their weights, [T, K] each: a shared expert is one choice more."""
+    if not shared:
+        return choices_TC, weights_TC
+    return with_shared(choices_TC, weights.num_experts - 1), with_shared((1 - shared) * weights_TC, shared)
+
+
+def eager(weights: ExpertWeights, x_TD: Tensor, choices_TC: Tensor, weights_TC: Tensor, shared: float = 0.0) -> Tensor:
     """One product an expert over tokens sorted by expert; reads the experts' numbers of rows on the host."""
+    selected_TK, weights_TK = _with_shared(weights, choices_TC, weights_TC, shared)
     pairs = Pairs.sort(selected_TK, weights.num_experts)
     h_PI = weights.activate(grouped_linear(Dispatch.apply(x_TD, pairs), weights.up, weights.up_bias, pairs.ends_E))
     y_PO = grouped_linear(h_PI, weights.down, weights.down_bias, pairs.ends_E)
-    return Combine.apply(y_PO, routing_TK.to(y_PO.dtype), pairs)
+    return Combine.apply(y_PO, weights_TK.to(y_PO.dtype), pairs)
 
 
-def grouped(weights: ExpertWeights, x_TD: Tensor, selected_TK: Tensor, routing_TK: Tensor) -> Tensor:
-    """One grouped product for each layer of the MLP over tokens sorted by expert."""
-    pairs = Pairs.sort(selected_TK, weights.num_experts)
-    h_PI = weights.activate(dispatch_up(x_TD, aligned(weights.up), weights.up_bias, pairs))
-    routing_TK = routing_TK.to(h_PI.dtype)
-    return DownCombine.apply(h_PI, aligned(weights.down), weights.down_bias, routing_TK, selected_TK, pairs)
+def grouped(
+    weights: ExpertWeights, x_TD: Tensor, choices_TC: Tensor, weights_TC: Tensor, shared: float = 0.0
+) -> Tensor:
+    """One grouped product for each layer of the MLP over tokens sorted by expert, and a shared expert's beside it."""
+    pairs = Pairs.sort(choices_TC, weights.num_experts)
+    marks_PE = pairs.marks(weights.up.dtype) if weights.has_bias else None
+    up_PM, up_TM = DispatchUp.apply(x_TD, aligned(weights.up), weights.up_bias, pairs, marks_PE, shared > 0)
+    h_PI, h_TI = weights.activate(up_PM), weights.activate(up_TM) if shared else None
+    weights_TC = weights_TC.to(h_PI.dtype)
+    return DownCombine.apply(h_PI, h_TI, aligned(weights.down), weights.down_bias, weights_TC, pairs, marks_PE, shared)
 
 
-def dense(weights: ExpertWeights, x_TD: Tensor, selected_TK: Tensor, routing_TK: Tensor) -> Tensor:
+def dense(weights: ExpertWeights, x_TD: Tensor, choices_TC: Tensor, weights_TC: Tensor, shared: float = 0.0) -> Tensor:
     """Every expert on every token, and weights of 0 where it was not chosen: E / K of the arithmetic, any width."""
     h_TEI = weights.activate(AllExpertsUp.apply(x_TD, weights.up, weights.up_bias))
     y_ETO = AllExpertsDown.apply(h_TEI, weights.down, weights.down_bias)
-    gates_TE = y_ETO.new_zeros(x_TD.shape[0], weights.num_experts).scatter(1, selected_TK, routing_TK.to(y_ETO.dtype))
+    gates_TE = y_ETO.new_zeros(x_TD.shape[0], weights.num_experts)
+    if shared:
+        gates_TE[:, -1] = shared
+        weights_TC = (1 - shared) * weights_TC
+    gates_TE = gates_TE.scatter(1, choices_TC, weights_TC.to(y_ETO.dtype))
     if not torch.is_grad_enabled():
         return (gates_TE[:, None] @ y_ETO.transpose(0, 1))[:, 0]
     return (y_ETO * gates_TE.t()[:, :, None]).sum(0)
 
 
-def one_token(weights: ExpertWeights, x_1D: Tensor, selected_1K: Tensor, routing_1K: Tensor) -> Tensor:
+def one_token(
+    weights: ExpertWeights, x_1D: Tensor, choices_1C: Tensor, weights_1C: Tensor, shared: float = 0.0
+) -> Tensor:
     """A single token without gradients, as in interactive decoding: no sort and no dispatch."""
+    selected_1K, weights_1K = _with_shared(weights, choices_1C, weights_1C, shared)
     if x_1D.device.type == "cpu":
-        return _one_token_on_cpu(weights, x_1D, selected_1K, routing_1K)
+        return _one_token_on_cpu(weights, x_1D, selected_1K, weights_1K)
     chosen_bytes = selected_1K.numel() * (weights.up[0].numel() + weights.down[0].numel()) * weights.up.element_size()
     if chosen_bytes > COPIED_WEIGHT_BYTES and weights.fit_grouped_mm() and x_1D.dtype == torch.bfloat16:
-        return grouped(weights, x_1D, selected_1K, routing_1K)
+        return grouped(weights, x_1D, choices_1C, weights_1C, shared)
     chosen_K = selected_1K[0]
     h_K1I = weights.activate(_chosen_linear(x_1D.expand(len(chosen_K), 1, -1), weights.up, weights.up_bias, chosen_K))
     y_K1O = _chosen_linear(h_K1I, weights.down, weights.down_bias, chosen_K)
-    return routing_1K.to(y_K1O.dtype) @ y_K1O[:, 0]
+    return weights_1K.to(y_K1O.dtype) @ y_K1O[:, 0]
 
 
 def _chosen_linear(x_K1H: Tensor, weight_EMH: Tensor, bias_EM: Tensor | None, chosen_K: Tensor) -> Tensor:
@@ -151,7 +174,7 @@ def _chosen_linear(x_K1H: Tensor, weight_EMH: Tensor, bias_EM: Tensor | None, ch
     return torch.baddbmm(bias_EM.index_select(0, chosen_K)[:, None], x_K1H, weight_KHM)
 
 
-def _one_token_on_cpu(weights: ExpertWeights, x_1D: Tensor, selected_1K: Tensor, routing_1K: Tensor) -> Tensor:
+def _one_token_on_cpu(weights: ExpertWeights, x_1D: Tensor, selected_1K: Tensor, weights_1K: Tensor) -> Tensor:
     """Products with the packed weights where they lie; a CPU waits for nothing when it reads the choices."""
     outputs = []
     for expert in selected_1K[0].tolist():
@@ -159,7 +182,7 @@ def _one_token_on_cpu(weights: ExpertWeights, x_1D: Tensor, selected_1K: Tensor,
         down_bias = None if weights.down_bias is None else weights.down_bias[expert]
         h_1I = weights.activate(F.linear(x_1D, weights.up[expert], up_bias))
         outputs.append(F.linear(h_1I, weights.down[expert], down_bias))
-    return routing_1K.to(x_1D.dtype) @ torch.cat(outputs)
+    return weights_1K.to(x_1D.dtype) @ torch.cat(outputs)
 
 
 FUNCTIONS: dict[str, Function] = {"eager": eager, "grouped_mm": grouped, "dense": dense}
@@ -171,7 +194,9 @@ def _of_transformers(name: str) -> Function:
         raise UserError(f"experts_implementation: found {name!r}, which this version of transformers does not have")
     function = ALL_EXPERTS_FUNCTIONS[name]
 
-    def run(weights: ExpertWeights, x_TD: Tensor, selected_TK: Tensor, routing_TK: Tensor) -> Tensor:
+    def run(
+        weights: ExpertWeights, x_TD: Tensor, choices_TC: Tensor, weights_TC: Tensor, shared: float = 0.0
+    ) -> Tensor:
         if weights.down.shape[1] != x_TD.shape[1]:
             raise UserError(
                 f"experts_implementation: {name!r} needs experts whose output is as wide as their input, found "
@@ -180,7 +205,7 @@ def _of_transformers(name: str) -> Function:
         if name == "deepgemm" and torch.is_grad_enabled() and weights.down.requires_grad:
             raise UserError("experts_implementation: 'deepgemm' has no gradients; use 'auto' for training")
         try:
-            return function(weights, x_TD, selected_TK, routing_TK)
+            return function(weights, x_TD, *_with_shared(weights, choices_TC, weights_TC, shared))
         except (ImportError, ValueError) as error:
             raise UserError(f"experts_implementation: {name!r} cannot run here: {error}") from error
 

@@ -2,11 +2,11 @@
 and the two nodes that weigh and sum them with their gradients written out.
 
 Every mean over tokens is taken within a sequence first, then over the sequences of the global batch; `TokenGroups`
-carries both, so padding has no weight and any cut into micro-batches gives the same sum. All inputs are float32. These
-tensors are small, so that what they cost a GPU is the number of operators, which its host launches one by one: a mean
-over tokens is one product with weights made once a forward, and each step's losses are one node, whose backward takes 7
-operators where autograd would take 20. Suffixes: S sequences, T tokens, E experts, K chosen. CompeteSMoE, arXiv
-2505.13380, section 3.
+carries both, so padding has no weight and any cut into micro-batches gives the same sum. All inputs are float32, of one
+layer or of L side by side ([T, L, E]; a loss is then [L]). These tensors are small, so that what they cost a GPU is the
+number of operators, which its host launches one by one: a mean over tokens is one product with weights made once a
+forward, all layers' losses are one node, whose backward takes 8 operators where autograd would take 20 a layer.
+Suffixes: S sequences, T tokens, L layers, E experts, K chosen. CompeteSMoE, arXiv 2505.13380, section 3.
 """
 
 from __future__ import annotations
@@ -28,21 +28,28 @@ def balance_loss(probs_TE: Tensor, choices_TC: Tensor, groups: TokenGroups) -> T
     return _balance(probs_TE, _shares(choices_TC, probs_TE, groups), groups)
 
 
-def _shares(choices_TC: Tensor, like_TE: Tensor, groups: TokenGroups) -> Tensor:
-    """[S, E]: E times each expert's mean share of a sequence's choices."""
-    marks_TE = torch.zeros_like(like_TE).scatter_(1, choices_TC, like_TE.shape[1] / choices_TC.shape[1])
-    return groups.sequence_weights_ST @ marks_TE
+def _shares(choices_TLC: Tensor, like_TLE: Tensor, groups: TokenGroups) -> Tensor:
+    """[S, L, E]: E times each expert's mean share of a sequence's choices."""
+    share = like_TLE.shape[-1] / choices_TLC.shape[-1]
+    return _by_sequence(groups.sequence_weights_ST, torch.zeros_like(like_TLE).scatter_(-1, choices_TLC, share))
 
 
-def _balance(probs_TE: Tensor, shares_SE: Tensor, groups: TokenGroups) -> Tensor:
-    return torch.dot((groups.global_weights_ST @ probs_TE).flatten(), shares_SE.flatten())
+def _by_sequence(weights_ST: Tensor, values_TLE: Tensor) -> Tensor:
+    return (weights_ST @ values_TLE.flatten(1)).unflatten(1, values_TLE.shape[1:])
 
 
-def _balance_backward(grad: Tensor, coef: float, probs_TE: Tensor, shares_SE: Tensor, groups: TokenGroups) -> Tensor:
-    """Gradient of what `probs_TE` is the softmax of."""
-    with without_autocast(grad.device.type):  # a backward may run under the caller's
-        grad_TE = torch.addmm(probs_TE, groups.global_weights_ST.t(), shares_SE * grad, beta=0, alpha=coef)
-    return torch._softmax_backward_data(grad_TE, probs_TE, -1, probs_TE.dtype)
+def _balance(probs_TLE: Tensor, shares_SLE: Tensor, groups: TokenGroups) -> Tensor:
+    return (_by_sequence(groups.global_weights_ST, probs_TLE) * shares_SLE).sum((0, -1))
+
+
+def _balance_backward(
+    grad_L: Tensor, coef: float, probs_TLE: Tensor, shares_SLE: Tensor, groups: TokenGroups
+) -> Tensor:
+    """Gradient of what `probs_TLE` is the softmax of."""
+    shares_SF, probs_TF = (shares_SLE * grad_L[:, None]).flatten(1), probs_TLE.flatten(1)
+    with without_autocast(grad_L.device.type):  # a backward may run under the caller's
+        grad_TF = torch.addmm(probs_TF, groups.global_weights_ST.t(), shares_SF, beta=0, alpha=coef)
+    return torch._softmax_backward_data(grad_TF.view_as(probs_TLE), probs_TLE, -1, probs_TLE.dtype)
 
 
 def router_z_loss(logits_TE: Tensor, groups: TokenGroups) -> Tensor:
@@ -63,7 +70,7 @@ def distillation_loss(squared_TE: Tensor, groups: TokenGroups) -> Tensor:
 
 def winner_distillation_loss(squared_TE: Tensor, winners_TK: Tensor, groups: TokenGroups) -> Tensor:
     """The same mean over the winners of the competition only."""
-    return _token_mean(squared_TE.gather(1, winners_TK).mean(-1), groups)
+    return _token_mean(squared_TE.gather(-1, winners_TK).mean(-1), groups)
 
 
 def diversity_loss(diversity_T: Tensor, groups: TokenGroups) -> Tensor:
@@ -71,12 +78,12 @@ def diversity_loss(diversity_T: Tensor, groups: TokenGroups) -> Tensor:
     return _token_mean(diversity_T, groups)
 
 
-def _token_mean(values_T: Tensor, groups: TokenGroups) -> Tensor:
-    return torch.dot(groups.token_weights_T, values_T)
+def _token_mean(values_TL: Tensor, groups: TokenGroups) -> Tensor:
+    return groups.token_weights_T @ values_TL
 
 
 class RouterLosses(NamedTuple):
-    """Scalars; only `aux_loss`, the others times their coefficients, has a gradient."""
+    """[L] each; only `aux_loss`, the others times their coefficients, has a gradient."""
 
     aux_loss: Tensor
     balance_loss: Tensor
@@ -84,7 +91,7 @@ class RouterLosses(NamedTuple):
 
 
 class CompetitionLosses(NamedTuple):
-    """Scalars; only `aux_loss`, the others times their coefficients, has a gradient."""
+    """[L] each; only `aux_loss`, the others times their coefficients, has a gradient."""
 
     aux_loss: Tensor
     distillation_loss: Tensor
@@ -94,59 +101,59 @@ class CompetitionLosses(NamedTuple):
 
 
 def router_losses(
-    logits_TE: Tensor, scores_TE: Tensor, choices_TC: Tensor, groups: TokenGroups, coefs: dict[str, float]
+    logits_TLE: Tensor, scores_TLE: Tensor, choices_TLC: Tensor, groups: TokenGroups, coefs: dict[str, float]
 ) -> RouterLosses:
     """Of a router step; the balance is that of softmax(scores), with the choices that count."""
-    scores = None if scores_TE is logits_TE else scores_TE
-    return RouterLosses(*_RouterLosses.apply(logits_TE, scores, choices_TC, groups, coefs))
+    scores = None if scores_TLE is logits_TLE else scores_TLE
+    return RouterLosses(*_RouterLosses.apply(logits_TLE, scores, choices_TLC, groups, coefs))
 
 
 class _RouterLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        logits_TE: Tensor,
-        scores_TE: Tensor | None,
-        choices_TC: Tensor,
+        logits_TLE: Tensor,
+        scores_TLE: Tensor | None,
+        choices_TLC: Tensor,
         groups: TokenGroups,
         coefs: dict[str, float],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        probs_TE = (logits_TE if scores_TE is None else scores_TE).softmax(-1)
-        shares_SE = _shares(choices_TC, probs_TE, groups)
-        balance = _balance(probs_TE, shares_SE, groups)
-        sums_T = _logsumexp(logits_TE)
-        weighted_T = sums_T * groups.token_weights_T
-        z = torch.dot(weighted_T, sums_T)
-        ctx.save_for_backward(None if scores_TE is None else logits_TE, probs_TE, shares_SE, weighted_T)
+        probs_TLE = (logits_TLE if scores_TLE is None else scores_TLE).softmax(-1)
+        shares_SLE = _shares(choices_TLC, probs_TLE, groups)
+        balance_L = _balance(probs_TLE, shares_SLE, groups)
+        sums_TL = _logsumexp(logits_TLE)
+        z_L = _token_mean(sums_TL.square(), groups)
+        ctx.save_for_backward(None if scores_TLE is None else logits_TLE, probs_TLE, shares_SLE, sums_TL)
         ctx.groups, ctx.coefs = groups, coefs
-        ctx.mark_non_differentiable(balance, z)
+        ctx.mark_non_differentiable(balance_L, z_L)
         ctx.set_materialize_grads(False)
-        return _weighted_sum(coefs, balance_loss=balance, router_z_loss=z), balance, z
+        return _weighted_sum(coefs, balance_loss=balance_L, router_z_loss=z_L), balance_L, z_L
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_L: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """dz/dr = 2 x token weight x logsumexp(r) x softmax(r)."""
-        if grad is None:
+        if grad_L is None:
             return None, None, None, None, None
-        logits_TE, probs_TE, shares_SE, weighted_T = ctx.saved_tensors
-        of_scores_TE = _balance_backward(grad, ctx.coefs["balance_loss"], probs_TE, shares_SE, ctx.groups)
-        scale_T1, twice = (weighted_T * grad)[:, None], 2 * ctx.coefs["router_z_loss"]
-        if logits_TE is None:
-            return of_scores_TE.addcmul_(probs_TE, scale_T1, value=twice), None, None, None, None
-        return logits_TE.softmax(-1).mul_(scale_T1 * twice), of_scores_TE, None, None, None
+        logits_TLE, probs_TLE, shares_SLE, sums_TL = ctx.saved_tensors
+        of_scores_TLE = _balance_backward(grad_L, ctx.coefs["balance_loss"], probs_TLE, shares_SLE, ctx.groups)
+        scale_TL1 = (ctx.groups.token_weights_T[:, None] * grad_L).mul_(sums_TL).unsqueeze(-1)
+        twice = 2 * ctx.coefs["router_z_loss"]
+        if logits_TLE is None:
+            return of_scores_TLE.addcmul_(probs_TLE, scale_TL1, value=twice), None, None, None, None
+        return logits_TLE.softmax(-1).mul_(scale_TL1 * twice), of_scores_TLE, None, None, None
 
 
 def competition_losses(
-    logits_TE: Tensor,
-    affinity_TE: Tensor,
-    winners_TK: Tensor,
-    counted_TC: Tensor,
-    diversity_T: Tensor,
+    logits_TLE: Tensor,
+    affinity_TLE: Tensor,
+    winners_TLK: Tensor,
+    counted_TLC: Tensor,
+    diversity_TL: Tensor,
     groups: TokenGroups,
     coefs: dict[str, float],
 ) -> CompetitionLosses:
-    """Of a competition step; `counted_TC`: the winners that count for the balance."""
-    tensors = (logits_TE, affinity_TE, winners_TK, counted_TC, diversity_T)
+    """Of a competition step; `counted_TLC`: the winners that count for the balance."""
+    tensors = (logits_TLE, affinity_TLE, winners_TLK, counted_TLC, diversity_TL)
     return CompetitionLosses(*_CompetitionLosses.apply(*tensors, groups, coefs))
 
 
@@ -156,49 +163,49 @@ class _CompetitionLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        logits_TE: Tensor,
-        affinity_TE: Tensor,
-        winners_TK: Tensor,
-        counted_TC: Tensor,
-        diversity_T: Tensor,
+        logits_TLE: Tensor,
+        affinity_TLE: Tensor,
+        winners_TLK: Tensor,
+        counted_TLC: Tensor,
+        diversity_TL: Tensor,
         groups: TokenGroups,
         coefs: dict[str, float],
     ) -> tuple[Tensor, ...]:
-        p_TE, q_TE = logits_TE.softmax(-1), affinity_TE.softmax(-1)
-        difference_TE = p_TE - q_TE
-        squared_TE = difference_TE.square()
-        shares_SE = _shares(counted_TC, q_TE, groups)
+        p_TLE, q_TLE = logits_TLE.softmax(-1), affinity_TLE.softmax(-1)
+        difference_TLE = p_TLE - q_TLE
+        squared_TLE = difference_TLE.square()
+        shares_SLE = _shares(counted_TLC, q_TLE, groups)
         terms = {
-            "distillation_loss": distillation_loss(squared_TE, groups),
-            "winner_distillation_loss": winner_distillation_loss(squared_TE, winners_TK, groups),
-            "diversity_loss": diversity_loss(diversity_T, groups),
-            "balance_loss": _balance(q_TE, shares_SE, groups),
+            "distillation_loss": distillation_loss(squared_TLE, groups),
+            "winner_distillation_loss": winner_distillation_loss(squared_TLE, winners_TLK, groups),
+            "diversity_loss": diversity_loss(diversity_TL, groups),
+            "balance_loss": _balance(q_TLE, shares_SLE, groups),
         }
         # A logit of -inf would have a probability of 0 and a finite loss: a broken router must show.
-        aux_loss = torch.add(_weighted_sum(coefs, **terms), logits_TE.sum(), alpha=0)
-        ctx.save_for_backward(p_TE, q_TE, difference_TE, winners_TK, shares_SE)
+        aux_loss_L = torch.add(_weighted_sum(coefs, **terms), logits_TLE.sum((0, -1)), alpha=0)
+        ctx.save_for_backward(p_TLE, q_TLE, difference_TLE, winners_TLK, shares_SLE)
         ctx.groups, ctx.coefs = groups, coefs
         ctx.mark_non_differentiable(*terms.values())
         ctx.set_materialize_grads(False)
-        return aux_loss, *terms.values()
+        return aux_loss_L, *terms.values()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if grad is None:
+    def backward(ctx: Any, grad_L: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_L is None:
             return (None,) * 7
-        p_TE, q_TE, difference_TE, winners_TK, shares_SE = ctx.saved_tensors
-        coefs, weights_T = ctx.coefs, ctx.groups.token_weights_T * grad
+        p_TLE, q_TLE, difference_TLE, winners_TLK, shares_SLE = ctx.saved_tensors
+        coefs, weights_TL = ctx.coefs, ctx.groups.token_weights_T[:, None] * grad_L
         # d/dp of c · mean over E of (p - q)² + c' · mean over the K winners of (p - q)².
-        everywhere = 2 * coefs["distillation_loss"] / p_TE.shape[1]
-        at_winners = everywhere + 2 * coefs["winner_distillation_loss"] / winners_TK.shape[1]
-        slope_TE = torch.full_like(p_TE, everywhere).scatter_(1, winners_TK, at_winners)
-        grad_p_TE = slope_TE.mul_(difference_TE).mul_(weights_T[:, None])
+        everywhere = 2 * coefs["distillation_loss"] / p_TLE.shape[-1]
+        at_winners = everywhere + 2 * coefs["winner_distillation_loss"] / winners_TLK.shape[-1]
+        slope_TLE = torch.full_like(p_TLE, everywhere).scatter_(-1, winners_TLK, at_winners)
+        grad_p_TLE = slope_TLE.mul_(difference_TLE).mul_(weights_TL[:, :, None])
         return (
-            torch._softmax_backward_data(grad_p_TE, p_TE, -1, p_TE.dtype),
-            _balance_backward(grad, coefs["balance_loss"], q_TE, shares_SE, ctx.groups),
+            torch._softmax_backward_data(grad_p_TLE, p_TLE, -1, p_TLE.dtype),
+            _balance_backward(grad_L, coefs["balance_loss"], q_TLE, shares_SLE, ctx.groups),
             None,
             None,
-            weights_T * coefs["diversity_loss"],
+            weights_TL * coefs["diversity_loss"],
             None,
             None,
         )

@@ -23,6 +23,7 @@ class Pairs(NamedTuple):
     row_P: Tensor  # 0, 1, ...
     place_TK: Tensor  # where each pair went: the inverse of `order_P`
     ends_E: Tensor  # int32: expert e's rows are ends[e - 1]:ends[e]
+    experts_E: Tensor  # 0, 1, ... in the dtype of `expert_P`
 
     @classmethod
     def sort(cls, selected_TK: Tensor, num_experts: int) -> Pairs:
@@ -36,7 +37,13 @@ class Pairs(NamedTuple):
         experts_E = torch.arange(num_experts, device=order_P.device, dtype=keys_P.dtype)
         # Ends by bisection: counting (bincount, unique) would read the number of experts' rows on the host.
         ends_E = torch.searchsorted(expert_P, experts_E, right=True, out_int32=True)
-        return cls(expert_P, order_P, order_P // num_choices, row_P, place_TK, ends_E)
+        return cls(expert_P, order_P, order_P // num_choices, row_P, place_TK, ends_E, experts_E)
+
+    def marks(self, dtype: torch.dtype) -> Tensor:
+        """[P, E]: 1 at each pair's expert. A product with it adds a row by expert, its transpose sums by expert."""
+        shape = len(self.expert_P), len(self.experts_E)
+        marks_PE = torch.empty(shape, dtype=dtype, device=self.expert_P.device)
+        return torch.eq(self.expert_P[:, None], self.experts_E, out=marks_PE)
 
 
 def is_gpu(tensor: Tensor) -> bool:

@@ -21,16 +21,33 @@ COSINE_TEMPERATURE = 0.3
 COSINE_NORM = 1.5
 XMOE_EPS = 1e-4
 PERTURBATION = 0.1
+SHARED_WEIGHT = 0.5
 
 
 class Routing(NamedTuple):
-    """What a router says of each token; float32, indices int64."""
+    """What a router says of each token; float32, indices int64.
+
+    scores_TR: what `probs_TR` is the softmax of. choices_TC: routed experts, best first. weights_TC: theirs, sum 1.
+    shared_weight: 0, or how much expert R, which every token runs, weighs in the output; the choices weigh the rest.
+    """
 
     logits_TR: Tensor
-    scores_TR: Tensor  # what `probs_TR` is the softmax of
-    choices_TC: Tensor  # routed experts, best first
-    selected_experts_TK: Tensor  # the experts to run: the choices, and the shared expert if there is one
-    routing_weights_TK: Tensor  # what multiplies their outputs; sums to 1
+    scores_TR: Tensor
+    choices_TC: Tensor
+    weights_TC: Tensor
+    shared_weight: float = 0.0
+
+    @property
+    def selected_experts_TK(self) -> Tensor:
+        """All experts to run: the choices, and the shared expert if there is one."""
+        return with_shared(self.choices_TC, self.logits_TR.shape[1]) if self.shared_weight else self.choices_TC
+
+    @property
+    def routing_weights_TK(self) -> Tensor:
+        """What multiplies their outputs; sums to 1."""
+        if not self.shared_weight:
+            return self.weights_TC
+        return with_shared((1 - self.shared_weight) * self.weights_TC, self.shared_weight)
 
     @property
     def probs_TR(self) -> Tensor:
@@ -39,9 +56,33 @@ class Routing(NamedTuple):
         return self.scores_TR.softmax(-1)
 
 
+def with_shared(values_TC: Tensor, value: float) -> Tensor:
+    """A further column of one value."""
+    return torch.cat([values_TC, torch.full_like(values_TC[:, :1], value)], dim=1)
+
+
 def top_experts(scores_TE: Tensor, count: int) -> Tensor:
     """Indices [T, count] of the largest scores, best first; ties go to the lowest index, NaN comes first."""
     return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+class _TopWeights(torch.autograd.Function):
+    """log scores [T, R] -> `top_experts` and the softmax over their scores [T, C], which the sort has found already."""
+
+    @staticmethod
+    def forward(ctx: Any, log_scores_TR: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        ordered = torch.sort(log_scores_TR, dim=-1, descending=True, stable=True)
+        choices_TC, weights_TC = ordered.indices[:, :count], ordered.values[:, :count].softmax(-1)
+        ctx.save_for_backward(choices_TC, weights_TC)
+        ctx.num_routed = log_scores_TR.shape[1]
+        ctx.mark_non_differentiable(choices_TC)
+        return choices_TC, weights_TC
+
+    @staticmethod
+    def backward(ctx: Any, _: None, grad_TC: Tensor) -> tuple[Tensor, None]:
+        choices_TC, weights_TC = ctx.saved_tensors
+        of_chosen_TC = torch._softmax_backward_data(grad_TC, weights_TC, -1, weights_TC.dtype)
+        return grad_TC.new_zeros(len(grad_TC), ctx.num_routed).scatter_(1, choices_TC, of_chosen_TC), None
 
 
 class _Direction(torch.autograd.Function):
@@ -117,9 +158,7 @@ class Router(nn.Module):
         Given as logarithms (up to a constant of the token), for then scores that underflow still differ, and a single
         choice has a weight of exactly 1 and a gradient of exactly 0.
         """
-        choices_TC = top_experts(log_scores_TR, self.num_choices)
-        weights_TC = log_scores_TR.gather(1, choices_TC).softmax(-1)
-        return Routing(logits_TR, logits_TR, choices_TC, choices_TC, weights_TC)
+        return Routing(logits_TR, logits_TR, *_TopWeights.apply(log_scores_TR, self.num_choices))
 
 
 class SoftmaxRouter(Router):
@@ -161,9 +200,7 @@ class XMoeRouter(Router):
     def route(self, logits_TR: Tensor) -> Routing:
         scores_TR = logits_TR / COSINE_TEMPERATURE
         probs_TR = scores_TR.softmax(-1)
-        choices_TC = top_experts(probs_TR, self.num_choices)
-        weights_TC = probs_TR.gather(1, choices_TC).softmax(-1)
-        return Routing(logits_TR, scores_TR, choices_TC, choices_TC, weights_TC)
+        return Routing(logits_TR, scores_TR, *_TopWeights.apply(probs_TR, self.num_choices))
 
 
 class PerturbedCosineRouter(XMoeRouter):
@@ -182,13 +219,7 @@ class _SharedExpert(Router):
     num_shared = 1
 
     def renormalised(self, logits_TR: Tensor, log_scores_TR: Tensor) -> Routing:
-        routing = super().renormalised(logits_TR, log_scores_TR)
-        shared_T1 = torch.full_like(routing.choices_TC[:, :1], self.num_routed)
-        half_T1 = torch.full_like(logits_TR[:, :1], 0.5)
-        return routing._replace(
-            selected_experts_TK=torch.cat([routing.choices_TC, shared_T1], dim=1),
-            routing_weights_TK=torch.cat([0.5 * routing.routing_weights_TK, half_T1], dim=1),
-        )
+        return super().renormalised(logits_TR, log_scores_TR)._replace(shared_weight=SHARED_WEIGHT)
 
 
 class SharedSoftmaxRouter(_SharedExpert, SoftmaxRouter):

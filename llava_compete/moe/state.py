@@ -2,21 +2,21 @@
 
 The model's forward calls `begin` before a part runs and is inside `recording()`; a trainer callback sets `competing`
 once an optimizer step. Recomputation under gradient checkpointing happens after `recording()` has ended, maybe after
-other forwards: inside `checkpoint_contexts` blocks then do the same arithmetic, since groups and modes are those of
-their forward, but leave no second record. Nothing here is saved.
+other forwards: inside `checkpoint_contexts` blocks then do the same arithmetic, since modes are those of their forward,
+but leave no second record. Nothing here is saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from llava_compete.moe.precision import without_autocast
+if TYPE_CHECKING:
+    from llava_compete.moe.records import LayerStack, RoutingRecord
 
 
 class TokenGroups:
@@ -64,104 +64,6 @@ class TokenGroups:
         return cls(torch.zeros(1, num_tokens, device=device), torch.ones((), device=device))
 
 
-@dataclass
-class RoutingMetrics:
-    """Sums over a layer's counted tokens, detached and on device; sums of several (`+`, all-reduce) stay valid.
-
-    load_E counts all K choices of the output actually computed; margin is the router's probability of its last
-    chosen expert minus that of the best expert left out; dropped counts choices that add nothing to their token's
-    output, for their weight is 0; recall counts winners that the router's top-K also has.
-    """
-
-    tokens: Tensor
-    load_E: Tensor
-    entropy_sum: Tensor
-    margin_sum: Tensor
-    dropped: Tensor
-    recall_sum: Tensor
-    competition_tokens: Tensor
-
-    def __add__(self, other: RoutingMetrics) -> RoutingMetrics:
-        return RoutingMetrics(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def vector(self) -> Tensor:
-        """All sums in one float32 vector [6 + E], to reduce over ranks in one collective."""
-        return torch.cat([getattr(self, field.name).reshape(-1) for field in fields(self)])
-
-    @classmethod
-    def from_vector(cls, vector: Tensor) -> RoutingMetrics:
-        """The inverse of `vector`."""
-        return cls(vector[0], vector[1:-5], *vector[-5:])
-
-    def summary(self) -> dict[str, float | list[float] | None]:
-        """Means for a log line (synchronises with the device: once a logging step). Without tokens all are None."""
-        tokens, competed = float(self.tokens), float(self.competition_tokens)
-        load = [float(count) for count in self.load_E]
-        choices = sum(load)
-        return {
-            "expert_load": [count / choices for count in load] if choices else None,
-            "router_entropy": float(self.entropy_sum) / tokens if tokens else None,
-            "router_margin": float(self.margin_sum) / tokens if tokens else None,
-            "dropped": float(self.dropped),
-            "router_agreement": float(self.recall_sum) / competed if competed else None,
-        }
-
-
-@dataclass
-class RoutingObservation:
-    """What `RoutingMetrics` are computed from, detached: the softmax's scores, the router's choices, and the experts
-    that were used with their weights (on a competition step the winners)."""
-
-    scores_TR: Tensor
-    choices_TC: Tensor
-    used_TK: Tensor
-    weights_TK: Tensor
-    num_experts: int
-    competed: bool
-    groups: TokenGroups
-
-    @torch.no_grad()
-    def metrics(self) -> RoutingMetrics:
-        """All sums over counted tokens by one product of [T] with a column for each sum."""
-        with without_autocast(self.scores_TR.device.type):
-            probs_TR, groups = self.scores_TR.softmax(-1), self.groups
-            used_TE = probs_TR.new_zeros(len(probs_TR), self.num_experts).scatter_(1, self.used_TK, 1.0)
-            left_out_T1 = probs_TR.scatter(1, self.choices_TC, 0.0).amax(-1, keepdim=True)
-            columns = [
-                used_TE,
-                torch.special.entr(probs_TR).sum(-1, keepdim=True),
-                probs_TR.gather(1, self.choices_TC[:, -1:]) - left_out_T1,
-                (self.weights_TK == 0).sum(-1, keepdim=True, dtype=probs_TR.dtype),
-            ]
-            if self.competed:  # winners that the router's choice also has
-                columns.append(used_TE.gather(1, self.choices_TC).mean(-1, keepdim=True))
-            sums = groups.counted_T @ torch.cat(columns, 1)
-        load_E, rest = sums[: self.num_experts], sums[self.num_experts :]
-        return RoutingMetrics(
-            tokens=groups.num_counted,
-            load_E=load_E,
-            entropy_sum=rest[0],
-            margin_sum=rest[1],
-            dropped=rest[2],
-            recall_sum=rest[3] if self.competed else groups.none,
-            competition_tokens=groups.num_counted if self.competed else groups.none,
-        )
-
-
-@dataclass
-class RoutingRecord:
-    """One layer's forward: `aux_loss`, with gradient, is the sum of `losses` (unscaled) times their coefficients."""
-
-    losses: dict[str, Tensor]
-    aux_loss: Tensor
-    observation: RoutingObservation
-
-    @property
-    def metrics(self) -> RoutingMetrics:
-        """Computed when read: a dozen operators, which a step that nobody looks at does without."""
-        return self.observation.metrics()
-
-
 class RoutingState:
     """One per model, held by every block of it; a plain object, so it never enters a state dict."""
 
@@ -171,6 +73,8 @@ class RoutingState:
         self._competes: dict[str, bool] = {}
         self.competition_enabled = False
         self.records: dict[str, RoutingRecord] = {}
+        # The same by layers that took the same kind of step, once a model's forward has put them side by side.
+        self.stacks: dict[tuple[str, ...], LayerStack] = {}
         # Of the layers whose experts' usual answers are kept: sums of what they said in this forward (answers.py).
         self.answers: dict[str, Tensor] = {}
         self.groups: dict[str, TokenGroups] = {}
@@ -197,7 +101,7 @@ class RoutingState:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Drop the last forward's records; inside, each block leaves one under its name."""
-        self.records, self.answers = {}, {}
+        self.records, self.stacks, self.answers = {}, {}, {}
         self.is_recording, self.recording_gradients = True, torch.is_grad_enabled()
         try:
             yield
@@ -211,8 +115,8 @@ class RoutingState:
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """`context_fn` of torch's checkpoint: the recomputation sees the state as its forward, now, sees it.
 
-        Without this the blocks of a first forward would be recomputed with the second one's groups and competitions,
-        and their routers get wrong gradients.
+        Without this the blocks of a first forward would be recomputed with the second one's competitions, and get
+        wrong gradients.
         """
         return nullcontext(), _Recomputation(self)
 
@@ -232,11 +136,11 @@ class _Recomputation(AbstractContextManager[None]):
         self._state = state
         self._then = self._moment()
 
-    def _moment(self) -> tuple[dict[str, TokenGroups], frozenset[str], bool]:
-        return dict(self._state.groups), self._state.competing, self._state.competition_enabled
+    def _moment(self) -> tuple[frozenset[str], bool]:
+        return self._state.competing, self._state.competition_enabled
 
-    def _restore(self, moment: tuple[dict[str, TokenGroups], frozenset[str], bool]) -> None:
-        self._state.groups, self._state.competing, self._state.competition_enabled = moment
+    def _restore(self, moment: tuple[frozenset[str], bool]) -> None:
+        self._state.competing, self._state.competition_enabled = moment
 
     def __enter__(self) -> None:
         self._now = self._moment()

@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.moe.competition import Contest
 from llava_compete.moe.experts import ExpertsOutput, PackedExperts
+from llava_compete.moe.routers import with_shared
 
 
 @dataclass(frozen=True)
@@ -210,13 +211,16 @@ def _stand_ins(asking: _Asking) -> Iterator[None]:
 def _expert_products(
     experts: PackedExperts,
     x_TD: Tensor,
-    selected_TK: Tensor | None = None,
-    weights_TK: Tensor | None = None,
-    **_: Any,
+    choices_TC: Tensor | None = None,
+    weights_TC: Tensor | None = None,
+    *_: Any,
+    shared_weight: float = 0.0,
+    **__: Any,
 ) -> ExpertsOutput:
     """The products of a router step (K experts a token) or of a competition (all E), and what they keep."""
-    if weights_TK is None:
+    if weights_TC is None:
         return _competition(experts, x_TD)
+    weights_TK = with_shared(weights_TC, shared_weight) if shared_weight else weights_TC
     return ExpertsOutput(_chosen_experts(experts, x_TD, weights_TK), None)
 
 
@@ -242,15 +246,53 @@ def _chosen_experts(experts: PackedExperts, x_TD: Tensor, weights_TK: Tensor) ->
 
 
 def _competition(experts: PackedExperts, x_TD: Tensor) -> ExpertsOutput:
-    up_TEM = F.linear(x_TD, experts.up.flatten(0, 1)).unflatten(-1, (experts.num_experts, -1))
-    hidden_ETI = _activate(experts, up_TEM).transpose(0, 1)
-    y_ETO = torch.bmm(hidden_ETI, experts.down_proj.transpose(1, 2))
-    # Softplus keeps y; the sigmoid stands for the gradient of y's size that a backward begins with.
-    affinity_ET = (F.softplus(y_ETO) + y_ETO.sigmoid()).mean(-1)
-    won_KTO = y_ETO[: experts.num_winners].clone()
+    if experts.kept == "everything":
+        affinity_ET, won_KTO = _responses(experts, _all_up(x_TD, experts.up), experts.down_proj)
+    else:
+        affinity_ET, won_KTO = _RecomputedCompetition.apply(x_TD, experts.up, experts.down_proj, experts)
     output_TO = (won_KTO * affinity_ET[: experts.num_winners].unsqueeze(-1)).sum(0)
     # Where nothing is recorded, only the output is read.
     return ExpertsOutput(output_TO, Contest._make([affinity_ET] * len(Contest._fields)))
+
+
+def _all_up(x_TD: Tensor, up_EMD: Tensor) -> Tensor:
+    return F.linear(x_TD, up_EMD.flatten(0, 1)).unflatten(-1, up_EMD.shape[:2])
+
+
+def _responses(experts: PackedExperts, up_TEM: Tensor, down_EOI: Tensor) -> tuple[Tensor, Tensor]:
+    """Affinities [E, T] and as many outputs as win [K, T, O]."""
+    y_ETO = torch.bmm(_activate(experts, up_TEM).transpose(0, 1), down_EOI.transpose(1, 2))
+    # Softplus keeps y; the sigmoid stands for the gradient of y's size that a backward begins with.
+    return (F.softplus(y_ETO) + y_ETO.sigmoid()).mean(-1), y_ETO[: experts.num_winners].clone()
+
+
+class _RecomputedCompetition(torch.autograd.Function):
+    """`_responses` of tokens where little is kept (`competition_keeps`): the rest is computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, up_EMD: Tensor, down_EOI: Tensor, experts: PackedExperts
+    ) -> tuple[Tensor, Tensor]:
+        up_TEM = _all_up(x_TD, up_EMD)
+        ctx.save_for_backward(x_TD, up_EMD, down_EOI, up_TEM if experts.kept == "pre_activations" else None)
+        ctx.experts = experts
+        return _responses(experts, up_TEM, down_EOI)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor, grad_won_KTO: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, up_EMD, down_EOI, up_TEM = ctx.saved_tensors
+        x_wanted, up_wanted, down_wanted, _ = ctx.needs_input_grad
+        up_TEM = _all_up(x_TD, up_EMD) if up_TEM is None else up_TEM
+        hidden_ETI = _activate(ctx.experts, up_TEM).transpose(0, 1)
+        grad_y_ETO = torch.bmm(hidden_ETI, down_EOI.transpose(1, 2))
+        torch.bmm(grad_y_ETO, down_EOI)
+        grad_up_TF = up_TEM.flatten(1)
+        return (
+            grad_up_TF @ up_EMD.flatten(0, 1) if x_wanted else None,
+            (grad_up_TF.t() @ x_TD).view_as(up_EMD) if up_wanted else None,
+            torch.bmm(grad_y_ETO.transpose(1, 2), hidden_ETI) if down_wanted else None,
+            None,
+        )
 
 
 def _activate(experts: PackedExperts, up: Tensor) -> Tensor:

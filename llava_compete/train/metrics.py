@@ -13,7 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llava_compete.moe.state import RoutingMetrics, RoutingRecord
+from llava_compete.moe.metrics import RoutingMetrics
+from llava_compete.moe.records import LayerStack
+from llava_compete.parts import PARTS
+
+Layers = tuple[str, ...]
 
 
 class StepMetrics:
@@ -25,21 +29,26 @@ class StepMetrics:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._step: dict[str, Tensor] = {}
-        self._step_routing: dict[str, RoutingMetrics] = {}
-        self._layer_aux: dict[str, Tensor] = {}
+        # By names of layers side by side, one row a layer: a few operators for all of them, each micro-batch.
+        self._step_routing: dict[Layers, Tensor] = {}
+        self._layer_aux: dict[Layers, Tensor] = {}
         self._terms: dict[str, Tensor] = {}
         self._steps_with: dict[str, int] = {}
-        self._routing: dict[str, RoutingMetrics] = {}
-        # Choices that each expert of a layer got on this rank in the last step; none if it was bad.
-        self.last_loads: dict[str, Tensor] = {}
+        self._routing: dict[Layers, Tensor] = {}
+        self._last_routing: dict[Layers, Tensor] = {}
 
-    def add_forward(self, terms: Mapping[str, Tensor], records: Mapping[str, RoutingRecord]) -> None:
-        """Add one micro-batch: loss terms by name (scalars) and the routing records by layer."""
+    def add_forward(self, terms: Mapping[str, Tensor], stacks: Mapping[Layers, LayerStack]) -> None:
+        """Add one micro-batch: loss terms by name (scalars) and the routing records, by names of layers."""
         for name, value in terms.items():
             _add(self._step, name, value.detach().float())
-        for layer, record in records.items():
-            _add(self._step_routing, layer, record.metrics)
-            _add(self._layer_aux, layer, record.aux_loss.detach())
+        for names, stack in stacks.items():
+            _add(self._step_routing, names, stack.sums_LM)
+            _add(self._layer_aux, names, stack.aux_loss_L.detach())
+
+    @property
+    def last_loads(self) -> dict[str, Tensor]:
+        """Choices that each expert of a layer got on this rank in the last step; none if it was bad."""
+        return {layer: RoutingMetrics.from_vector(sums_M).load_E for layer, sums_M in _by_layer(self._last_routing)}
 
     def end_step(self, *, bad: bool) -> list[str]:
         """Close an optimizer step; a bad one is left out of the means.
@@ -48,17 +57,17 @@ class StepMetrics:
             what was not finite on this rank, empty for a good step: the first layer in forward order, then loss terms.
         """
         culprits: list[str] = []
-        self.last_loads = {} if bad else {name: metrics.load_E for name, metrics in self._step_routing.items()}
+        self._last_routing = {} if bad else dict(self._step_routing)
         if bad:
-            layers = [name for name, value in self._layer_aux.items() if not bool(torch.isfinite(value).all())]
-            culprits = [f"layer {name}" for name in layers[:1]]
+            layers = [name for name, value in _by_layer(self._layer_aux) if not bool(torch.isfinite(value))]
+            culprits = [f"layer {name}" for name in sorted(layers, key=_forward_order)[:1]]
             culprits += [name for name, value in self._step.items() if not bool(torch.isfinite(value).all())]
         else:
             for name, value in self._step.items():
                 _add(self._terms, name, value)
                 self._steps_with[name] = self._steps_with.get(name, 0) + 1
-            for layer, metrics in self._step_routing.items():
-                _add(self._routing, layer, metrics)
+            for names, sums_LM in self._step_routing.items():
+                _add(self._routing, names, sums_LM)
         for store in (self._step, self._step_routing, self._layer_aux):
             store.clear()
         return culprits
@@ -69,9 +78,12 @@ class StepMetrics:
         counters: further host numbers of this rank to sum over ranks, such as rejected rows.
         """
         names = sorted(self._terms)
-        layers = list(self._routing)
+        routing: dict[str, Tensor] = {}
+        for layer, sums_M in _by_layer(self._routing):
+            _add(routing, layer, sums_M)
+        layers = sorted(routing, key=_forward_order)
         values = [self._terms[name].reshape(1) for name in names]
-        values += [self._routing[layer].vector() for layer in layers]
+        values += [routing[layer] for layer in layers]
         values.append(torch.tensor(list(counters.values()), dtype=torch.float64))
         flat = torch.cat([value.to(self.device, torch.float64) for value in values])
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -82,8 +94,8 @@ class StepMetrics:
         }
         offset = len(names)
         for layer in layers:
-            size = self._routing[layer].vector().numel()
-            result.update(_by_layer(layer, RoutingMetrics.from_vector(numbers[offset : offset + size])))
+            size = routing[layer].numel()
+            result.update(_summary(layer, RoutingMetrics.from_vector(numbers[offset : offset + size])))
             offset += size
         result.update(zip(counters, numbers[offset:].tolist(), strict=True))
         self._terms.clear()
@@ -92,11 +104,22 @@ class StepMetrics:
         return result
 
 
-def _add(store: dict[str, Any], key: str, value: Any) -> None:
+def _add(store: dict[Any, Tensor], key: Any, value: Tensor) -> None:
     store[key] = store[key] + value if key in store else value
 
 
-def _by_layer(layer: str, sums: RoutingMetrics) -> dict[str, Any]:
+def _by_layer(rows: Mapping[Layers, Tensor]) -> Iterable[tuple[str, Tensor]]:
+    """(layer, its row) pairs; a layer has one for each group of layers that it was in."""
+    for names, rows_L in rows.items():
+        yield from zip(names, rows_L, strict=True)
+
+
+def _forward_order(layer: str) -> tuple[int, int]:
+    part, number = layer.split(".")
+    return PARTS.index(part), int(number)
+
+
+def _summary(layer: str, sums: RoutingMetrics) -> dict[str, Any]:
     """Means for the log from a layer's sums."""
     summary = sums.summary()
     return {f"{key}/{layer}": value for key, value in summary.items() if value is not None}

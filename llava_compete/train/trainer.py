@@ -228,7 +228,7 @@ class StageTrainer(Trainer):
         )
         terms = {"lm_loss": outputs.lm_loss, **outputs.loss_terms}
         terms |= {f"{part}/aux_loss": loss for part, loss in outputs.aux_losses.items()}
-        self.step_metrics.add_forward(terms, self.core_model.routing.records)
+        self.step_metrics.add_forward(terms, self.core_model.routing.stacks)
         self.answer_means.add_forward(self.core_model.routing.answers)
         loss = outputs.loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss

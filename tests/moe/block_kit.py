@@ -9,7 +9,8 @@ from torch import Tensor
 
 from llava_compete.moe.block import SparseMoeBlock
 from llava_compete.moe.config import MoeLayerConfig
-from llava_compete.moe.state import RoutingRecord, RoutingState, TokenGroups
+from llava_compete.moe.records import RoutingRecord
+from llava_compete.moe.state import RoutingState, TokenGroups
 
 SIZES = {"hidden_size": 12, "intermediate_size": 20, "activation": "gelu", "gated": False, "bias": True}
 

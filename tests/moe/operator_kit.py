@@ -1,4 +1,4 @@
-"""A dispatch mode that counts operators and refuses sums over repeated rows, in forward and backward alike."""
+"""Dispatch modes that count operators and refuse sums over repeated rows, in forward and backward alike."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Nothing runs on a device for these.
+# Nothing runs on a device for these; the last two are questions that only fake tensors are asked.
 FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "_reshape_alias"}
+FREE |= {"_unsafe_view", "squeeze_", "device", "promote_types"}
 
 
 class RepeatedRowsError(AssertionError):
     """A scatter adds to one place more than once."""
 
 
-class Operators(TorchDispatchMode):
-    """`counts` of operators by name, those that only make a view or allocate left out.
-
-    An `index_put_` that accumulates, an `index_add_` or a `scatter_add_` whose places repeat raises: on a GPU it would
-    serialise.
-    """
+class OperatorCounts(TorchDispatchMode):
+    """`counts` of operators by name, those that only make a view or allocate left out; of fake tensors too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,13 +30,25 @@ class Operators(TorchDispatchMode):
         return sum(self.counts.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = func._schema.name.split("::")[1]
-        if _adds_to_a_place_twice(name.strip("_").removesuffix("_impl"), args, kwargs):
-            raise RepeatedRowsError(name)
+        name = _name(func)
         if not (func.is_view or name in FREE):
             self.counts[name] += 1
-        return func(*args, **kwargs)
+        return func(*args, **(kwargs or {}))
+
+
+class Operators(OperatorCounts):
+    """Also raises at an `index_put_` that accumulates, an `index_add_` or a `scatter_add_` whose places repeat: on a
+    GPU it would serialise."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = _name(func)
+        if _adds_to_a_place_twice(name.strip("_").removesuffix("_impl"), args, kwargs or {}):
+            raise RepeatedRowsError(name)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _name(func: Any) -> str:
+    return func._schema.name.split("::")[1]
 
 
 def _adds_to_a_place_twice(name: str, args: Any, kwargs: Any) -> bool:

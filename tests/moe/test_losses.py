@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ COMPETITION_COEFS = {
     "diversity_loss": 0.2,
     "balance_loss": 1.1,
 }
-T, E, K = 10, 6, 2
+T, L, E, K = 10, 3, 6, 2
 
 
 def _groups() -> TokenGroups:
@@ -27,7 +29,16 @@ def _groups() -> TokenGroups:
 
 
 def _scores() -> torch.Tensor:
-    return torch.randn(T, E, dtype=torch.float64, requires_grad=True)
+    return torch.randn(T, L, E, dtype=torch.float64, requires_grad=True)
+
+
+def _layers(loss: Any, *tensors: torch.Tensor) -> torch.Tensor:
+    """A plain loss of each layer by itself, [L]."""
+    groups = _groups()
+    return torch.stack([loss(*(tensor[:, layer] for tensor in tensors), groups) for layer in range(L)])
+
+
+COTANGENT = torch.tensor([5.0, -2.0, 0.5], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("own_scores", [False, True], ids=["softmax of logits", "softmax of other scores"])
@@ -36,47 +47,49 @@ def test_router_losses(counted: int, own_scores: bool) -> None:
     groups, logits = _groups(), _scores()
     scores = _scores() if own_scores else logits
     choices = scores.topk(counted).indices
-    balance = losses.balance_loss(scores.softmax(-1), choices, groups)
-    z = losses.router_z_loss(logits, groups)
-    torch.testing.assert_close(z, (groups.token_weights_T * torch.logsumexp(logits, -1).square()).sum())
+    balance = _layers(losses.balance_loss, scores.softmax(-1), choices)
+    z = _layers(losses.router_z_loss, logits)
+    torch.testing.assert_close(z, groups.token_weights_T @ torch.logsumexp(logits, -1).square())
     expected = 0.3 * balance + 0.7 * z
     found = losses.router_losses(logits, scores, choices, groups, COEFS)
     torch.testing.assert_close((found.aux_loss, found.balance_loss, found.router_z_loss), (expected, balance, z))
     leaves = [logits, scores] if own_scores else [logits]
     torch.testing.assert_close(
-        torch.autograd.grad(5 * found.aux_loss, leaves), torch.autograd.grad(5 * expected, leaves)
+        torch.autograd.grad(found.aux_loss, leaves, COTANGENT), torch.autograd.grad(expected, leaves, COTANGENT)
     )
 
 
 @pytest.mark.parametrize("counted", [1, K])
 def test_competition_losses(counted: int) -> None:
     groups, logits, affinity = _groups(), _scores(), _scores()
-    diversity = torch.randn(T, dtype=torch.float64, requires_grad=True)
+    diversity = torch.randn(T, L, dtype=torch.float64, requires_grad=True)
     winners = affinity.topk(K).indices
     q = affinity.softmax(-1)
     squared = (logits.softmax(-1) - q.detach()).square()
     terms = {
-        "distillation_loss": losses.distillation_loss(squared, groups),
-        "winner_distillation_loss": losses.winner_distillation_loss(squared, winners, groups),
-        "diversity_loss": losses.diversity_loss(diversity, groups),
-        "balance_loss": losses.balance_loss(q, winners[:, :counted], groups),
+        "distillation_loss": _layers(losses.distillation_loss, squared),
+        "winner_distillation_loss": _layers(losses.winner_distillation_loss, squared, winners),
+        "diversity_loss": _layers(losses.diversity_loss, diversity),
+        "balance_loss": _layers(losses.balance_loss, q, winners[:, :, :counted]),
     }
     expected = sum(COMPETITION_COEFS[name] * term for name, term in terms.items())
-    tensors = (logits, affinity, winners, winners[:, :counted], diversity)
+    tensors = (logits, affinity, winners, winners[:, :, :counted], diversity)
     found = losses.competition_losses(*tensors, groups, COMPETITION_COEFS)
     torch.testing.assert_close(found._asdict(), {"aux_loss": expected, **terms})
     leaves = [logits, affinity, diversity]
     torch.testing.assert_close(
-        torch.autograd.grad(5 * found.aux_loss, leaves), torch.autograd.grad(5 * expected, leaves)
+        torch.autograd.grad(found.aux_loss, leaves, COTANGENT), torch.autograd.grad(expected, leaves, COTANGENT)
     )
 
 
-def test_a_logit_that_is_not_finite_shows() -> None:
+def test_a_logit_that_is_not_finite_shows_in_its_layer() -> None:
     groups = _groups()
     for number in (float("nan"), float("inf"), -float("inf")):
         logits = _scores().detach()
-        logits[1, 4] = number
-        choices = torch.zeros(T, 1, dtype=torch.int64)
-        assert not losses.router_losses(logits, logits, choices, groups, COEFS).aux_loss.isfinite()
-        tensors = (logits, _scores(), choices, choices, torch.zeros(T, dtype=torch.float64))
-        assert not losses.competition_losses(*tensors, groups, COMPETITION_COEFS).aux_loss.isfinite()
+        logits[1, 2, 4] = number
+        choices = torch.zeros(T, L, 1, dtype=torch.int64)
+        of_router = losses.router_losses(logits, logits, choices, groups, COEFS)
+        tensors = (logits, _scores(), choices, choices, torch.zeros(T, L, dtype=torch.float64))
+        of_competition = losses.competition_losses(*tensors, groups, COMPETITION_COEFS)
+        for found in (of_router, of_competition):
+            assert found.aux_loss.isfinite().tolist() == [True, True, False]

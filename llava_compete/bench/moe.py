@@ -28,9 +28,16 @@ from llava_compete.moe.state import RoutingState, TokenGroups
 NAME = "language.0"
 COMPETITION = "competition_step"
 RECOMPUTED, PRE_ACTIVATIONS = f"{COMPETITION}_recompute", f"{COMPETITION}_pre_activations"
-# A router step whose backward asks every expert that was not chosen, or those whose probability comes near.
-JUDGED, JUDGED_NEAR = "judged_step_all", "judged_step_margin"
-CASES = ("dense_k", "dense_e", *ROUTERS, COMPETITION, RECOMPUTED, PRE_ACTIVATIONS, JUDGED, JUDGED_NEAR)
+# A router step beside which every expert responds; one whose backward asks every expert that was not chosen, or those
+# whose probability comes near; and one where running means answer.
+TAUGHT = "taught_step"
+JUDGED: dict[str, dict[str, Any]] = {
+    "judged_step_all": {"competition_margin": 0.0},
+    "judged_step_margin": {"competition_margin": 0.8},
+    "judged_step_next": {"competition_contenders": 1},
+    "judged_step_means": {"competition_answers": "mean"},
+}
+CASES = ("dense_k", "dense_e", *ROUTERS, COMPETITION, RECOMPUTED, PRE_ACTIVATIONS, TAUGHT, *JUDGED)
 # Tokens of a chunk: on a CPU a cache holds few, on a GPU more chunks cost more launches.
 CHUNK_TOKENS = {"cpu": 256, "cuda": 4096}
 STEPS_IN_A_ROW = 5
@@ -70,7 +77,8 @@ class Kernels(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One case of one shape; `ratio` is to `floor(case)`. `kernels`: on CUDA, what ran on the device in one step."""
+    """One case of one shape; `ratio` is to `floor(case)`. `kernels`: on CUDA, what ran on the device in one step.
+    `asked`: the share of the experts not chosen that a token asked, where the loss judges."""
 
     shape: Shape
     tokens: int
@@ -79,11 +87,14 @@ class Row:
     peak_mb: float
     ratio: float
     kernels: Kernels | None = None
+    asked: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         sizes = {name: getattr(self.shape, name) for name in ("D", "I", "E", "K")}
         numbers = {"ms": self.ms, "peak_mb": self.peak_mb, "ratio": self.ratio}
         row: dict[str, Any] = {"shape": {**sizes, "tokens": self.tokens}, "case": self.case, **numbers}
+        if self.asked is not None:
+            row["asked"] = self.asked
         if self.kernels is not None:
             row |= {"kernel_ms": self.kernels.ms, "launches": self.kernels.launches, "longest": self.kernels.longest}
         return row
@@ -140,7 +151,8 @@ def measure(
         for case in names:
             ratio = medians[case] / medians[floor(case)]
             kernels = steps[case].kernels() if device.type == "cuda" and case in PROFILED else None
-            rows.append(Row(shape, tokens, case, medians[case] * 1e3, peaks[case] / 1e6, ratio, kernels))
+            asked = steps[case].asked()
+            rows.append(Row(shape, tokens, case, medians[case] * 1e3, peaks[case] / 1e6, ratio, kernels, asked))
     return rows
 
 
@@ -167,6 +179,16 @@ class _Step:
         with state.recording():
             output = self.module(self.x)
         torch.autograd.backward([output, state.records[NAME].aux_loss], [self.cotangent, None])
+        if state.answers:  # as after each optimizer step, so that means answer in the next one
+            self.module.experts.answer_means.end_step(state.answers[NAME])
+
+    def asked(self) -> float | None:
+        """Of the last step: the share of the experts not chosen that its tokens asked, where the loss judges."""
+        if not isinstance(self.module, SparseMoeBlock):
+            return None
+        share = self.module.state.records[NAME].metrics.summary()["asked_share"]
+        assert not isinstance(share, list)
+        return share
 
     def seconds(self) -> float:
         """Of one step; on a GPU of several without a pause, for training does not drain the device's queue after each
@@ -219,16 +241,18 @@ def _build(shape: Shape, case: str, device: torch.device) -> nn.Module:
         return _DenseMlps(shape, shape.K if case == "dense_k" else shape.E)
     if case.startswith(TRANSFORMERS):
         return _block_of_transformers(shape, case.removeprefix(TRANSFORMERS))
-    competes = case.startswith(COMPETITION)
+    competes = case.startswith(COMPETITION) or case == TAUGHT
     state = RoutingState()
     state.competition_enabled, state.competing = competes, frozenset({NAME} if competes else ())
     config: dict[str, Any] = {"num_experts": shape.E, "num_experts_per_tok": shape.K}
-    config["router"] = "competition" if competes or case in (JUDGED, JUDGED_NEAR) else case
+    config["router"] = "competition" if competes or case in JUDGED else case
     if case in (RECOMPUTED, PRE_ACTIVATIONS):
         config["competition_keeps"] = "input" if case == RECOMPUTED else "pre_activations"
         config["competition_chunk_tokens"] = CHUNK_TOKENS[device.type]
-    if case in (JUDGED, JUDGED_NEAR):
-        config |= {"competition_judge": "loss", "competition_margin": 0.0 if case == JUDGED else 0.8}
+    if case == TAUGHT:
+        config["competition_output"] = "router"
+    if case in JUDGED:
+        config |= {"competition_judge": "loss", **JUDGED[case]}
     return SparseMoeBlock(
         MoeLayerConfig.model_validate(config),
         name=NAME,
@@ -272,12 +296,13 @@ def _kernels_of_transformers(device: torch.device) -> list[str]:
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
     """Lines of a table for the console."""
-    heads = f"{'shape':<30}{'case':<36}{'ms':>10}{'ratio':>8}{'floor':>10}{'peak MB':>10}"
+    heads = f"{'shape':<30}{'case':<36}{'ms':>10}{'ratio':>8}{'floor':>10}{'peak MB':>10}{'asked':>8}"
     on_gpu = any(row.kernels is not None for row in rows)
     yield heads + (f"{'kernel ms':>11}{'launches':>10}" if on_gpu else "")
     for row in rows:
         against = floor(row.case)
         line = f"{row.shape!s:<30}{row.case:<36}{row.ms:>10.2f}{row.ratio:>8.2f}{against:>10}{row.peak_mb:>10.1f}"
+        line += f"{'' if row.asked is None else format(row.asked, '.2f'):>8}"
         yield line + (f"{row.kernels.ms:>11.2f}{row.kernels.launches:>10}" if row.kernels is not None else "")
 
 

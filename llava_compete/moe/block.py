@@ -9,18 +9,28 @@ experts, K chosen.
 from __future__ import annotations
 
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.experts import ExpertsOutput, PackedExperts
+from llava_compete.moe.gradients import SOURCES
 from llava_compete.moe.records import RoutingRecord
 from llava_compete.moe.router_table import ROUTER_CLASSES
 from llava_compete.moe.routers import Routing
 from llava_compete.moe.state import RoutingState, TokenGroups
 from llava_compete.parts import PARTS
+
+
+class _Learners(NamedTuple):
+    """One router's decision, for the output, the judgement, the balance and z losses, and the distillation."""
+
+    spoken: Routing
+    judged_TR: Tensor
+    balanced: Routing
+    taught_TR: Tensor
 
 
 class SparseMoeBlock(nn.Module):
@@ -82,36 +92,59 @@ class SparseMoeBlock(nn.Module):
         groups = self._groups(x_TD.shape[0]) if self.state.is_recording else None
         # Called on a competition step too, on every rank: ZeRO-3 gathers a router's weights by its call.
         routing: Routing = self.router(x_TD)
+        learners = self._learners(routing, groups)
+        spoken = learners.spoken
         options: dict[str, Any] = {}
         if routing.shared_weight and not isinstance(self.experts, PackedExperts):
-            chosen: tuple[Tensor, ...] = (routing.selected_experts_TK, routing.routing_weights_TK)
+            chosen: tuple[Tensor, ...] = (spoken.selected_experts_TK, spoken.routing_weights_TK)
         else:
-            chosen = (routing.choices_TC, routing.weights_TC)
+            chosen = (spoken.choices_TC, spoken.weights_TC)
             options |= {"shared_weight": routing.shared_weight} if routing.shared_weight else {}
+        judgement = self.experts.judgement if self._asks(routing) else None
         if self.config.competition_judge == "loss":
-            chosen += (routing.logits_TR,) if self._asks(routing) else ()
+            chosen += () if judgement is None else (learners.judged_TR,)
             if groups is not None and self._listens():
                 options["heard_T"] = groups.counted_T
         elif self.config.router == "competition" and self.state.competes(self.name):
-            chosen = ()
+            # In evaluation, where nobody learns, a competition is always of outputs.
+            if self.config.competition_output == "router" and self.training:
+                options["teaches"] = True
+            else:
+                chosen = ()
         # A tensor from our experts too, where there is nothing else: servers put experts of their own here.
         result: Tensor | ExpertsOutput = self.experts(x_TD, *chosen, **options)
         output_TO, contest, answers = (result, None, None) if isinstance(result, Tensor) else result
         if answers is not None:
             self.state.answers[self.name] = answers
         if groups is not None:
-            self.state.records[self.name] = RoutingRecord(routing, contest, groups, self.config)
+            record = RoutingRecord(learners.balanced, contest, groups, self.config, learners.taught_TR, judgement)
+            self.state.records[self.name] = record
         return self.output_dropout(output_TO).view(*hidden_states.shape[:-1], output_TO.shape[-1])
 
     def _asks(self, routing: Routing) -> bool:
         """Whether this step's loss judges the experts that were not chosen; at a rate of 1 without any schedule."""
+        if self.config.competition_judge != "loss":
+            return False
         learns = self.training and torch.is_grad_enabled() and routing.logits_TR.requires_grad
         return learns and (self.config.competition_rate == 1 or self.state.competes(self.name))
 
     def _listens(self) -> bool:
         """Whether what the experts say enters their running means: not in a recomputation, which would count twice."""
         learns = self.state.is_recording and self.training and torch.is_grad_enabled()
-        return learns and self.config.competition_answers != "full"
+        return learns and self.config.competition_answers in ("mean", "both")
+
+    def _learners(self, routing: Routing, groups: TokenGroups | None) -> _Learners:
+        """The router's logits for each use of them: in a step that is measured a view for each source of gradients.
+
+        Also in a recomputation, which must save the same tensors; only the first forward's views are passed backwards.
+        """
+        logits_TR, measured = routing.logits_TR, self.state.gradients
+        if measured is None:
+            return _Learners(routing, logits_TR, routing, logits_TR)
+        counted_T = None if groups is None else groups.counted_T
+        views = {source: measured.view(logits_TR, source, self.name, counted_T) for source in SOURCES}
+        balanced = self.router.route(views["balance"])._replace(logits_TR=views["z"])
+        return _Learners(self.router.route(views["task"]), views["judge"], balanced, views["distillation"])
 
     def _groups(self, num_tokens: int) -> TokenGroups:
         """How this forward's tokens group."""

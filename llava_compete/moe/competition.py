@@ -25,6 +25,13 @@ class Contest(NamedTuple):
     diversity_T: Tensor  # mean over all K x K cells of the cosine of two winners' outputs, the diagonal counted as 0
 
 
+class Responses(NamedTuple):
+    """What a competition finds that only teaches: affinities as in `Contest`, and who would have won."""
+
+    affinity_TE: Tensor
+    winners_TK: Tensor
+
+
 # A shorter output has no direction to speak of: it is divided by this instead of its length.
 NORM_EPS = 1e-12
 
@@ -79,12 +86,17 @@ class Picked(NamedTuple):
 
 def pick_winners(y_ETO: Tensor, name: str, num_winners: int) -> Picked:
     """Affinities of outputs y, and the K largest of each token; without gradient (`pick_winners_backward`)."""
+    affinity_TE, winners_TK = respond(y_ETO, name, num_winners)
+    won_PO = y_ETO.flatten(0, 1).index_select(0, _winners_rows(winners_TK))
+    return Picked(affinity_TE, winners_TK, won_PO.view(*winners_TK.shape, y_ETO.shape[2]))
+
+
+def respond(y_ETO: Tensor, name: str, num_winners: int) -> Responses:
+    """As `pick_winners`, without the winners' outputs."""
     # softplus(-inf) is 0: without the sum a broken expert would just lose.
     sums_T = y_ETO.sum((0, 2), dtype=torch.float32)
     affinity_TE = torch.add(affinity(name, y_ETO), sums_T, alpha=0).t().float().contiguous()
-    winners_TK = top_experts(affinity_TE, num_winners)
-    won_PO = y_ETO.flatten(0, 1).index_select(0, _winners_rows(winners_TK))
-    return Picked(affinity_TE, winners_TK, won_PO.view(*winners_TK.shape, y_ETO.shape[2]))
+    return Responses(affinity_TE, top_experts(affinity_TE, num_winners))
 
 
 def _winners_rows(winners_TK: Tensor) -> Tensor:

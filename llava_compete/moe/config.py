@@ -36,7 +36,7 @@ COMPETITION_COEFS = {
 }
 
 # What only a competition by response has, and what one judged by the loss has instead, with its defaults.
-RESPONSE_DEFAULTS: dict[str, Any] = {**COMPETITION_COEFS, "affinity": "softplus"}
+RESPONSE_DEFAULTS: dict[str, Any] = {**COMPETITION_COEFS, "affinity": "softplus", "competition_output": "winners"}
 RESPONSE_KEYS = (*RESPONSE_DEFAULTS, "competition_keeps")
 JUDGED_DEFAULTS: dict[str, Any] = {
     "competition_baseline": "output",
@@ -46,6 +46,8 @@ JUDGED_DEFAULTS: dict[str, Any] = {
     "competition_rate": 1.0,
 }
 
+# What has no place where the router speaks in competition steps too, for no gradient reaches an expert from them.
+WINNERS_KEYS = ("diversity_coef", "competition_balance_coef", "competition_keeps")
 # What has no use where running means answer, so that no expert is asked.
 ASKING_KEYS = ("competition_margin", "competition_contenders")
 # Kernels of the chosen experts that are ours, from which the means are taken.
@@ -105,6 +107,13 @@ class MoeLayerConfig(StrictConfig):
     )
     competition_balance_coef: float | None = Field(
         default=None, description="competition: of the balance loss of a competition step; default 0.01"
+    )
+    competition_output: Literal["winners", "router"] | None = Field(
+        default=None,
+        description=(
+            "competition: whose outputs a competition step takes: the winners' (default, the paper's), or still those "
+            "of the router's choice, so that a competition only teaches the router and no expert"
+        ),
     )
     competition_judge: Literal["response", "loss"] = Field(
         default="response",
@@ -244,6 +253,8 @@ class MoeLayerConfig(StrictConfig):
     def _check_judge(self) -> None:
         judged = self.competition_judge == "loss"
         self._refuse(RESPONSE_KEYS if judged else JUDGED_DEFAULTS, "competition_judge")
+        if self.competition_output == "router":
+            self._refuse(WINNERS_KEYS, "competition_output")
         if self.competition_answers == "mean":
             self._refuse(ASKING_KEYS, "competition_answers")
         if self.competition_answers in ("mean", "both") and self.experts_implementation not in OWN_KERNELS:
@@ -297,12 +308,17 @@ class MoeLayerConfig(StrictConfig):
 
     def loss_coefs(self, competing: bool) -> dict[str, float]:
         """Loss term -> the factor it enters the auxiliary loss with, on a competition step or on a router step."""
+        of_router = {"balance_loss": _set(self.balance_coef), "router_z_loss": _set(self.router_z_coef)}
         if not competing:
-            return {"balance_loss": _set(self.balance_coef), "router_z_loss": _set(self.router_z_coef)}
+            return of_router
         distillation = _set(self.distillation_coef)
-        return {
+        taught = {
             "distillation_loss": distillation,
             "winner_distillation_loss": distillation * _set(self.winner_distillation_coef),
+        }
+        if self.competition_output == "router":
+            return taught | of_router
+        return taught | {
             "diversity_loss": _set(self.diversity_coef),
             "balance_loss": _set(self.competition_balance_coef),
         }
@@ -310,18 +326,21 @@ class MoeLayerConfig(StrictConfig):
 
 def _competition_defaults(data: dict[str, Any]) -> dict[str, Any]:
     """The terms of a competition with their values where `data`, settings of a layer, do not say."""
-    if data.get("competition_judge") != "loss":
-        return RESPONSE_DEFAULTS
-    unused = ASKING_KEYS if data.get("competition_answers") == "mean" else ()
-    return {key: value for key, value in JUDGED_DEFAULTS.items() if key not in unused}
+    if data.get("competition_judge") == "loss":
+        defaults, unused = JUDGED_DEFAULTS, ASKING_KEYS if data.get("competition_answers") == "mean" else ()
+    else:
+        defaults, unused = RESPONSE_DEFAULTS, WINNERS_KEYS if data.get("competition_output") == "router" else ()
+    return {key: value for key, value in defaults.items() if key not in unused}
 
 
 def still_used(stored: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A stored part's settings without those for which the judge and the answers that `changes` names have no use."""
+    """A stored part's settings without what has no use for the judge, output or answers that `changes` names."""
     unused: set[str] = set()
     judged_before = stored.get("competition_judge", "response")
     if changes.get("competition_judge", judged_before) != judged_before:
         unused.update(JUDGED_DEFAULTS if judged_before == "loss" else RESPONSE_KEYS)
+    if changes.get("competition_output") == "router":
+        unused.update(WINNERS_KEYS)
     if changes.get("competition_answers") == "mean":
         unused.update(ASKING_KEYS)
     return {key: value for key, value in stored.items() if key not in unused}

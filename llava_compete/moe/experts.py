@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from llava_compete.errors import UserError
-from llava_compete.moe.all_experts import AllExpertsDown, AllExpertsUp
+from llava_compete.moe.all_experts import AllExpertsDown, AllExpertsUp, all_experts_down, all_experts_up
 from llava_compete.moe.answers import AnswerMeans, answer_sums
-from llava_compete.moe.competition import Contest, Picked, PickWinners, mix_winners
+from llava_compete.moe.competition import Contest, Picked, PickWinners, Responses, mix_winners, respond
 from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.implementations import ExpertWeights, choose
 from llava_compete.moe.judged import JudgedOutput, Judgement
 from llava_compete.moe.precision import without_autocast
-from llava_compete.moe.recomputed import Recomputation, RecomputedContest
+from llava_compete.moe.recomputed import Recomputation, RecomputedContest, chunks
 
 # Elements of all experts' outputs, or of their hidden rows where the loss judges, at a time where a competition runs in
 # chunks of its own choice: 64 MB in float32.
@@ -37,11 +37,11 @@ def activation_function(name: str) -> nn.Module:
 
 
 class ExpertsOutput(NamedTuple):
-    """output_TO: the weighted sum [T, O]; contest: what a competition found, None where the router chose; answers:
+    """output_TO: the weighted sum [T, O]; contest: what a competition found, None without one; answers:
     where the call asks for them, sums of what each chosen expert said (`answer_sums`)."""
 
     output_TO: Tensor
-    contest: Contest | None
+    contest: Contest | Responses | None
     answers: Tensor | None = None
 
 
@@ -112,12 +112,14 @@ class PackedExperts(nn.Module):
         judged_logits_TE: Tensor | None = None,
         heard_T: Tensor | None = None,
         shared_weight: float = 0.0,
+        teaches: bool = False,
     ) -> Tensor | ExpertsOutput:
         """The weighted sum [T, O] of the chosen experts' outputs; with none given, a competition of them all.
 
         `judged_logits_TE`: the router's logits, where the loss judges the experts that were not selected (judged.py).
         `heard_T`: 1 for each token of which the answers' sums are wanted, else 0.
         `shared_weight`: where not 0, the last expert's weight in each token's output; the chosen ones have the rest.
+        `teaches`: every expert also responds, for the losses alone.
         Done here because ZeRO-3 gathers the parameters for this module's call and for its backward.
         """
         weights = self._weights(_compute_dtype(x_TD, self.down_proj))
@@ -134,7 +136,9 @@ class PackedExperts(nn.Module):
                 answers = answer_sums(weights.heard[0], choices_TC, heard_T, weights.down, weights.down_bias)
             if judged_logits_TE is not None and self._has_answers:
                 output_TO = self._judged(weights, output_TO, judged_logits_TE, x_TD, choices_TC)
-            return output_TO if answers is None else ExpertsOutput(output_TO, None, answers)
+            if answers is None and not teaches:
+                return output_TO
+            return ExpertsOutput(output_TO, self._responses(weights, x_TD) if teaches else None, answers)
 
     @property
     def _has_answers(self) -> bool:
@@ -161,10 +165,7 @@ class PackedExperts(nn.Module):
         self, weights: ExpertWeights, output_TO: Tensor, logits_TE: Tensor, x_TD: Tensor, selected_TK: Tensor
     ) -> Tensor:
         assert self.judgement is not None
-        hidden = self.up[:, :, 0].numel()
-        how = self.judgement._replace(
-            activate=self._activate_without_dropout, chunk_tokens=self.chunk_tokens or max(1, CHUNK_OUTPUTS // hidden)
-        )
+        how = self.judgement._replace(activate=self._activate_without_dropout, chunk_tokens=self._chunk_tokens(self.up))
         if how.uses_means and self.answer_means.mean_EO is not None:
             how = how._replace(mean_EO=self.answer_means.mean_EO, seen_E=self.answer_means.seen_E)
         experts = (weights.up, weights.up_bias, weights.down, weights.down_bias)
@@ -176,6 +177,21 @@ class PackedExperts(nn.Module):
             return act_fn(up)
         gate, up = up.chunk(2, dim=-1)
         return act_fn(gate) * up
+
+    @torch.no_grad()
+    def _responses(self, weights: ExpertWeights, x_TD: Tensor) -> Responses:
+        """What a competition finds that only teaches: in chunks and without dropout, so that nothing is kept."""
+        assert self.affinity is not None
+        found = []
+        for tokens in chunks(len(x_TD), self._chunk_tokens(self.down_proj)):
+            hidden_CEI = self._activate_without_dropout(all_experts_up(x_TD[tokens], weights.up, weights.up_bias))
+            y_ECO = all_experts_down(hidden_CEI, weights.down, weights.down_bias)
+            found.append(respond(y_ECO, self.affinity, self.num_winners))
+        return Responses(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+    def _chunk_tokens(self, parameter: Tensor) -> int:
+        """Tokens at a time, by default few enough for all experts' rows of `parameter` [E, rows, ...]."""
+        return self.chunk_tokens or max(1, CHUNK_OUTPUTS // parameter[:, :, 0].numel())
 
     def _compete(self, weights: ExpertWeights, x_TD: Tensor) -> ExpertsOutput:
         if self.kept == "everything":
@@ -193,7 +209,7 @@ class PackedExperts(nn.Module):
             draws=any(isinstance(module, nn.Dropout) and module.training for module in self.modules()),
             affinity=self.affinity,
             num_winners=self.num_winners,
-            chunk_tokens=self.chunk_tokens or max(1, CHUNK_OUTPUTS // self.down_proj[:, :, 0].numel()),
+            chunk_tokens=self._chunk_tokens(self.down_proj),
             keeps_pre_activations=self.kept == "pre_activations",
         )
         arguments = (weights.up, weights.up_bias, weights.down, weights.down_bias, how)

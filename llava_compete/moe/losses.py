@@ -194,21 +194,92 @@ class _CompetitionLosses(torch.autograd.Function):
         if grad_L is None:
             return (None,) * 7
         p_TLE, q_TLE, difference_TLE, winners_TLK, shares_SLE = ctx.saved_tensors
-        coefs, weights_TL = ctx.coefs, ctx.groups.token_weights_T[:, None] * grad_L
-        # d/dp of c · mean over E of (p - q)² + c' · mean over the K winners of (p - q)².
-        everywhere = 2 * coefs["distillation_loss"] / p_TLE.shape[-1]
-        at_winners = everywhere + 2 * coefs["winner_distillation_loss"] / winners_TLK.shape[-1]
-        slope_TLE = torch.full_like(p_TLE, everywhere).scatter_(-1, winners_TLK, at_winners)
-        grad_p_TLE = slope_TLE.mul_(difference_TLE).mul_(weights_TL[:, :, None])
+        groups, coefs = ctx.groups, ctx.coefs
         return (
-            torch._softmax_backward_data(grad_p_TLE, p_TLE, -1, p_TLE.dtype),
-            _balance_backward(grad_L, coefs["balance_loss"], q_TLE, shares_SLE, ctx.groups),
+            _distillation_backward(grad_L, p_TLE, difference_TLE, winners_TLK, groups, coefs),
+            _balance_backward(grad_L, coefs["balance_loss"], q_TLE, shares_SLE, groups),
             None,
             None,
-            weights_TL * coefs["diversity_loss"],
+            groups.token_weights_T[:, None] * grad_L * coefs["diversity_loss"],
             None,
             None,
         )
+
+
+class TeachingLosses(NamedTuple):
+    """[L] each; only `aux_loss`, the others times their coefficients, has a gradient, and at the router alone."""
+
+    aux_loss: Tensor
+    balance_loss: Tensor
+    router_z_loss: Tensor
+    distillation_loss: Tensor
+    winner_distillation_loss: Tensor
+
+
+def teaching_losses(
+    logits_TLE: Tensor,
+    scores_TLE: Tensor,
+    choices_TLC: Tensor,
+    taught_TLE: Tensor,
+    affinity_TLE: Tensor,
+    winners_TLK: Tensor,
+    groups: TokenGroups,
+    coefs: dict[str, float],
+) -> TeachingLosses:
+    """Of a competition step whose output is the router's: a router step's losses, and the distillation to the
+    affinities of `taught_TLE`, the logits once more."""
+    step = router_losses(logits_TLE, scores_TLE, choices_TLC, groups, coefs)
+    aux_loss_L, *terms = _Distillation.apply(taught_TLE, affinity_TLE, winners_TLK, groups, coefs)
+    return TeachingLosses(step.aux_loss + aux_loss_L, step.balance_loss, step.router_z_loss, *terms)
+
+
+class _Distillation(torch.autograd.Function):
+    """The two distillation losses of `_CompetitionLosses` by themselves."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_TLE: Tensor,
+        affinity_TLE: Tensor,
+        winners_TLK: Tensor,
+        groups: TokenGroups,
+        coefs: dict[str, float],
+    ) -> tuple[Tensor, ...]:
+        p_TLE = logits_TLE.softmax(-1)
+        difference_TLE = p_TLE - affinity_TLE.softmax(-1)
+        squared_TLE = difference_TLE.square()
+        terms = {
+            "distillation_loss": distillation_loss(squared_TLE, groups),
+            "winner_distillation_loss": winner_distillation_loss(squared_TLE, winners_TLK, groups),
+        }
+        ctx.save_for_backward(p_TLE, difference_TLE, winners_TLK)
+        ctx.groups, ctx.coefs = groups, coefs
+        ctx.mark_non_differentiable(*terms.values())
+        ctx.set_materialize_grads(False)
+        return _weighted_sum(coefs, **terms), *terms.values()
+
+    @staticmethod
+    def backward(ctx: Any, grad_L: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_L is None:
+            return (None,) * 5
+        return _distillation_backward(grad_L, *ctx.saved_tensors, ctx.groups, ctx.coefs), *(None,) * 4
+
+
+def _distillation_backward(
+    grad_L: Tensor,
+    p_TLE: Tensor,
+    difference_TLE: Tensor,
+    winners_TLK: Tensor,
+    groups: TokenGroups,
+    coefs: dict[str, float],
+) -> Tensor:
+    """At the logits, of c · mean over E of (p - q)² + c' · mean over the K winners of (p - q)²."""
+    everywhere = 2 * coefs["distillation_loss"] / p_TLE.shape[-1]
+    at_winners = everywhere + 2 * coefs["winner_distillation_loss"] / winners_TLK.shape[-1]
+    slope_TLE = torch.full_like(p_TLE, everywhere).scatter_(-1, winners_TLK, at_winners)
+    weights_TL = groups.token_weights_T[:, None] * grad_L
+    grad_p_TLE = slope_TLE.mul_(difference_TLE).mul_(weights_TL[:, :, None])
+    return torch._softmax_backward_data(grad_p_TLE, p_TLE, -1, p_TLE.dtype)
 
 
 def _weighted_sum(coefs: dict[str, float], **terms: Tensor) -> Tensor:

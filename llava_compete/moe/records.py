@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from llava_compete.moe import losses
-from llava_compete.moe.competition import Contest
+from llava_compete.moe.competition import Contest, Responses
 from llava_compete.moe.config import MoeLayerConfig
+from llava_compete.moe.judged import Judgement, contested
 from llava_compete.moe.metrics import RoutingMetrics
 from llava_compete.moe.precision import without_autocast
 from llava_compete.moe.routers import Routing
@@ -38,15 +39,18 @@ class RoutingObservation(NamedTuple):
 
 @dataclass(frozen=True)
 class RoutingRecord:
-    """One layer's forward; `contest`: of a competition step.
+    """One layer's forward; `contest`: of a competition step; `taught_TR`: the router's logits, for the distillation;
+    `judgement`: where this step's loss judges.
 
     `aux_loss`, with gradient, is the sum of `losses` (unscaled, without gradient) times their coefficients.
     """
 
     routing: Routing
-    contest: Contest | None
+    contest: Contest | Responses | None
     groups: TokenGroups
     config: MoeLayerConfig
+    taught_TR: Tensor
+    judgement: Judgement | None = None
 
     @cached_property
     def _alone(self) -> LayerStack:
@@ -85,6 +89,7 @@ class LayerStack:
         self.records = records
         self.config, self.groups = records[0].config, records[0].groups
         self.competed = records[0].contest is not None
+        self.took_winners = isinstance(records[0].contest, Contest)
 
     @property
     def aux_loss_L(self) -> Tensor:
@@ -99,33 +104,52 @@ class LayerStack:
     @cached_property
     def _losses(self) -> tuple[Tensor, dict[str, Tensor]]:
         coefs = self.config.loss_coefs(self.competed)
-        logits_TLR = _beside([record.routing.logits_TR for record in self.records])
-        with without_autocast(logits_TLR.device.type):
-            if self.competed:
-                contests = [record.contest for record in self.records if record.contest is not None]
-                affinity_TLE = _beside([contest.affinity_TE for contest in contests])
-                diversity_TL = _beside([contest.diversity_T for contest in contests])
-                tensors = (logits_TLR, affinity_TLE, self._used_TLK, self._counted_TLC, diversity_TL)
-                terms = losses.competition_losses(*tensors, self.groups, coefs)._asdict()
+        with without_autocast(self.records[0].taught_TR.device.type):
+            if self.took_winners:
+                diversity_TL = self._of_contests("diversity_T")
+                tensors = (self._taught_TLR, self._affinity_TLE, self._used_TLK, self._counted_TLC, diversity_TL)
+                # Evaluation may hold such a competition where training only teaches, which has no term for diversity.
+                terms = losses.competition_losses(*tensors, self.groups, {"diversity_loss": 0.0, **coefs})._asdict()
             else:
+                logits_TLR = _beside([record.routing.logits_TR for record in self.records])
                 scores_TLR = self._scores_TLR if self._has_own_scores else logits_TLR
-                terms = losses.router_losses(logits_TLR, scores_TLR, self._counted_TLC, self.groups, coefs)._asdict()
+                tensors = (logits_TLR, scores_TLR, self._counted_TLC)
+                if self.competed:
+                    lesson = (self._taught_TLR, self._affinity_TLE, self._of_contests("winners_TK"))
+                    terms = losses.teaching_losses(*tensors, *lesson, self.groups, coefs)._asdict()
+                else:
+                    terms = losses.router_losses(*tensors, self.groups, coefs)._asdict()
         return terms.pop("aux_loss"), terms
+
+    @property
+    def _taught_TLR(self) -> Tensor:
+        return _beside([record.taught_TR for record in self.records])
+
+    @cached_property
+    def _affinity_TLE(self) -> Tensor:
+        return self._of_contests("affinity_TE")
+
+    def _of_contests(self, name: str) -> Tensor:
+        return _beside([getattr(record.contest, name) for record in self.records])
 
     @cached_property
     @torch.no_grad()
     def sums_LM(self) -> Tensor:
-        """[L, 6 + E]: each layer's `RoutingMetrics` as their vector; all sums are one product over tokens."""
+        """[L, 9 + E]: each layer's `RoutingMetrics` as their vector; all sums are one product over tokens."""
         scores_TLR, num_experts = self._scores_TLR.detach(), self.config.num_experts
+        judgement = self.records[0].judgement
         with without_autocast(scores_TLR.device.type):
             probs_TLR = scores_TLR.softmax(-1)
             choices_TLC = self._choices_TLC
             used_TLE = probs_TLR.new_zeros(*probs_TLR.shape[:2], num_experts).scatter_(2, self._used_TLK, 1.0)
-            if not self.competed and probs_TLR.shape[2] < num_experts:
+            if not self.took_winners and probs_TLR.shape[2] < num_experts:
                 used_TLE[:, :, probs_TLR.shape[2] :] = 1.0  # shared experts
             left_out_TL1 = probs_TLR.scatter(2, choices_TLC, 0.0).amax(-1, keepdim=True)
             one_TL1 = probs_TLR.new_ones(()).expand_as(left_out_TL1)
-            found_TL1 = used_TLE.gather(2, choices_TLC).mean(-1, keepdim=True) if self.competed else 0 * one_TL1
+            found_TL1 = 0 * one_TL1
+            if self.competed:
+                won_TLE = torch.zeros_like(used_TLE).scatter_(2, self._of_contests("winners_TK"), 1.0)
+                found_TL1 = won_TLE.gather(2, choices_TLC).mean(-1, keepdim=True)
             columns = [
                 one_TL1,
                 used_TLE,
@@ -133,10 +157,21 @@ class LayerStack:
                 probs_TLR.gather(2, choices_TLC[:, :, -1:]) - left_out_TL1,
                 (self._weights_TLK == 0).sum(-1, keepdim=True, dtype=probs_TLR.dtype),
                 found_TL1,  # winners that the router's choice also has
-                one_TL1 if self.competed else found_TL1,
+                one_TL1 if self.competed else 0 * one_TL1,
+                torch.special.entr(self._affinity_TLE.softmax(-1)).sum(-1, keepdim=True)
+                if self.competed
+                else 0 * one_TL1,
+                *((0 * one_TL1, 0 * one_TL1) if judgement is None else (self._asked(probs_TLR, judgement), one_TL1)),
             ]
             values_TLM = torch.cat(columns, 2)
             return (self.groups.counted_T @ values_TLM.flatten(1)).view(values_TLM.shape[1:])
+
+    def _asked(self, probs_TLE: Tensor, judgement: Judgement) -> Tensor:
+        """[T, L, 1]: the share of the experts not chosen that a token asks."""
+        chosen_RK = self._choices_TLC.flatten(0, 1)
+        asked_RE = contested(probs_TLE.flatten(0, 1), chosen_RK, judgement)
+        others = probs_TLE.shape[2] - chosen_RK.shape[1]
+        return (asked_RE.sum(-1, keepdim=True, dtype=probs_TLE.dtype) / others).view(*probs_TLE.shape[:2], 1)
 
     @property
     def _has_own_scores(self) -> bool:
@@ -154,9 +189,7 @@ class LayerStack:
     @cached_property
     def _used_TLK(self) -> Tensor:
         """The winners of a competition, else the router's choice, without a shared expert."""
-        if not self.competed:
-            return self._choices_TLC
-        return _beside([record.contest.winners_TK for record in self.records if record.contest is not None])
+        return self._of_contests("winners_TK") if self.took_winners else self._choices_TLC
 
     @property
     def _counted_TLC(self) -> Tensor:
@@ -164,19 +197,16 @@ class LayerStack:
 
     @property
     def _weights_TLK(self) -> Tensor:
-        return _beside(
-            [
-                record.routing.weights_TC if record.contest is None else record.contest.weights_TK
-                for record in self.records
-            ]
-        )
+        if self.took_winners:
+            return self._of_contests("weights_TK")
+        return _beside([record.routing.weights_TC for record in self.records])
 
 
 def stack_layers(records: dict[str, RoutingRecord]) -> dict[tuple[str, ...], LayerStack]:
     """Records, by layer, as stacks by names of layers: those of one part, step and device."""
     kinds: dict[object, list[str]] = {}
     for name, record in records.items():
-        kind = (id(record.groups), id(record.config), record.contest is None, record.routing.logits_TR.device)
+        kind = (id(record.groups), id(record.config), type(record.contest), record.judgement, record.taught_TR.device)
         kinds.setdefault(kind, []).append(name)
     return {tuple(names): LayerStack([records[name] for name in names]) for names in kinds.values()}
 

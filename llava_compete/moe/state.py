@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from llava_compete.moe.gradients import RouterGradients
     from llava_compete.moe.records import LayerStack, RoutingRecord
 
 
@@ -78,6 +79,8 @@ class RoutingState:
         # Of the layers whose experts' usual answers are kept: sums of what they said in this forward (answers.py).
         self.answers: dict[str, Tensor] = {}
         self.groups: dict[str, TokenGroups] = {}
+        # Where a step is to be measured: what its backward passes add their gradients' sizes to.
+        self.gradients: RouterGradients | None = None
         self.is_recording = False
         self.recording_gradients = False
 

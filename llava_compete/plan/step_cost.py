@@ -215,11 +215,15 @@ def _expert_products(
     weights_TC: Tensor | None = None,
     *_: Any,
     shared_weight: float = 0.0,
+    teaches: bool = False,
     **__: Any,
 ) -> ExpertsOutput:
     """The products of a router step (K experts a token) or of a competition (all E), and what they keep."""
     if weights_TC is None:
         return _competition(experts, x_TD)
+    if teaches:  # every expert responds, and nothing of it is kept
+        with torch.no_grad():
+            _responses(experts, _all_up(x_TD, experts.up), experts.down_proj)
     weights_TK = with_shared(weights_TC, shared_weight) if shared_weight else weights_TC
     return ExpertsOutput(_chosen_experts(experts, x_TD, weights_TK), None)
 

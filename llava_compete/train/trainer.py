@@ -35,6 +35,7 @@ from llava_compete.train import step_counts as counts
 from llava_compete.train.adapters import save_merged
 from llava_compete.train.callbacks.answer_means import AnswerMeansCallback
 from llava_compete.train.callbacks.bad_steps import BadStepsCallback
+from llava_compete.train.callbacks.router_gradients import RouterGradientsCallback
 from llava_compete.train.config import TrainConfig
 from llava_compete.train.distributed import wait_for_all
 from llava_compete.train.extension import Plan, Schedule, set_rates
@@ -95,6 +96,8 @@ class StageTrainer(Trainer):
         self.add_callback(self.bad_steps)
         self.answer_means = AnswerMeansCallback(self)
         self.add_callback(self.answer_means)
+        self.router_gradients = RouterGradientsCallback(self)
+        self.add_callback(self.router_gradients)
         self.record: dict[str, Any] = {}
         # Throughput and times since its last call; the step callback, which measures them, sets it.
         self.take_window: Callable[[], dict[str, Any]] = dict
@@ -230,7 +233,9 @@ class StageTrainer(Trainer):
         terms |= {f"{part}/aux_loss": loss for part, loss in outputs.aux_losses.items()}
         self.step_metrics.add_forward(terms, self.core_model.routing.stacks)
         self.answer_means.add_forward(self.core_model.routing.answers)
-        loss = outputs.loss * self.args.world_size
+        measured = self.core_model.routing.gradients
+        loss = outputs.loss if measured is None else measured.loss(outputs.loss)
+        loss = loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
     @property
@@ -268,7 +273,7 @@ class StageTrainer(Trainer):
             logs = {**logs, "loss": self.bad_steps.mean_loss(logs["loss"])}
         self.record = dict(logs)
         if "loss" in logs:
-            metrics = self.step_metrics.collect(self.train_dataset.counters)
+            metrics = self.step_metrics.collect(self.train_dataset.counters) | self.router_gradients.collect()
             metrics |= {f"learning_rate/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
             metrics["memory_gib"] = _peak_memory_gib(self.args.device)
             metrics |= self.take_window()

@@ -26,6 +26,9 @@ def test_rows_and_figure(tmp_path: Path) -> None:
     assert found["dense_k"]["ratio"] == found["dense_e"]["ratio"] == 1
     competition = found["competition_step"]
     assert competition["ratio"] == pytest.approx(competition["ms"] / found["dense_e"]["ms"])
+    assert {case for case, row in found.items() if "asked" in row} == set(moe.JUDGED)
+    assert (found["judged_step_all"]["asked"], found["judged_step_means"]["asked"]) == (1, 0)
+    assert found["judged_step_next"]["asked"] <= 0.5
     assert figure.stat().st_size > 0
 
 

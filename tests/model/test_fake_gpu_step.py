@@ -73,14 +73,25 @@ def test_nor_does_a_competition_that_is_computed_again(keeps: str) -> None:
 
 @pytest.mark.parametrize(
     "rule",
-    [{"competition_margin": 0.0}, {}, {"competition_contenders": 1}, {"experts_implementation": "dense"}],
-    ids=["all", "margin", "contenders", "dense"],
+    [
+        {"competition_margin": 0.0},
+        {},
+        {"competition_contenders": 1},
+        {"experts_implementation": "dense"},
+        {"competition_answers": "both"},
+        {"competition_answers": "mean"},
+    ],
+    ids=["all", "margin", "contenders", "dense", "both", "means"],
 )
 def test_nor_does_one_that_the_loss_judges(rule: dict[str, Any]) -> None:
     model = _step("competition", competition_judge="loss", **rule)
     check_gradients(model)
     for name, parameter in model.named_parameters():
         assert "router" not in name or parameter.grad is not None
+
+
+def test_nor_does_one_that_only_teaches() -> None:
+    check_gradients(_step("competition", competing=True, competition_output="router"))
 
 
 def test_nor_do_dense_products() -> None:

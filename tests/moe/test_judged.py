@@ -210,6 +210,8 @@ def test_a_stage_may_change_the_judge_of_its_checkpoint() -> None:
     again = MoeConfig(language=judged).model_dump(mode="json")
     assert _moe_in_force(again, {"competition_judge": "loss", "competition_margin": 0.5}).competition_margin == 0.5
     assert _moe_in_force(again, {"competition_judge": "response"}) == MoeLayerConfig()
+    taught = _moe_in_force(stored, {"competition_output": "router"})
+    assert (taught.competition_output, taught.diversity_coef, taught.distillation_coef) == ("router", None, 0.01)
     means = _moe_in_force(again, {"competition_judge": "loss", "competition_answers": "mean"})
     assert (means.competition_answers, means.competition_margin) == ("mean", None)
     with pytest.raises(ValueError, match="affinity"):

@@ -11,6 +11,7 @@ from llava_compete.errors import UserError
 from llava_compete.moe.config import ROUTERS, MoeConfig, MoeLayerConfig
 
 JUDGED = {"competition_judge": "loss"}
+TAUGHT = {"competition_output": "router"}
 MEANS = {**JUDGED, "competition_answers": "mean"}
 
 
@@ -35,6 +36,14 @@ MEANS = {**JUDGED, "competition_answers": "mean"}
         ({**JUDGED, "distillation_coef": 0.1}, "distillation_coef: found 0.1, expected none"),
         ({**JUDGED, "diversity_coef": 0.1}, "diversity_coef: found 0.1, expected none"),
         ({**JUDGED, "competition_balance_coef": 0.1}, "competition_balance_coef: found 0.1, expected none"),
+        ({**JUDGED, "competition_output": "winners"}, "competition_output: found 'winners', expected none, for compet"),
+        ({"router": "xmoe", "competition_output": "router"}, "competition_output: router 'xmoe' has no such term"),
+        (
+            {**TAUGHT, "diversity_coef": 0.1},
+            "diversity_coef: found 0.1, expected none, for competition_output 'router'",
+        ),
+        ({**TAUGHT, "competition_balance_coef": 0.1}, "competition_balance_coef: found 0.1, expected none"),
+        ({**TAUGHT, "competition_keeps": "input"}, "competition_keeps: found 'input', expected none"),
         ({"competition_answers": "mean"}, "competition_answers: found 'mean', expected none, for competition_judge"),
         ({**MEANS, "competition_margin": 0.5}, "competition_margin: found 0.5, expected none, for competition_answers"),
         ({**MEANS, "competition_contenders": 2}, "competition_contenders: found 2, expected none"),
@@ -82,7 +91,7 @@ def test_the_papers_defaults_are_resolved_and_survive_a_round_trip() -> None:
     assert (judged.competition_answers, MoeLayerConfig.model_validate(MEANS).competition_margin) == ("full", None)
     assert (judged.competition_contenders, judged.competition_rate) == ("all", 1)
     assert judged.distillation_coef is judged.diversity_coef is judged.competition_balance_coef is None
-    for config in (judged, MoeLayerConfig.model_validate(MEANS)):
+    for config in (judged, *(MoeLayerConfig.model_validate(values) for values in (MEANS, TAUGHT))):
         assert MoeLayerConfig.model_validate(config.model_dump(mode="json")) == config
     assert list(MoeConfig(language=layer, vision=layer).parts()) == ["vision", "language"]
 

@@ -38,7 +38,15 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(
     "mode",
-    ["router", "contest", "judged", "judged behind a frozen front", "judged, routers only", "judged by means"],
+    [
+        "router",
+        "contest",
+        "taught",
+        "judged",
+        "judged behind a frozen front",
+        "judged, routers only",
+        "judged by means",
+    ],
 )
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_gradients_equal_one_process(

@@ -21,7 +21,15 @@ from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.state import RoutingState, TokenGroups
 
 WIDTH, EXPERTS, SEQUENCES, LENGTH = 8, 4, 8, 6
-MODES = ("router", "contest", "judged", "judged behind a frozen front", "judged, routers only", "judged by means")
+MODES = (
+    "router",
+    "contest",
+    "taught",
+    "judged",
+    "judged behind a frozen front",
+    "judged, routers only",
+    "judged by means",
+)
 
 
 class Model(nn.Module):
@@ -34,7 +42,7 @@ class Model(nn.Module):
         judged: dict[str, Any] = (
             {"competition_judge": "loss", "competition_margin": 0.0} if mode.startswith("judged") else {}
         )
-        asks_one: dict[str, Any] = {"competition_contenders": 1} if judged else {}
+        asks_one: dict[str, Any] = {"competition_contenders": 1} if mode.startswith("judged") else {}
         if mode == "judged by means":  # in the first layer for experts that are not asked, in the second for all
             judged |= {"competition_answers": "both", "competition_margin": 0.9}
             asks_one = {"competition_answers": "mean", "competition_margin": None}
@@ -102,7 +110,7 @@ def data() -> Tensor:
 def make_model(mode: str) -> Model:
     model = Model(mode)
     model.routing.competition_enabled = True
-    model.routing.competing = frozenset(competition_layers(model)) if mode == "contest" else frozenset()
+    model.routing.competing = frozenset(competition_layers(model)) if mode in ("contest", "taught") else frozenset()
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -85,7 +86,10 @@ def test_stages_one_after_the_other(data: Path, tmp_path: Path) -> None:
         assert record[key] >= 0
     for name in ("router_entropy/language.0", "router_margin/language.0"):
         assert record[name] > 0
+    for source in ("task", "distillation", "balance", "z"):
+        assert any(line.get(f"router_gradient_{source}/language.0", 0) > 0 for line in read_metrics(tuned)), source
     log = [line for line in read_metrics(tuned) if "router_agreement/language.0" in line]
+    assert all(0 < line["response_entropy/language.0"] <= math.log(4) + 1e-6 for line in log)
     assert all(0 <= line["router_agreement/language.0"] <= 1 for line in log)
     end = json.loads((tuned / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert (end["event"], end["steps"]) == ("end", 3)

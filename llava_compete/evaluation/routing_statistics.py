@@ -212,7 +212,7 @@ def _contests(model: Any) -> Iterator[dict[str, Contest]]:
 
     def watch(block: SparseMoeBlock) -> Any:
         def keep(_module: Any, _inputs: Any, output: Any) -> None:
-            if isinstance(output, ExpertsOutput) and output.contest is not None:
+            if isinstance(output, ExpertsOutput) and isinstance(output.contest, Contest):
                 found[block.name] = output.contest
 
         return block.experts.register_forward_hook(keep)

@@ -48,7 +48,7 @@ def choices_of(model: Any, processor: Any, row: Row) -> RowChoices:
     """Run one row with its answers, and read every layer's choices."""
     batch = to_batch([row], processor, model.device)
     model(**{key: value for key, value in batch.items() if key != "labels"}, output_routing=True)
-    tower = model.model.vision_tower if has_patches(model) else None
+    tower: Any = model.model.vision_tower if has_patches(model) else None
     grid = (0, 0) if tower is None else tower.grid
     images = [] if tower is None else row.images
     classes = token_classes(batch, model.config.image_token_id)[0]

@@ -56,8 +56,8 @@ class LlavaCompeteConfig(PreTrainedConfig):
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As in transformers, with a card, and the file by which others find this model's classes (`served.py`)."""
         super().save_pretrained(save_directory, *args, **kwargs)
-        write_stub(save_directory)
-        write_card(save_directory, model_card(self, Path(save_directory).resolve().name))
+        write_stub(Path(save_directory))
+        write_card(Path(save_directory), model_card(self, Path(save_directory).resolve().name))
 
     @property
     def tower(self) -> TowerConfig | None:

@@ -326,6 +326,7 @@ class MoeLayerConfig(StrictConfig):
 
 def _competition_defaults(data: dict[str, Any]) -> dict[str, Any]:
     """The terms of a competition with their values where `data`, settings of a layer, do not say."""
+    unused: tuple[str, ...]
     if data.get("competition_judge") == "loss":
         defaults, unused = JUDGED_DEFAULTS, ASKING_KEYS if data.get("competition_answers") == "mean" else ()
     else:

@@ -8,7 +8,7 @@ fused, gate first) and plain, biases optional.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ class PackedExperts(nn.Module):
 
     def configure(self, config: MoeLayerConfig) -> None:
         """Take what of `config` is no part of the architecture: kernels, and how competitions are held."""
-        self.affinity = config.affinity
+        self.affinity: Any = config.affinity  # None where the loss judges, and nothing asks for it
         self.chunk_tokens = config.competition_chunk_tokens
         self.kept = config.competition_kept
         self.judgement = _judgement(config)

@@ -55,12 +55,14 @@ class DispatchUp(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any, grad_PM: Tensor, grad_TM: Tensor | None
+        ctx: Any, grad_PM: Tensor, grad_TM: Any
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         x_PD, x_TD, weight_EMD, marks_PE = ctx.saved_tensors
         x_wanted, weight_wanted, bias_wanted, *_ = ctx.needs_input_grad
         grad_PM, ends_E = grad_PM.contiguous(), ctx.pairs.ends_E
-        grad_x_TD = grad_weight_EMD = grad_bias_EM = None
+        grad_x_TD: Any = None
+        grad_weight_EMD: Any = None
+        grad_bias_EM: Any = None
         if x_wanted:
             grad_x_TD = sum_rows(F.grouped_mm(grad_PM, weight_EMD, offs=ends_E), ctx.pairs)
             if x_TD is not None:
@@ -104,7 +106,7 @@ class DownCombine(torch.autograd.Function):
         h_PI, h_TI, weight_EOI, marks_PE, weights_TC, y_PO = ctx.saved_tensors
         h_wanted, shared_wanted, weight_wanted, bias_wanted, weights_wanted, *_ = ctx.needs_input_grad
         pairs: Pairs = ctx.pairs
-        grad_shared_TO = grad_TO * ctx.shared_weight if h_TI is not None else None
+        grad_shared_TO: Any = grad_TO * ctx.shared_weight if h_TI is not None else None
         grad_TO = grad_TO.contiguous() if h_TI is None else grad_TO * (1 - ctx.shared_weight)
         grad_h_PI = grad_h_TI = grad_weight_EOI = grad_bias_EO = grad_weights_TC = None
         grad_y_PO = spread_rows(grad_TO, pairs, weights_TC)
@@ -127,7 +129,10 @@ class DownCombine(torch.autograd.Function):
 
 def _add_biases(rows_PH: Tensor, marks_PE: Tensor | None, bias_EH: Tensor | None) -> Tensor:
     """In place, by a product: `bias[expert]` would write a row for each pair first."""
-    return rows_PH if bias_EH is None else rows_PH.addmm_(marks_PE, bias_EH)
+    if bias_EH is None:
+        return rows_PH
+    assert marks_PE is not None
+    return rows_PH.addmm_(marks_PE, bias_EH)
 
 
 def _last_expert(x_TH: Tensor, weight_EMH: Tensor, bias_EM: Tensor | None) -> Tensor:

@@ -262,7 +262,9 @@ class _Distillation(torch.autograd.Function):
     def backward(ctx: Any, grad_L: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_L is None:
             return (None,) * 5
-        return _distillation_backward(grad_L, *ctx.saved_tensors, ctx.groups, ctx.coefs), *(None,) * 4
+        p_TLE, difference_TLE, winners_TLK = ctx.saved_tensors
+        grad_TLE = _distillation_backward(grad_L, p_TLE, difference_TLE, winners_TLK, ctx.groups, ctx.coefs)
+        return grad_TLE, *(None,) * 4
 
 
 def _distillation_backward(

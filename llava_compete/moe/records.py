@@ -74,8 +74,8 @@ class RoutingRecord:
         return RoutingObservation(
             scores_TR=routing.scores_TR.detach(),
             choices_TC=routing.choices_TC,
-            used_TK=routing.selected_experts_TK if contest is None else contest.winners_TK,
-            weights_TK=(routing.routing_weights_TK if contest is None else contest.weights_TK).detach(),
+            used_TK=contest.winners_TK if isinstance(contest, Contest) else routing.selected_experts_TK,
+            weights_TK=(contest.weights_TK if isinstance(contest, Contest) else routing.routing_weights_TK).detach(),
             num_experts=self.config.num_experts,
             competed=contest is not None,
             groups=self.groups,
@@ -113,12 +113,12 @@ class LayerStack:
             else:
                 logits_TLR = _beside([record.routing.logits_TR for record in self.records])
                 scores_TLR = self._scores_TLR if self._has_own_scores else logits_TLR
-                tensors = (logits_TLR, scores_TLR, self._counted_TLC)
+                routed = (logits_TLR, scores_TLR, self._counted_TLC)
                 if self.competed:
                     lesson = (self._taught_TLR, self._affinity_TLE, self._of_contests("winners_TK"))
-                    terms = losses.teaching_losses(*tensors, *lesson, self.groups, coefs)._asdict()
+                    terms = losses.teaching_losses(*routed, *lesson, self.groups, coefs)._asdict()
                 else:
-                    terms = losses.router_losses(*tensors, self.groups, coefs)._asdict()
+                    terms = losses.router_losses(*routed, self.groups, coefs)._asdict()
         return terms.pop("aux_loss"), terms
 
     @property

@@ -108,7 +108,7 @@ class _OneModel(ModelManager):
     def load_model_and_processor(self, *_: Any, **__: Any) -> tuple[Any, Any]:
         return self._talker.model, self._talker.processor
 
-    def get_gen_models(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def get_gen_models(self) -> list[dict[str, Any]]:
         """The one model; transformers would list a hub's cache."""
         return [{"id": self.force_model, "object": "model", "created": self._since, "owned_by": "llava_compete"}]
 

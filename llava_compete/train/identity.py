@@ -71,7 +71,7 @@ def contents(section: DataSection | TextSection) -> dict[str, str]:
     """
     if isinstance(section, TextSection):
         return {f"data.train{_ROWS}": digest(section.train)}
-    found = {}
+    found: dict[str, str] = {}
     for source in section.sources:
         table = load_source(source, section.cache_dir)
         found |= {f"data.{source.name}{_ROWS}": table.digest, f"data.{source.name}{_IMAGES}": fingerprint(table)}

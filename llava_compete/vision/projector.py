@@ -100,6 +100,7 @@ class Projector(nn.Module):
         embeddings = self.mlp(self.stem(pooled(features, self.section.pool, self.section.pool_mode)))
         if sources is None:
             return embeddings
+        assert places is not None
         chosen = embeddings.flatten(0, 1).index_select(0, sources)
         return self.image_newline.to(chosen.dtype).expand(rows, -1).index_copy(0, places, chosen)
 

@@ -56,9 +56,9 @@ def build_emoji(out_dir: str | Path, pictures: str | Path, force: bool = False) 
     source = hashlib.sha256((folder / "emoji.json").read_bytes()).hexdigest()
     meta_file = target / "eval" / "meta.json"
     if meta_file.is_file() and not force:
-        meta = read_json(meta_file)
-        if (meta.get("generator"), meta.get("table")) == (GENERATOR, source):
-            return DemoSummary(target, meta["rows"], built=False)
+        there = read_json(meta_file)
+        if (there.get("generator"), there.get("table")) == (GENERATOR, source):
+            return DemoSummary(target, there["rows"], built=False)
     refuse_foreign_folder(target)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

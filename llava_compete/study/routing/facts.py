@@ -57,12 +57,13 @@ class Facts:
     @torch.no_grad()
     def score_R(self) -> Tensor:
         """Percent of all facts."""
-        right, every = 0, torch.ones(len(self.answers), dtype=torch.bool, device=self.answers.device)
+        right_R = torch.zeros(len(self.answers), device=self.answers.device)
+        every = torch.ones(len(self.answers), dtype=torch.bool, device=self.answers.device)
         for facts_B in torch.arange(self.answers.shape[1], device=self.answers.device).split(2048):
             facts_RB = facts_B.expand(len(self.answers), -1)
             logits = self._logits(facts_RB, False, [every if self.always else None] * 2)
-            right = right + (logits.argmax(-1) == self.answers[:, facts_B]).sum(1)
-        return 100 * right / self.answers.shape[1]
+            right_R += (logits.argmax(-1) == self.answers[:, facts_B]).sum(1)
+        return 100 * right_R / self.answers.shape[1]
 
     def _logits(self, facts_RB: Tensor, training: bool, competing_LR: list[Tensor | None]) -> Tensor:
         runs, rows = self.embeddings.shape[:2]

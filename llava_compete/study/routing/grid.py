@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -133,7 +133,7 @@ def run(plan: Plan, out: Path, device: str, minutes: float | None = None) -> boo
             more = equal_arithmetic(unit, out)
             if more is None:
                 continue
-            bar.total += len(_missing(more, plan, out)) * more.steps
+            bar.total = (bar.total or 0) + len(_missing(more, plan, out)) * more.steps
             if not _do(more, plan, out, device, bar, ends):
                 return False
     return True
@@ -176,7 +176,9 @@ def _do(unit: Unit, plan: Plan, out: Path, device: str, bar: tqdm, ends: float |
 def _keep(unit: Unit, out: Path, seeds: list[int], scores: list[float], prices: list[float], seconds: float) -> None:
     path = unit.path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    before = read_json(path) if path.is_file() else {"seeds": [], "scores": [], "prices": [], "seconds": 0.0}
+    before: dict[str, Any] = (
+        read_json(path) if path.is_file() else {"seeds": [], "scores": [], "prices": [], "seconds": 0.0}
+    )
     if unequal := [score for score in scores if score != score]:
         logger.warning("%s, %s: %d of %d runs ended in NaN", unit.task, unit.rule, len(unequal), len(scores))
     content = {

@@ -115,6 +115,7 @@ class MoeLayer:
             if rule.router == "random":
                 shape = (*x_RTD.shape[:2], self.widths.num_experts)
                 chosen = random_choice(shape, self.widths.num_chosen, self.router.generators, self.device)
+            assert chosen is not None
             return Mixture.apply(hidden, chosen.float() / self.widths.num_chosen, down, None, None)
         choice = self.router(x_RTD, training)
         question = self._question(choice, competing_R) if rule.judge and training else None

@@ -73,8 +73,7 @@ def _source(name: str, files: list[Path], origin: str, convert: Callable[[str], 
             raise UserError(
                 f"bytes: found {len(found):,} {split} bytes of {name} ({origin}), expected {wanted[split] // 2:,}"
             )
-    train, held_out = (bytes(splits[split][: wanted[split]]) for split in ("train", "held_out"))
-    return Source(name, origin, train, held_out)
+    return Source(name, origin, *(bytes(splits[split][: wanted[split]]) for split in ("train", "held_out")))
 
 
 def _shuffled(files: list[Path]) -> Iterator[Path]:

@@ -13,7 +13,7 @@ from llava_compete.study.routing.byte_text import ByteText
 from llava_compete.study.routing.facts import Facts
 from llava_compete.study.routing.layer import MoeLayer
 from llava_compete.study.routing.rules import Rule
-from llava_compete.study.routing.teacher import TeacherStudent
+from llava_compete.study.routing.teacher import Gate, TeacherStudent
 
 
 class Network(Protocol):
@@ -60,7 +60,7 @@ def _facts(tasks: int, steps: int) -> Task:
     return Task(f"facts_{tasks}", f"facts, {tasks} tasks", "% right", build, steps, 6e-3, True, 2, 10)
 
 
-def _teacher(gate: str, samples: int) -> Task:
+def _teacher(gate: Gate, samples: int) -> Task:
     build = functools.partial(TeacherStudent, gate=gate, samples=samples)
     name, title = f"teacher_{gate}_{samples}", f"teacher gated by {gate}, n {samples:,}"
     return Task(name, title, "error / variance", build, 500, 1e-2, False, 1, 30)

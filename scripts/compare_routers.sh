@@ -62,6 +62,7 @@ fi
 
 # The parts that have experts.
 mapfile -t PARTS < <(grep -oE '^  (vision|projector|language):' "$UPCYCLE" | tr -d ' :')
+[ "${#PARTS[@]}" -gt 0 ] || die "$UPCYCLE: found no part with experts (vision, projector or language below moe)"
 
 # One method with one seed: upcycle (unless dense), train in one process, evaluate.
 run_one() {

@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 
 pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.timeout(900)  # one launch for all cases; importing DeepSpeed twice is most of it
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+]  # one launch for all cases; importing DeepSpeed twice is most of it
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ def test_every_recipe_parses_and_builds_on_the_meta_device(path: Path) -> None:
     with torch.device("meta"):
         model = LlavaCompeteForConditionalGeneration(recipe.config)
     assert all(parameter.is_meta for parameter in model.parameters())
-    assert (recipe.config.moe is not None) == (path.stem == "upcycle" or path.stem.startswith("sft"))
+    assert (recipe.config.moe is not None) == (path.stem in ("upcycle", "sft", "sft_loss", "sft_lora"))
 
 
 def test_the_papers_recipe_has_5_1_billion_parameters(tmp_path: Path) -> None:

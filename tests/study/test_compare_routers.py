@@ -29,6 +29,7 @@ die() { echo "error: $*" >&2; exit 2; }
     "scripts/pretrain_align.sh": 'exec llava-compete pretrain_align "$@"\n',
     "venv/bin/llava-compete": RECORDER,
     "playground/data/demo/eval/meta.json": "{}",
+    "configs/demo/upcycle.yaml": (SCRIPTS.parent / "configs" / "demo" / "upcycle.yaml").read_text(),
 }
 
 

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llava_compete.moe.block import moe_blocks
+from llava_compete.moe.answers import AnswerMeans
+from llava_compete.moe.block import SparseMoeBlock, moe_blocks
+from llava_compete.moe.experts import PackedExperts
 
 FILE = "answer_means.safetensors"
 
@@ -46,14 +48,14 @@ class AnswerMeansCallback(TrainerCallback):
         blocks = moe_blocks(self.trainer.core_model)
         pieces = flat.split([sums_EP.numel() for sums_EP in sums.values()])
         for (name, sums_EP), piece in zip(sums.items(), pieces, strict=True):
-            blocks[name].experts.answer_means.end_step(piece.view_as(sums_EP))
+            _means(blocks[name]).end_step(piece.view_as(sums_EP))
 
     def save(self, directory: Path) -> None:
         """Into a checkpoint; nothing where no means are kept."""
         tensors = {
             f"{name}.{key}": tensor.cpu().contiguous()
             for name, block in moe_blocks(self.trainer.core_model).items()
-            for key, tensor in block.experts.answer_means.state().items()
+            for key, tensor in _means(block).state().items()
         }
         if tensors:
             save_file(tensors, directory / FILE)
@@ -65,4 +67,9 @@ class AnswerMeansCallback(TrainerCallback):
         tensors = {key: tensor.to(self.trainer.args.device) for key, tensor in load_file(directory / FILE).items()}
         for name, block in moe_blocks(self.trainer.core_model).items():
             state = {key: tensors[f"{name}.{key}"] for key in ("mean", "seen") if f"{name}.{key}" in tensors}
-            block.experts.answer_means.load(state)
+            _means(block).load(state)
+
+
+def _means(block: SparseMoeBlock) -> AnswerMeans:
+    """Those of a block, whose experts an adapter may have wrapped."""
+    return next(module.answer_means for module in block.experts.modules() if isinstance(module, PackedExperts))

@@ -13,10 +13,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("deepspeed")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-]  # one launch for all cases; importing DeepSpeed twice is most of it
+# One launch for all cases; importing DeepSpeed twice is most of it.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from llava_compete.evaluation.answerer import Answerer, Prompt, load_for_inferen
 from llava_compete.evaluation.generation_settings import GenerationSettings
 from llava_compete.evaluation.layer_worth import Likeness, Worth, measure_likeness, measure_worth
 from llava_compete.evaluation.routing_controls import Score, measure_controls
-from llava_compete.evaluation.routing_data import Row, Rows, batches_of, to_batch
+from llava_compete.evaluation.routing_data import Row, Rows, batches_of, spread, to_batch
 from llava_compete.evaluation.routing_statistics import RoutingSums, sums_of
 from llava_compete.evaluation.token_choices import Patch, RowChoices, all_choices, choices_of, surest_patches
 from llava_compete.evaluation.winner_prediction import measure_prediction
@@ -30,17 +30,15 @@ from llava_compete.moe.block import moe_blocks
 
 log = logging.getLogger(__name__)
 ANSWER_TOKENS = 64
+PATCH_LAYERS = 3  # whose surest patches are shown
 
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """rows: of each file; compared_rows: for controls and worth, which run the model once more a layer; examples: rows
-    that are shown; patch_layers: layers whose surest patches are shown."""
+    """compared_rows: for controls and worth, which run the model once more a layer; examples: rows that are shown."""
 
-    rows: int = 200
     compared_rows: int = 64
     examples: int = 4
-    patch_layers: int = 3
     batch_size: int = 8
     processes: int = 1
     device: str | None = None
@@ -98,8 +96,7 @@ def measure_checkpoint(
     if not blocks:
         return found
     found.sums = _all_sums(path, model, processor, rows, options, progress)
-    compared = _spread(len(rows), min(options.compared_rows, len(rows)))
-    parts = list(batches_of(rows, options.batch_size, compared))
+    parts = list(batches_of(rows, options.batch_size, spread(len(rows), options.compared_rows)))
     batches = [to_batch(part, processor, device) for part in parts]
     loads = {name: sums.load_GE.sum(0).to(device) for name, sums in found.sums.layers.items()}
     found.controls = measure_controls(model, batches, loads)
@@ -109,25 +106,21 @@ def measure_checkpoint(
         found.prediction = measure_prediction(model, batches[:middle], batches[middle:])
     found.worth = measure_worth(model, batches)
     found.likeness = measure_likeness(model, batches[0])
-    found.patches = surest_patches(model, processor, parts, _patch_layers(list(blocks), options.patch_layers))
+    found.patches = surest_patches(model, processor, parts, _patch_layers(list(blocks)))
     return found
 
 
-def _spread(total: int, count: int) -> list[int]:
-    return [round(place * (total - 1) / max(count - 1, 1)) for place in range(count)]
-
-
-def _patch_layers(names: list[str], count: int) -> list[str]:
-    """Layers that see patches, from the first to the last."""
+def _patch_layers(names: list[str]) -> list[str]:
+    """Some of the layers that see patches, from the first to the last."""
     seeing = [name for name in names if not name.startswith("language.")]
-    return [seeing[place] for place in dict.fromkeys(_spread(len(seeing), min(count, len(seeing))))]
+    return [seeing[place] for place in spread(len(seeing), PATCH_LAYERS)]
 
 
 def _examples(model: Any, processor: Any, rows: Rows, count: int) -> Iterator[Example]:
     """First questions of some rows, answered; the choices are those of the expected answer's tokens."""
     answerer = Answerer(model, processor, 1)
     settings = GenerationSettings.from_task({"max_new_tokens": ANSWER_TOKENS})
-    for number in dict.fromkeys(_spread(len(rows), min(count, len(rows)))):
+    for number in spread(len(rows), count):
         row = rows[number].first_exchange()
         prompt = Prompt(row.question, partial(list, row.images), f"{row.source}/{row.id}")
         yield Example(row, answerer.generate([prompt], [settings])[0], choices_of(model, processor, row))

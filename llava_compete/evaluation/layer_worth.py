@@ -41,7 +41,7 @@ class Likeness(NamedTuple):
 
 
 @torch.inference_mode()
-def measure_worth(model: Any, batches: Sequence[Batch], draws: int = 2, progress: Any = None) -> dict[str, Worth]:
+def measure_worth(model: Any, batches: Sequence[Batch], draws: int = 2) -> dict[str, Worth]:
     """By layer what its choices are worth, from `draws` random choices of every token."""
     usual = [_token_losses(model, batch) for batch in batches]
     found = {}
@@ -60,8 +60,6 @@ def measure_worth(model: Any, batches: Sequence[Batch], draws: int = 2, progress
                     lower += int((change_M < 0).sum())
                     tokens += len(change_M)
         found[name] = Worth(more / tokens, lower / tokens)
-        if progress is not None:
-            progress(name)
     return found
 
 

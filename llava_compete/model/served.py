@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from llava_compete.errors import UserError
+from llava_compete.files import write_text
 from llava_compete.language.families import feed_forward_options
 from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.experts import PackedExperts
@@ -51,7 +52,7 @@ _SERVERS = ("vllm", "vllm_mla", "sglang")
 
 def write_stub(directory: str | Path) -> None:
     """The Python file that `AUTO_MAP` names."""
-    (Path(directory) / f"{STUB}.py").write_text(_STUB_TEXT, encoding="utf-8")
+    write_text(Path(directory) / f"{STUB}.py", _STUB_TEXT)
 
 
 def declare_experts(text_config: Any, moe: MoeLayerConfig) -> None:

@@ -176,8 +176,7 @@ class _CompetitionLosses(torch.autograd.Function):
         squared_TLE = difference_TLE.square()
         shares_SLE = _shares(counted_TLC, q_TLE, groups)
         terms = {
-            "distillation_loss": distillation_loss(squared_TLE, groups),
-            "winner_distillation_loss": winner_distillation_loss(squared_TLE, winners_TLK, groups),
+            **_distillation_terms(squared_TLE, winners_TLK, groups),
             "diversity_loss": diversity_loss(diversity_TL, groups),
             "balance_loss": _balance(q_TLE, shares_SLE, groups),
         }
@@ -248,10 +247,7 @@ class _Distillation(torch.autograd.Function):
         p_TLE = logits_TLE.softmax(-1)
         difference_TLE = p_TLE - affinity_TLE.softmax(-1)
         squared_TLE = difference_TLE.square()
-        terms = {
-            "distillation_loss": distillation_loss(squared_TLE, groups),
-            "winner_distillation_loss": winner_distillation_loss(squared_TLE, winners_TLK, groups),
-        }
+        terms = _distillation_terms(squared_TLE, winners_TLK, groups)
         ctx.save_for_backward(p_TLE, difference_TLE, winners_TLK)
         ctx.groups, ctx.coefs = groups, coefs
         ctx.mark_non_differentiable(*terms.values())
@@ -265,6 +261,13 @@ class _Distillation(torch.autograd.Function):
         p_TLE, difference_TLE, winners_TLK = ctx.saved_tensors
         grad_TLE = _distillation_backward(grad_L, p_TLE, difference_TLE, winners_TLK, ctx.groups, ctx.coefs)
         return grad_TLE, *(None,) * 4
+
+
+def _distillation_terms(squared_TLE: Tensor, winners_TLK: Tensor, groups: TokenGroups) -> dict[str, Tensor]:
+    return {
+        "distillation_loss": distillation_loss(squared_TLE, groups),
+        "winner_distillation_loss": winner_distillation_loss(squared_TLE, winners_TLK, groups),
+    }
 
 
 def _distillation_backward(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
 
 # Okabe and Ito's eight, the black one last.
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
@@ -27,8 +26,3 @@ def ink_on(color: str) -> str:
     linear = [value / 12.92 if value <= 0.03928 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
     luminance = sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
     return "#000000" if luminance > 0.179 else "#ffffff"
-
-
-def shades(values: Sequence[float]) -> list[str]:
-    """A white-to-blue background for each share between 0 and 1."""
-    return [f"rgba(0, 114, 178, {max(0.0, min(1.0, value)):.2f})" for value in values]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_compete.evaluation.checkpoint_routing import CheckpointRouting, Example
-from llava_compete.evaluation.routing_data import TOKEN_CLASSES
+from llava_compete.evaluation.routing_data import TOKEN_CLASSES, spread
 from llava_compete.evaluation.token_choices import Patch, overlap
 from llava_compete.files import write_json
 from llava_compete.parts import PARTS
@@ -362,6 +362,4 @@ def _example(page: Page, name: str, example: Example, found: CheckpointRouting) 
 
 def _some(names: Sequence[Any], count: int) -> list[Any]:
     """At most `count` of them, from the first to the last."""
-    if len(names) <= count:
-        return list(names)
-    return [names[round(place * (len(names) - 1) / (count - 1))] for place in range(count)]
+    return [names[place] for place in spread(len(names), count)]

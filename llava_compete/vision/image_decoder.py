@@ -40,19 +40,23 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
     The result's `info["source_mode"]` is the file's Pillow mode. Raises `BadImageError` with kind image_missing,
     image_is_a_folder, image_empty, image_unreadable, image_truncated or image_too_large.
     """
-    label = name or (str(source) if not isinstance(source, bytes) else "embedded image")
-    if not source:
-        raise BadImageError("image_empty", f"{label or 'image'}: the file has no bytes")
-    with _named_errors(label):
-        if not isinstance(source, bytes):
-            _check_file(Path(source), label)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return upright_rgb(image, label)
+    with _opened(source, name) as (image, label):
+        return upright_rgb(image, label)
 
 
 def image_size(source: str | Path | bytes, name: str | None = None) -> tuple[int, int]:
     """Height and width that `open_image` would give, from the file's header alone; errors are the same as far as the
     header shows them."""
+    with _opened(source, name) as (image, label):
+        width, height = image.size
+        _check_size(width, height, label)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in _ON_THEIR_SIDE
+        return (width, height) if turned else (height, width)
+
+
+@contextmanager
+def _opened(source: str | Path | bytes, name: str | None) -> Iterator[tuple[Image.Image, str]]:
+    """The file's image, not decoded yet, and what messages call it."""
     label = name or (str(source) if not isinstance(source, bytes) else "embedded image")
     if not source:
         raise BadImageError("image_empty", f"{label or 'image'}: the file has no bytes")
@@ -60,10 +64,7 @@ def image_size(source: str | Path | bytes, name: str | None = None) -> tuple[int
         if not isinstance(source, bytes):
             _check_file(Path(source), label)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            width, height = image.size
-            _check_size(width, height, label)
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in _ON_THEIR_SIDE
-            return (width, height) if turned else (height, width)
+            yield image, label
 
 
 def upright_rgb(image: Image.Image, label: str = "image") -> Image.Image:

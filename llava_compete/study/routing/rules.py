@@ -12,7 +12,6 @@ from llava_compete.moe.config import COMPETITION_COEFS, ROUTER_COEFS
 from llava_compete.moe.router_table import ROUTER_CLASSES
 
 Controls = ("random", "fixed", "dense")
-OTHER_PAPERS = ("default_moe", "remoe", "sparsemixer")
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Rule:
-    """`router` is one of the package's, a control, or one of `OTHER_PAPERS`; `title` is for people."""
+    """`router` is one of the package's, a control, or one of another paper; `title` is for people."""
 
     name: str
     title: str

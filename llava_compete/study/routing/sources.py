@@ -22,7 +22,6 @@ from llava_compete.demo.stdlib_text import extract_prose
 from llava_compete.errors import UserError
 
 TRAIN_BYTES, HELD_OUT_BYTES = 400_000, 50_000
-NAMES = ("Python", "C++", "English", "JSON", "Perl", "tests")
 _HELD_OUT_PERCENT = 12
 
 

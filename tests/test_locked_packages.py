@@ -21,6 +21,7 @@ PATHS = {
     "text benchmarks": ["lm_eval"],
     "comparisons": ["scipy.stats", "matplotlib"],
     "serve": ["fastapi", "uvicorn", "openai"],
+    "web": ["gradio"],
     "preference": ["trl"],
 }
 

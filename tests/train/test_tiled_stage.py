@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from in_process_kit import run_stage_here
-from PIL import Image
-from stage_kit import fresh_model, read_metrics, stage_config, tiny_moe
+import torch
+from in_process_kit import run_stage_here, stop_at_step
+from safetensors.torch import load_file
+from stage_kit import read_metrics, stage_config, tiny_moe
+from tiled_kit import tiled_model, write_tiled_rows
 from tiny import tiny_section, tiny_tokenizer
 
 from llava_compete.errors import UserError
@@ -18,40 +18,27 @@ from llava_compete.model.build import build_model, load_checkpoint
 from llava_compete.moe.config import MoeConfig
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """16 rows: pictures of many shapes, a row of two, every fourth of text alone."""
-    rng, records = np.random.default_rng(0), []
-    for number in range(16):
-        names = [] if number % 4 == 0 else [f"{number}.png"] if number != 5 else ["5.png", "6.png"]
-        height, width = rng.integers(12, 60, 2)
-        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
-        turns = [
-            {"from": "human", "value": "<image>\n" * len(names) + "Which colour?"},
-            {"from": "gpt", "value": "It is red" + "." * int(rng.integers(1, 9))},
-        ]
-        records.append({"id": f"row{number}", "image": names, "conversations": turns})
-    (tmp_path / "data.json").write_text(json.dumps(records))
-    return tmp_path / "data.json"
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiled_rows(tmp_path_factory.mktemp("tiled"))
+
+
+def stage(data: Path, out: Path, tile_batch: int | None = None, packing: bool = False, **changes: Any) -> Any:
+    """A stage of 2 steps on a model of tiles; experts in projector and language model where it is an sft."""
+    moe = {"moe": {key: value for key, value in tiny_moe().items() if key != "vision"}}
+    kind, model = changes.pop("stage", "sft"), changes.pop("model", None) or tiled_model()
+    training = {"max_steps": 2, "per_device_train_batch_size": 8, **changes.pop("training", {})}
+    options = {"model": {**model, "tile_batch": tile_batch}, "training": training, "deepspeed": None}
+    config = stage_config(kind, data, out, **options, **(moe if kind == "sft" else {}), **changes)
+    config["data"] |= {"validation_fraction": 0.1, "packing": packing, "cache_dir": str(data.parent / "cache")}
+    return config
 
 
 def test_any_cut_of_a_batch_is_one_run(data: Path, tmp_path: Path) -> None:
-    model = fresh_model()
-    model["vision_tower"]["tiles"] = {"max": 4}
-    model["projector"]["pool"] = 2
-
-    def run(name: str, packing: bool, tile_batch: int | None, **training: Any) -> list[dict[str, Any]]:
-        training = {"max_steps": 2, **training}
-        mine = {**model, "tile_batch": tile_batch}
-        moe = {key: value for key, value in tiny_moe().items() if key != "vision"}
-        config = stage_config("sft", data, tmp_path / name, model=mine, training=training, moe=moe, deepspeed=None)
-        config["data"] |= {"validation_fraction": 0.1, "packing": packing, "cache_dir": str(tmp_path / "cache")}
-        return read_metrics(run_stage_here(config))
-
-    whole = run("whole", False, None, per_device_train_batch_size=8, eval_strategy="steps", eval_steps=2)
-    cut = run(
-        "cut", True, 3, per_device_train_batch_size=2, gradient_accumulation_steps=4, activation_checkpointing=True
-    )
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2}
+    whole = read_metrics(run_stage_here(stage(data, tmp_path / "whole", training=evaluated)))
+    small = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "activation_checkpointing": True}
+    cut = read_metrics(run_stage_here(stage(data, tmp_path / "cut", 3, packing=True, training=small)))
     for one, other in zip(whole, cut, strict=True):
         assert one["sample_checksum"] == other["sample_checksum"]
         for key in ("loss", "lm_loss", "grad_norm", "projector/aux_loss", "language/aux_loss"):
@@ -62,3 +49,29 @@ def test_any_cut_of_a_batch_is_one_run(data: Path, tmp_path: Path) -> None:
     loaded, processor = load_checkpoint(tmp_path / "cut")
     assert loaded.config.tiling == processor.tiling
     assert len(loaded.config.tower.tiles) == 8
+
+
+def test_lora_on_the_tower_resumes_in_chunks(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = run_stage_here(stage(data, tmp_path / "start", stage="pretrain_align", training={"max_steps": 1}))
+    lora = {"mode": "lora", "lora_rank": 2}
+
+    def tuned(name: str, micro: int, tile_batch: int | None) -> Any:
+        training = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": 8 // micro}
+        return stage(
+            data, tmp_path / name, tile_batch, stage="pft", model={"checkpoint": str(start)},
+            training={**training, "save_steps": 1}, trainable={"vision": lora, "projector": "full", "language": lora},
+        )  # fmt: skip
+
+    straight = run_stage_here(tuned("straight", 8, None))
+    stop_at_step(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage_here(tuned("broken", 4, 2))
+    pairs = zip(read_metrics(straight), read_metrics(run_stage_here(tuned("broken", 4, 2))), strict=True)
+    for one, other in pairs:
+        assert one["sample_checksum"] == other["sample_checksum"]
+        for key in ("loss", "lm_loss", "grad_norm"):
+            assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-7), key
+    merged, before = (load_file(folder / "model.safetensors") for folder in (straight, start))
+    newline = "model.multi_modal_projector.image_newline"
+    assert not torch.equal(merged[newline], before[newline])
+    assert any("vision_tower" in name and not torch.equal(merged[name], before[name]) for name in before)

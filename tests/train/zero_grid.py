@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,12 +95,25 @@ def in_order() -> tuple[list[Cell], list[int]]:
     return list(dict.fromkeys([*chosen, *all_cells()])), sizes
 
 
-class Grid:
-    """Start checkpoints, one-process references and results below one folder; what is there is not run again."""
+def eight_rows(folder: Path) -> Path:
+    return write_data(folder, rows=8)
 
-    def __init__(self, folder: Path) -> None:
+
+class Grid:
+    """Start checkpoints, one-process references and results below one folder; what is there is not run again.
+
+    model, write_rows: what cells start from and train on; the folder of `write_rows` does not exist yet.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Callable[[], dict[str, Any]] = fresh_model,
+        write_rows: Callable[[Path], Path] = eight_rows,
+    ) -> None:
         self.folder = folder
         self.results = folder / "results.jsonl"
+        self._model, self._write_rows = model, write_rows
 
     def config(self, cell: Cell) -> dict[str, Any]:
         """The stage of a cell."""
@@ -136,11 +149,11 @@ class Grid:
     def prepare(self) -> None:
         """Data, and the two models that cells start from."""
         if not (self.folder / "data").exists():
-            write_data(self.folder / "data", rows=8)
+            self._write_rows(self.folder / "data")
         starts = [("dense", "pretrain_align", {}), ("moe", "sft", {"moe": tiny_moe()})]
         missing = [
             stage_config(
-                stage, self.folder / "data" / "data.json", self.folder / name, model=fresh_model(), deepspeed=None,
+                stage, self.folder / "data" / "data.json", self.folder / name, model=self._model(), deepspeed=None,
                 training={"max_steps": 1, "save_strategy": "no", "per_device_train_batch_size": 8}, **moe,
             )
             for name, stage, moe in starts

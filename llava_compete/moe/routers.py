@@ -66,6 +66,12 @@ def top_experts(scores_TE: Tensor, count: int) -> Tensor:
     return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[:, :count]
 
 
+def by_weight(experts_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Experts and their weights, the largest weight first; equal ones stay in order."""
+    weights_TK, order_TK = weights_TK.float().sort(dim=1, descending=True, stable=True)
+    return experts_TK.gather(1, order_TK), weights_TK
+
+
 class _TopWeights(torch.autograd.Function):
     """log scores [T, R] -> `top_experts` and the softmax over their scores [T, C], which the sort has found already."""
 

@@ -1,6 +1,6 @@
 """Which expert answered which patch, drawn over the picture, and which answered each token, under the text.
 
-A patch has the colour of its first expert (the one with the largest weight) and, where there is room, its number; a
+A cell has the colour of its first expert (the one with the largest weight) and, where there is room, its number; a
 token has one row of cells a layer. One palette and one legend for all layers of a figure.
 """
 
@@ -17,51 +17,72 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
-from PIL import Image
 
+from llava_compete.evaluation.picture_choices import ShownPicture
 from llava_compete.report.colors import expert_colors, ink_on
+from llava_compete.vision.tiles import Box
 
 NUMBERED_GRID = 10  # patches a side up to which each holds its expert's number
 MOST_LEGEND = 16
 COLUMNS = 4
 
 
-def patch_figure(
-    picture: Image.Image, grid: tuple[int, int], experts: Mapping[str, Any], num_experts: int
-) -> plt.Figure:
-    """The picture, and a panel a layer with each patch in its first expert's colour.
+def patch_figure(shown: ShownPicture, experts: Mapping[str, Any], num_experts: int) -> plt.Figure:
+    """The picture, and a panel a layer with each cell in its first expert's colour, in its place on the picture.
 
     Args:
-        experts: layer -> first expert of each patch in reading order.
+        experts: layer -> first expert of each cell, [rows, columns], -1 where there is none; layers may have other
+            numbers of cells.
     """
     colors = expert_colors(num_experts)
     panels = 1 + len(experts)
     columns = min(panels, COLUMNS)
     rows = -(-panels // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.4 * columns, 2.5 * rows + 0.4), squeeze=False)
-    extent = (-0.5, grid[1] - 0.5, grid[0] - 0.5, -0.5)
+    width, height = shown.picture.size
+    tall = min(max(height / width, 0.4), 2.5)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.4 * columns, 2.4 * tall * rows + 0.9), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    axes.flat[0].imshow(picture, extent=extent)
-    axes.flat[0].set_title("as the tower saw it", fontsize=8)
+    picture_extent = (0, width, height, 0)
+    axes.flat[0].imshow(shown.picture, extent=picture_extent)
+    axes.flat[0].set_title("the picture", fontsize=8)
     used: set[int] = set()
+    grey = shown.picture.convert("L")
+    left, top, right, bottom = shown.box
     for axis, (name, chosen) in zip(list(axes.flat)[1:], experts.items(), strict=False):
-        cells = np.asarray(chosen).reshape(grid)
-        used |= set(cells.flatten().tolist())
-        axis.imshow(picture.convert("L"), cmap="gray", extent=extent)
-        axis.imshow(cells, cmap=ListedColormap(colors), vmin=-0.5, vmax=num_experts - 0.5, alpha=0.6, extent=extent)
-        if max(grid) <= NUMBERED_GRID:
-            for (row, column), expert in np.ndenumerate(cells):
-                axis.text(column, row, str(expert), ha="center", va="center", fontsize=7, color=ink_on(colors[expert]))
-        axis.set_title(name, fontsize=8)
-    shown = sorted(used)[:MOST_LEGEND]
-    handles = [Patch(color=colors[expert], label=f"expert {expert}") for expert in shown]
-    more = f" and {len(used) - len(shown)} more" if len(used) > len(shown) else ""
+        cells = np.ma.masked_less(np.asarray(chosen), 0)
+        used |= set(cells.compressed().tolist())
+        axis.imshow(grey, cmap="gray", vmin=0, vmax=255, extent=picture_extent)
+        axis.imshow(
+            cells,
+            cmap=ListedColormap(colors),
+            vmin=-0.5,
+            vmax=num_experts - 0.5,
+            alpha=0.6,
+            extent=(left, right, bottom, top),
+            interpolation="nearest",
+        )
+        axis.set(xlim=(0, width), ylim=(height, 0), title=name)
+        axis.title.set_fontsize(8)
+        if max(cells.shape) <= NUMBERED_GRID:
+            _write_numbers(axis, cells, shown.box, colors)
+    handles = [Patch(color=colors[expert], label=f"expert {expert}") for expert in sorted(used)[:MOST_LEGEND]]
+    more = f" and {len(used) - len(handles)} more" if len(used) > len(handles) else ""
     figure.legend(
-        handles=handles, loc="lower center", ncols=min(len(shown), 8), fontsize=8, title="first expert" + more
+        handles=handles, loc="lower center", ncols=min(len(handles), 8), fontsize=8, title="first expert" + more
     )
-    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    figure.tight_layout(rect=(0, 0.5 / figure.get_figheight(), 1, 1))
     return figure
+
+
+def _write_numbers(axis: Any, cells: np.ma.MaskedArray, box: Box, colors: Sequence[str]) -> None:
+    left, top, right, bottom = box
+    across, down = (right - left) / cells.shape[1], (bottom - top) / cells.shape[0]
+    for (row, column), expert in np.ndenumerate(cells):
+        if expert >= 0:
+            place = left + (column + 0.5) * across, top + (row + 0.5) * down
+            ink = ink_on(colors[expert])
+            axis.text(*place, str(expert), ha="center", va="center", fontsize=7, color=ink, clip_on=True)
 
 
 def token_table(tokens: Sequence[str], experts: Mapping[str, Any], num_experts: int) -> str:

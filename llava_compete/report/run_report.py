@@ -346,14 +346,13 @@ def _example(page: Page, name: str, example: Example, found: CheckpointRouting) 
         return
     experts = max(setting["experts"] for setting in found.settings.values())
     for number, picture in enumerate(choices.pictures):
-        layers = [layer for layer, places in choices.patches.items() if number < len(places)]
-        first = {layer: choices.patches[layer][number].experts[:, 0] for layer in _some(layers, MOST_MAP_LAYERS)}
-        if first:
-            page.figure(
-                patch_figure(picture, choices.grid, first, experts),
-                f"{name}-patches{number}",
-                f"First expert of each of {choices.grid[0]} x {choices.grid[1]} patches, by layer.",
-            )
+        first = {layer: choices.maps[layer][number][..., 0] for layer in _some(list(choices.maps), MOST_MAP_LAYERS)}
+        shapes = dict.fromkeys(f"{cells.shape[0]} x {cells.shape[1]}" for cells in first.values())
+        page.figure(
+            patch_figure(picture, first, experts),
+            f"{name}-patches{number}",
+            f"First expert of each of {', '.join(shapes)} patches, by layer.",
+        )
     answer = [place for place, kind in enumerate(choices.classes) if TOKEN_CLASSES[kind] == "answer"][:MOST_TOKENS]
     if choices.tokens and answer:
         rows = {layer: chosen.experts[answer] for layer, chosen in choices.tokens.items()}

@@ -22,7 +22,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from llava_compete.errors import UserError
 from llava_compete.vision.image_inputs import load_images
-from llava_compete.vision.tiles import Tiling, tile_pixels
+from llava_compete.vision.tiles import Box, Size, Tiling, tile_pixels
 from llava_compete.vision.tower_config import CLIP_MEAN, CLIP_STD, Interpolation, PixelVersion, ResizeMode, TowerConfig
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -112,8 +112,19 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
         table = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.stack([table[:, channel][array[..., channel]] for channel in range(3)])
 
+    def box(self, picture: Size) -> Box:
+        """Where the square's edges are in a picture's own pixels: beyond its edges by the borders of `pad`, inside by
+        what `crop` cuts."""
+        height, width = picture
+        resized = self._resized(width, height)
+        left, top = self._place(*resized)
+        if self.resize_mode != "crop":
+            left, top = -left, -top
+        across, down = width / resized[0], height / resized[1]
+        return left * across, top * down, (left + self.size) * across, (top + self.size) * down
+
     def _resized_by_torch(self, image: Image.Image) -> np.ndarray:
-        width, height = self._resized(image)
+        width, height = self._resized(*image.size)
         # A view [1, 3, H, W] of the picture's own memory order, for which the kernel is vectorised.
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
         if (width, height) != image.size:
@@ -129,7 +140,7 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
         return canvas
 
     def _resized_by_pillow(self, image: Image.Image) -> Image.Image:
-        width, height = self._resized(image)
+        width, height = self._resized(*image.size)
         left, top = self._place(width, height)
         image = image.resize((width, height), _FILTERS[self.interpolation])
         if self.resize_mode == "crop":
@@ -140,9 +151,9 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
         canvas.paste(image, (left, top))
         return canvas
 
-    def _resized(self, image: Image.Image) -> tuple[int, int]:
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
         """Width and height before padding or cutting."""
-        size, (width, height) = self.size, image.size
+        size = self.size
         if self.resize_mode == "squash":
             return size, size
         if self.resize_mode == "pad":

@@ -22,6 +22,7 @@ from llava_compete.vision.image_decoder import BadImageError
 
 Grid = tuple[int, int]  # rows and columns of tiles
 Size = tuple[int, int]  # height and width in pixels
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 # Of LLaVA-NeXT's published checkpoints.
 LLAVA_NEXT_GRIDS: tuple[Grid, ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 _NEWLINE = -1
@@ -82,6 +83,24 @@ class Tiling:
         grids = [(rows * self.size, columns * self.size) for rows, columns in self.grids]
         return max(grids, key=self.num_tokens)
 
+    def box(self, picture: Size) -> Box:
+        """Where the edges of the grid of tiles are in the picture's own pixels: beyond its edges by the borders."""
+        rows, columns = self.grid(picture)
+        target = rows * self.size, columns * self.size
+        height, width, top, left = _placed(picture, target)
+        across, down = picture[1] / width, picture[0] / height
+        return -left * across, -top * down, (target[1] - left) * across, (target[0] - top) * down
+
+    def places(self, picture: Size) -> np.ndarray:
+        """int64 [rows, columns] over the grid's features: which of the picture's embeddings each is, or -1."""
+        kept = _kept(picture, self)
+        rows, columns = self.grid(picture)
+        found = np.full((rows * self.side, columns * self.side), -1)
+        height, width = kept.bottom - kept.top, kept.right - kept.left
+        order = self.side**2 + np.arange(height * (width + 1)).reshape(height, width + 1)
+        found[kept.top : kept.bottom, kept.left : kept.right] = order[:, :-1]  # a newline ends each row
+        return found
+
     def layout(self, pictures: Sequence[Size]) -> Layout:
         """Of a batch, in reading order."""
         tiles = [self.num_tiles(picture) for picture in pictures]
@@ -100,21 +119,22 @@ def tile_pixels(pixels_13HW: torch.Tensor, tiling: Tiling, interpolation: str) -
     picture: Size = (pixels_13HW.shape[2], pixels_13HW.shape[3])
     rows, columns = tiling.grid(picture)
     size, target = tiling.size, (rows * tiling.size, columns * tiling.size)
-    height, width = _inside(picture, target)
+    height, width, top, left = _placed(picture, target)
     if (height, width) != picture:
         pixels_13HW = F.interpolate(pixels_13HW, size=(height, width), mode=interpolation, antialias=True)
     canvas = np.zeros((3, *target), np.uint8)
-    top, left = (target[0] - height) // 2, (target[1] - width) // 2
     canvas[:, top : top + height, left : left + width] = pixels_13HW[0].numpy()
     return canvas.reshape(3, rows, size, columns, size).transpose(1, 3, 0, 2, 4).reshape(-1, 3, size, size)
 
 
-def _inside(picture: Size, target: Size) -> Size:
-    """The picture's size once it fits into `target`."""
+def _placed(picture: Size, target: Size) -> tuple[int, int, int, int]:
+    """Height and width of the picture once it fits into `target`, and the top and left of its place there."""
     by_width, by_height = target[1] / picture[1], target[0] / picture[0]
     if by_width < by_height:
-        return min(math.ceil(picture[0] * by_width), target[0]), target[1]
-    return target[0], min(math.ceil(picture[1] * by_height), target[1])
+        height, width = min(math.ceil(picture[0] * by_width), target[0]), target[1]
+    else:
+        height, width = target[0], min(math.ceil(picture[1] * by_height), target[1])
+    return height, width, (target[0] - height) // 2, (target[1] - width) // 2
 
 
 @lru_cache(maxsize=65536)

@@ -163,11 +163,10 @@ def test_a_patch_keeps_its_place(checkpoint, data):
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]},
         {"role": "assistant", "content": "red"},
     ]))  # fmt: skip
-    assert choices.grid == (4, 4)
-    for name in choices.patches:
+    for name, maps in choices.maps.items():
+        assert all(experts.shape == (4, 4, 2) for experts in maps)
         if not name.startswith("language"):  # the language model also sees what stands before
-            assert choices.patches[name][1].experts.tolist() == alone.patches[name][0].experts.tolist()
-        assert len(choices.patches[name][0].experts) == 16
+            assert maps[1].tolist() == alone.maps[name][0].tolist()
     assert sum(kind == 0 for kind in choices.classes) == 2 * model.config.num_image_tokens
 
 

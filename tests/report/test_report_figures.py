@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_compete.evaluation.picture_choices import ShownPicture
 from llava_compete.report.choice_maps import patch_figure, token_table
 from llava_compete.report.colors import expert_colors, ink_on
 from llava_compete.report.forest import ForestRow, plot_forest
@@ -83,13 +83,21 @@ def luminance(color: str) -> float:
 
 
 def test_patches_stand_where_they_are() -> None:
-    """The panel's cell at row r and column c is the colour of patch r * columns + c."""
-    experts = list(itertools.islice(itertools.cycle([0, 1, 2]), 6))
-    figure = patch_figure(Image.new("RGB", (30, 20)), (2, 3), {"vision.0": experts}, 4)
-    assert figure.axes[1].images[1].get_array().tolist() == [[0, 1, 2], [0, 1, 2]]
-    numbers = {(text.get_position(), text.get_text()) for text in figure.axes[1].texts}
-    assert ((2, 1), "2") in numbers
-    assert ((1, 0), "1") in numbers
+    """The panel's cell at row r and column c is the colour of that expert, its number in the middle of its place on
+    the picture; layers may have other cells, and what is not of the picture has neither."""
+    shown = ShownPicture(Image.new("RGB", (30, 20)), (0.0, -10.0, 30.0, 30.0))
+    experts = {"vision.0": [[-1, -1], [0, 2], [1, 0], [-1, -1]], "projector.0": [[3]]}
+    figure = patch_figure(shown, experts, 4)
+    _, first, second = figure.axes[:3]
+    cells = first.images[1].get_array()
+    assert cells.filled(-1).tolist() == experts["vision.0"]
+    assert first.images[1].get_extent() == [0, 30, 30, -10]
+    assert first.images[0].get_extent() == [0, 30, 20, 0]
+    assert {(text.get_position(), text.get_text()) for text in first.texts} == {
+        ((7.5, 5.0), "0"), ((22.5, 5.0), "2"), ((7.5, 15.0), "1"), ((22.5, 15.0), "0")
+    }  # fmt: skip
+    assert second.images[1].get_array().tolist() == [[3]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"expert {n}" for n in range(4)]
     plt.close(figure)
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The router study: from a parent checkpoint a seed, with the same data order and steps, dense training goes on beside
-# all eight routers, with several seeds; then evaluation and a paired comparison with intervals over questions and seeds.
+# all routers, with several seeds; then evaluation and a paired comparison with intervals over questions and seeds.
 # A seed is that of the parent's training, of the routers' start, of the data's order and of the competitions.
 #   bash scripts/compare_routers.sh                 3 seeds on the demo, under an hour on 2 cores
 #   bash scripts/compare_routers.sh --quick         1 seed, few steps, under 10 minutes

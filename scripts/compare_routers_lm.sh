@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The router study on text: a dense baseline with the same active parameters and all eight routers, several seeds, from
+# The router study on text: a dense baseline with the same active parameters and all routers, several seeds, from
 # scratch on the standard library's documentation; then a paired comparison over held-out rows and seeds.
 #   bash scripts/compare_routers_lm.sh            3 seeds
 #   bash scripts/compare_routers_lm.sh --quick    1 seed, few steps

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llava_compete.moe.block import SparseMoeBlock
-from llava_compete.moe.config import COMPETITION_COEFS, MoeLayerConfig
+from llava_compete.moe.config import COMPETITION_COEFS, ROUTER_COEFS, MoeLayerConfig
+from llava_compete.moe.router_table import ROUTER_CLASSES
 from llava_compete.moe.state import RoutingState, TokenGroups
 
 LIMIT = 1e-5
@@ -31,6 +32,7 @@ ROUTERS = {
     "smoe_perturbed": "perturbed_cosine",
     "smoe_share": "shared_softmax",
     "smoe_sharev3": "shared_sigmoid",
+    "tcmoe": "tc_moe",
     "competesmoe": "competition",
 }
 COEFS = {
@@ -40,6 +42,7 @@ COEFS = {
     "winner_distillation_coef": "router_theta",
     "diversity_coef": "diversity_loss_coef",
     "competition_balance_coef": "bal_comp_loss_coef",
+    "null_reward_coef": "reward_factor",
 }
 # Parameter of our router -> its name in the files.
 ROUTER_NAMES = {
@@ -53,7 +56,8 @@ COLUMNS = ("output", "aux_loss", "loss", "grad", "routing")
 def layer_config(meta: dict[str, Any]) -> MoeLayerConfig:
     """The router and coefficients that the file was computed with."""
     router = ROUTERS[meta["reference"]]
-    terms = COEFS if router == "competition" else COEFS.keys() - COMPETITION_COEFS.keys()
+    terms = {*ROUTER_COEFS, *ROUTER_CLASSES[router].extra_coefs}
+    terms |= COMPETITION_COEFS.keys() if router == "competition" else set()
     coefs = {term: meta["coefs"][COEFS[term]] for term in terms}
     if router == "competition" and not meta["coefs"]["hybrid"]:
         coefs["winner_distillation_coef"] = 0.0

@@ -84,7 +84,7 @@ def measure_checkpoint(
         settings={
             name: {
                 "router": block.config.router,
-                "experts": block.config.num_experts,
+                "experts": block.num_slots,
                 "chosen": block.config.num_experts_per_tok,
             }
             for name, block in blocks.items()

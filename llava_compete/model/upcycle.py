@@ -1,8 +1,9 @@
 """Sparse upcycling (arXiv 2212.05055): a dense checkpoint directory becomes a MoE checkpoint directory.
 
 Every expert starts as a copy of the dense MLP and routers at N(0, 0.02) from a fixed seed; weights of the chosen
-experts sum to 1, so the result answers exactly as its parent. No model is built with weights: tensors are read one by
-one from the parent's shards and written in shards, so memory stays near one shard.
+experts sum to 1, so the result answers exactly as its parent, but for routers that say otherwise
+(`keeps_dense_answers`). No model is built with weights: tensors are read one by one from the parent's shards, and
+written in shards, so that memory stays near one shard.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from llava_compete.model.section import ModelSection
 from llava_compete.model.shards import SHARD_BYTES, PlannedTensor, write_shards
 from llava_compete.moe.block import SparseMoeBlock
 from llava_compete.moe.config import MoeConfig
+from llava_compete.moe.router_table import ROUTER_CLASSES
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +104,7 @@ def upcycle(
     with torch.device("meta"):
         model = LlavaCompeteForConditionalGeneration(new_config)
     blocks = {path: module for path, module in model.named_modules() if isinstance(module, SparseMoeBlock)}
+    _warn_of_other_answers(moe)
     # A tied tensor is one with its source, also where a checkpoint stores it a second time.
     kept = {key: facts for key, facts in headers.items() if tied.get(key) not in headers}
     sources = _plan(blocks, kept, parent)
@@ -119,6 +122,12 @@ def upcycle(
         shutil.rmtree(output_dir)
     partial.rename(output_dir)
     return _report(blocks, sources, headers, model)
+
+
+def _warn_of_other_answers(moe: MoeConfig) -> None:
+    for part, layer in moe.parts().items():
+        if not ROUTER_CLASSES[layer.router].keeps_dense_answers:
+            logger.warning("moe.%s: with router %s the result does not answer as its parent", part, layer.router)
 
 
 def _new_config(config: LlavaCompeteConfig, moe: MoeConfig) -> LlavaCompeteConfig:
@@ -195,7 +204,8 @@ def _make(key: str, source: _Source, headers: dict[str, TensorFacts], dtype: tor
 def _router_tensor(key: str, block: SparseMoeBlock, seed: int) -> Tensor:
     """The router's parameter, drawn from (seed, layer) alone, so that no other layer's choice moves it."""
     config = block.config
-    router = type(block.router)(config.num_experts, config.num_experts_per_tok, block.experts.up.shape[2])
+    output_size, hidden_size = block.experts.down_proj.shape[1], block.hidden_size
+    router = type(block.router)(config.num_experts, config.num_experts_per_tok, hidden_size, output_size)
     router.reset_parameters(torch.Generator().manual_seed(zlib.crc32(f"{seed}/{block.name}".encode())))
     return router.state_dict()[key.rpartition(".router.")[2]]
 

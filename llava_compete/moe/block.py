@@ -57,23 +57,31 @@ class SparseMoeBlock(nn.Module):
         output_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.config, self.name, self.state = config, name, state
+        self.config, self.name, self.state, self.hidden_size = config, name, state, hidden_size
         self.part = name.split(".")[0]
         state.join(name)
-        self.router = ROUTER_CLASSES[config.router](config.num_experts, config.num_experts_per_tok, hidden_size)
+        output_size = hidden_size if output_size is None else output_size
+        make_router = ROUTER_CLASSES[config.router]
+        self.router = make_router(config.num_experts, config.num_experts_per_tok, hidden_size, output_size)
         self.experts = PackedExperts(
             config,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
-            output_size=hidden_size if output_size is None else output_size,
+            output_size=output_size,
             activation=activation,
             gated=gated,
             bias=bias,
             hidden_dropout=hidden_dropout,
+            slots=self.router.slots,
         )
         # After the weighted sum, as a dense block drops its output: it commutes with the sum over experts.
         self.output_dropout = nn.Dropout(output_dropout) if output_dropout else nn.Identity()
         self.reset_parameters()
+
+    @property
+    def num_slots(self) -> int:
+        """What its router chooses among: experts, and more with some routers (slots.py)."""
+        return self.router.slots.total
 
     def reset_parameters(self) -> None:
         """Router N(0, 0.02), experts as nn.Linear; nothing on the meta device.
@@ -95,8 +103,10 @@ class SparseMoeBlock(nn.Module):
         learners = self._learners(routing, groups)
         spoken = learners.spoken
         options: dict[str, Any] = {}
-        if routing.shared_weight and not isinstance(self.experts, PackedExperts):
-            chosen: tuple[Tensor, ...] = (spoken.selected_experts_TK, spoken.routing_weights_TK)
+        if not isinstance(self.experts, PackedExperts):
+            chosen: tuple[Tensor, ...] = self.router.slots.runs_something(
+                spoken.selected_experts_TK, spoken.routing_weights_TK
+            )
         else:
             chosen = (spoken.choices_TC, spoken.weights_TC)
             options |= {"shared_weight": routing.shared_weight} if routing.shared_weight else {}
@@ -117,8 +127,9 @@ class SparseMoeBlock(nn.Module):
         if answers is not None:
             self.state.answers[self.name] = answers
         if groups is not None:
-            record = RoutingRecord(learners.balanced, contest, groups, self.config, learners.taught_TR, judgement)
-            self.state.records[self.name] = record
+            self.state.records[self.name] = RoutingRecord(
+                learners.balanced, contest, groups, self.config, learners.taught_TR, self.router.slots, judgement
+            )
         return self.output_dropout(output_TO).view(*hidden_states.shape[:-1], output_TO.shape[-1])
 
     def _asks(self, routing: Routing) -> bool:

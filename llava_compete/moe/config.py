@@ -28,6 +28,7 @@ ROUTERS = tuple(ROUTER_CLASSES)
 # The loss terms of every router, and those that only competition has, with the paper's coefficients; a router may have
 # one of its own for the balance loss.
 ROUTER_COEFS = {"balance_coef": 0.01, "router_z_coef": 0.001}
+EXTRA_COEFS = tuple(key for router in ROUTER_CLASSES.values() for key in router.extra_coefs)
 COMPETITION_COEFS = {
     "distillation_coef": 0.01,
     "winner_distillation_coef": 0.1,
@@ -91,6 +92,10 @@ class MoeLayerConfig(StrictConfig):
     )
     router_z_coef: float | None = Field(
         default=None, description="of the mean square of the router's logsumexp; default 0.001 (the paper's)"
+    )
+    null_reward_coef: float | None = Field(
+        default=None,
+        description="tc_moe: of the reward for choices that run no expert, their probability; default 1e-5 (LibMoE's)",
     )
     distillation_coef: float | None = Field(
         default=None,
@@ -190,7 +195,7 @@ class MoeLayerConfig(StrictConfig):
         router = data.get("router", "competition")
         defaults = ROUTER_COEFS | (_competition_defaults(data) if router == "competition" else {})
         if router in ROUTER_CLASSES:
-            defaults["balance_coef"] = ROUTER_CLASSES[router].balance_coef
+            defaults |= {"balance_coef": ROUTER_CLASSES[router].balance_coef, **ROUTER_CLASSES[router].extra_coefs}
             if router != "competition" and data.get("affinity") == "softplus":
                 # Checkpoints of earlier versions hold it for every router.
                 data = {key: value for key, value in data.items() if key != "affinity"}
@@ -205,7 +210,7 @@ class MoeLayerConfig(StrictConfig):
             raise ValueError(f"found {value!r}, expected one of {', '.join(ROUTERS)}{did_you_mean(value, ROUTERS)}")
         return value
 
-    @field_validator(*ROUTER_COEFS, *COMPETITION_COEFS)
+    @field_validator(*ROUTER_COEFS, *EXTRA_COEFS, *COMPETITION_COEFS)
     @classmethod
     def _check_coef(cls, value: float | None) -> float | None:
         if value is not None and not (math.isfinite(value) and value >= 0):
@@ -242,6 +247,10 @@ class MoeLayerConfig(StrictConfig):
             unused += ["competition_judge"] if self.competition_judge != "response" else []
             if unused:
                 raise ValueError(f"{unused[0]}: router {self.router!r} has no such term, only 'competition' has")
+        for key in EXTRA_COEFS:
+            if key not in ROUTER_CLASSES[self.router].extra_coefs and getattr(self, key) is not None:
+                owners = [name for name, router in ROUTER_CLASSES.items() if key in router.extra_coefs]
+                raise ValueError(f"{key}: router {self.router!r} has no such term, only {', '.join(owners)} has")
         self._check_judge()
         if self.competition_keeps == "everything" and self.competition_chunk_tokens is not None:
             raise ValueError(
@@ -310,7 +319,8 @@ class MoeLayerConfig(StrictConfig):
         """Loss term -> the factor it enters the auxiliary loss with, on a competition step or on a router step."""
         of_router = {"balance_loss": _set(self.balance_coef), "router_z_loss": _set(self.router_z_coef)}
         if not competing:
-            return of_router
+            extra = ROUTER_CLASSES[self.router].extra_coefs
+            return of_router | {f"{key.removesuffix('_coef')}_loss": _set(getattr(self, key)) for key in extra}
         distillation = _set(self.distillation_coef)
         taught = {
             "distillation_loss": distillation,

@@ -23,6 +23,7 @@ from llava_compete.moe.implementations import ExpertWeights, choose
 from llava_compete.moe.judged import JudgedOutput, Judgement
 from llava_compete.moe.precision import without_autocast
 from llava_compete.moe.recomputed import Recomputation, RecomputedContest, chunks
+from llava_compete.moe.slots import Slots
 
 # Elements of all experts' outputs, or of their hidden rows where the loss judges, at a time where a competition runs in
 # chunks of its own choice: 64 MB in float32.
@@ -48,7 +49,7 @@ class ExpertsOutput(NamedTuple):
 class PackedExperts(nn.Module):
     """`up_proj` [E, I, D] or `gate_up_proj` [E, 2I, D], `down_proj` [E, O, I], and `*_bias` if the dense MLP has them.
 
-    `hidden_dropout` acts after the activation (and gate).
+    `hidden_dropout` acts after the activation (and gate). `slots`: what the choices mean; default an expert each.
     """
 
     def __init__(
@@ -62,9 +63,11 @@ class PackedExperts(nn.Module):
         gated: bool,
         bias: bool,
         hidden_dropout: float = 0.0,
+        slots: Slots | None = None,
     ) -> None:
         super().__init__()
         self.num_experts = config.num_experts
+        self.slots = Slots(config.num_experts) if slots is None else slots
         self.num_winners = config.num_experts_per_tok
         self.configure(config)
         self.answer_means = AnswerMeans()
@@ -158,6 +161,7 @@ class PackedExperts(nn.Module):
             act_fn=self.act_fn,
             gated=self.has_gate,
             gate_dropout=self.gate_dropout,
+            slots=self.slots,
         )
 
     @torch.compiler.disable  # its backward runs experts by rules of its own

@@ -47,7 +47,7 @@ class DispatchUp(torch.autograd.Function):
         has_shared: bool,
     ) -> tuple[Tensor, Tensor | None]:
         x_PD = x_TD.index_select(0, pairs.token_P)
-        up_PM = _add_biases(F.grouped_mm(x_PD, weight_EMD.transpose(1, 2), offs=pairs.ends_E), marks_PE, bias_EM)
+        up_PM = _add_biases(_grouped(x_PD, weight_EMD.transpose(1, 2), pairs), marks_PE, bias_EM)
         up_TM = _last_expert(x_TD, weight_EMD, bias_EM) if has_shared else None
         ctx.save_for_backward(x_PD, x_TD if has_shared else None, weight_EMD, marks_PE)
         ctx.pairs = pairs
@@ -64,7 +64,7 @@ class DispatchUp(torch.autograd.Function):
         grad_weight_EMD: Any = None
         grad_bias_EM: Any = None
         if x_wanted:
-            grad_x_TD = sum_rows(F.grouped_mm(grad_PM, weight_EMD, offs=ends_E), ctx.pairs)
+            grad_x_TD = sum_rows(_grouped(grad_PM, weight_EMD, ctx.pairs), ctx.pairs)
             if x_TD is not None:
                 grad_x_TD.addmm_(grad_TM, weight_EMD[-1])
         if weight_wanted:
@@ -93,7 +93,7 @@ class DownCombine(torch.autograd.Function):
         marks_PE: Tensor | None,
         shared_weight: float,
     ) -> Tensor:
-        y_PO = _add_biases(F.grouped_mm(h_PI, weight_EOI.transpose(1, 2), offs=pairs.ends_E), marks_PE, bias_EO)
+        y_PO = _add_biases(_grouped(h_PI, weight_EOI.transpose(1, 2), pairs), marks_PE, bias_EO)
         output_TO = sum_rows(y_PO, pairs, weights_TC)
         if h_TI is not None:
             output_TO = torch.lerp(output_TO, _last_expert(h_TI, weight_EOI, bias_EO), shared_weight)
@@ -111,7 +111,7 @@ class DownCombine(torch.autograd.Function):
         grad_h_PI = grad_h_TI = grad_weight_EOI = grad_bias_EO = grad_weights_TC = None
         grad_y_PO = spread_rows(grad_TO, pairs, weights_TC)
         if h_wanted:
-            grad_h_PI = F.grouped_mm(grad_y_PO, weight_EOI, offs=pairs.ends_E)
+            grad_h_PI = _grouped(grad_y_PO, weight_EOI, pairs)
         if shared_wanted:
             grad_h_TI = grad_shared_TO @ weight_EOI[-1]
         if weight_wanted:
@@ -125,6 +125,10 @@ class DownCombine(torch.autograd.Function):
         if weights_wanted:
             grad_weights_TC = row_products(grad_TO, y_PO, pairs)
         return grad_h_PI, grad_h_TI, grad_weight_EOI, grad_bias_EO, grad_weights_TC, None, None, None
+
+
+def _grouped(rows_PH: Tensor, weight_EHM: Tensor, pairs: Pairs) -> Tensor:
+    return pairs.of_experts(F.grouped_mm(rows_PH, weight_EHM, offs=pairs.ends_E))
 
 
 def _add_biases(rows_PH: Tensor, marks_PE: Tensor | None, bias_EH: Tensor | None) -> Tensor:

@@ -1,8 +1,9 @@
 """Ways to run the chosen experts (`experts_implementation`): ours in `FUNCTIONS`, and transformers' experts interface.
 
-Each is a function of (weights, x [T, D], choices [T, C], their weights [T, C], shared weight) to the weighted sums
-[T, O]: (1 - s) x the sum over a token's choices + s x the last expert, where the shared weight s is not 0. All give the
-same numbers to rounding, with gradients for every expert, zeros for one without tokens.
+Each is a function of (weights, x [T, D], chosen slots [T, C], their weights [T, C], shared weight) to the weighted sums
+[T, O]: (1 - s) x the sum over a token's choices + s x the last expert, where the shared weight s is not 0. A slot is an
+expert, or what slots.py says. All give the same numbers to rounding, with gradients for every expert, zeros for one
+without tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from llava_compete.moe.grouped import DispatchUp, DownCombine, aligned, fits_gro
 from llava_compete.moe.looped import grouped_linear
 from llava_compete.moe.pairs import Combine, Dispatch, Pairs
 from llava_compete.moe.routers import with_shared
+from llava_compete.moe.slots import Slots
 
 # Up to so many bytes of the chosen experts' weights a GPU copies them in about the time of one kernel's launch.
 COPIED_WEIGHT_BYTES = 2**25
@@ -47,7 +49,9 @@ class ExpertWeights:
         act_fn: nn.Module,
         gated: bool,
         gate_dropout: nn.Module,
+        slots: Slots,
     ) -> None:
+        self.slots = slots
         self.up = self.up_proj = self.gate_up_proj = up
         self.up_bias = self.up_proj_bias = self.gate_up_proj_bias = up_bias
         self.down = self.down_proj = down
@@ -110,16 +114,16 @@ def _reads_all_anyway(num_experts: int, num_tokens: int, num_choices: int) -> bo
 def _with_shared(
     weights: ExpertWeights, choices_TC: Tensor, weights_TC: Tensor, shared: float
 ) -> tuple[Tensor, Tensor]:
-    """All that a token runs and their weights, [T, K] each: a shared expert is one choice more."""
+    """All that a token runs and their weights, [T, K] each: a shared expert is one choice more; E for none."""
     if not shared:
-        return choices_TC, weights_TC
+        return weights.slots.runs(choices_TC, weights_TC)
     return with_shared(choices_TC, weights.num_experts - 1), with_shared((1 - shared) * weights_TC, shared)
 
 
 def eager(weights: ExpertWeights, x_TD: Tensor, choices_TC: Tensor, weights_TC: Tensor, shared: float = 0.0) -> Tensor:
     """One product an expert over tokens sorted by expert; reads the experts' numbers of rows on the host."""
     selected_TK, weights_TK = _with_shared(weights, choices_TC, weights_TC, shared)
-    pairs = Pairs.sort(selected_TK, weights.num_experts)
+    pairs = Pairs.sort(selected_TK, weights.num_experts, weights.slots.idle > 0)
     h_PI = weights.activate(grouped_linear(Dispatch.apply(x_TD, pairs), weights.up, weights.up_bias, pairs.ends_E))
     y_PO = grouped_linear(h_PI, weights.down, weights.down_bias, pairs.ends_E)
     return Combine.apply(y_PO, weights_TK.to(y_PO.dtype), pairs)
@@ -129,7 +133,8 @@ def grouped(
     weights: ExpertWeights, x_TD: Tensor, choices_TC: Tensor, weights_TC: Tensor, shared: float = 0.0
 ) -> Tensor:
     """One grouped product for each layer of the MLP over tokens sorted by expert, and a shared expert's beside it."""
-    pairs = Pairs.sort(choices_TC, weights.num_experts)
+    choices_TC, weights_TC = weights.slots.runs(choices_TC, weights_TC)
+    pairs = Pairs.sort(choices_TC, weights.num_experts, weights.slots.idle > 0)
     marks_PE = pairs.marks(weights.up.dtype) if weights.has_bias else None
     up_PM, up_TM = DispatchUp.apply(x_TD, aligned(weights.up), weights.up_bias, pairs, marks_PE, shared > 0)
     h_PI, h_TI = weights.activate(up_PM), weights.activate(up_TM) if shared else None
@@ -141,11 +146,12 @@ def dense(weights: ExpertWeights, x_TD: Tensor, choices_TC: Tensor, weights_TC: 
     """Every expert on every token, and weights of 0 where it was not chosen: E / K of the arithmetic, any width."""
     h_TEI = weights.activate(AllExpertsUp.apply(x_TD, weights.up, weights.up_bias))
     y_ETO = AllExpertsDown.apply(h_TEI, weights.down, weights.down_bias)
-    gates_TE = y_ETO.new_zeros(x_TD.shape[0], weights.num_experts)
     if shared:
+        gates_TE = y_ETO.new_zeros(x_TD.shape[0], weights.num_experts)
         gates_TE[:, -1] = shared
-        weights_TC = (1 - shared) * weights_TC
-    gates_TE = gates_TE.scatter(1, choices_TC, weights_TC.to(y_ETO.dtype))
+        gates_TE = gates_TE.scatter(1, choices_TC, ((1 - shared) * weights_TC).to(y_ETO.dtype))
+    else:
+        gates_TE = weights.slots.gates(choices_TC, weights_TC, y_ETO.dtype)
     if not torch.is_grad_enabled():
         return (gates_TE[:, None] @ y_ETO.transpose(0, 1))[:, 0]
     return (y_ETO * gates_TE.t()[:, :, None]).sum(0)
@@ -161,7 +167,7 @@ def one_token(
     chosen_bytes = selected_1K.numel() * (weights.up[0].numel() + weights.down[0].numel()) * weights.up.element_size()
     if chosen_bytes > COPIED_WEIGHT_BYTES and weights.fit_grouped_mm() and x_1D.dtype == torch.bfloat16:
         return grouped(weights, x_1D, choices_1C, weights_1C, shared)
-    chosen_K = selected_1K[0]
+    chosen_K = selected_1K[0].clamp(max=weights.num_experts - 1) if weights.slots.idle else selected_1K[0]
     h_K1I = weights.activate(_chosen_linear(x_1D.expand(len(chosen_K), 1, -1), weights.up, weights.up_bias, chosen_K))
     y_K1O = _chosen_linear(h_K1I, weights.down, weights.down_bias, chosen_K)
     return weights_1K.to(y_K1O.dtype) @ y_K1O[:, 0]
@@ -178,6 +184,9 @@ def _one_token_on_cpu(weights: ExpertWeights, x_1D: Tensor, selected_1K: Tensor,
     """Products with the packed weights where they lie; a CPU waits for nothing when it reads the choices."""
     outputs = []
     for expert in selected_1K[0].tolist():
+        if expert == weights.num_experts:
+            outputs.append(x_1D.new_zeros(1, weights.down.shape[1]))
+            continue
         up_bias = None if weights.up_bias is None else weights.up_bias[expert]
         down_bias = None if weights.down_bias is None else weights.down_bias[expert]
         h_1I = weights.activate(F.linear(x_1D, weights.up[expert], up_bias))
@@ -204,8 +213,11 @@ def _of_transformers(name: str) -> Function:
             )
         if name == "deepgemm" and torch.is_grad_enabled() and weights.down.requires_grad:
             raise UserError("experts_implementation: 'deepgemm' has no gradients; use 'auto' for training")
+        selected_TK, weights_TK = _with_shared(weights, choices_TC, weights_TC, shared)
+        if weights.slots.idle:  # its functions know of no choice without an expert
+            selected_TK = selected_TK.clamp(max=weights.num_experts - 1)
         try:
-            return function(weights, x_TD, *_with_shared(weights, choices_TC, weights_TC, shared))
+            return function(weights, x_TD, selected_TK, weights_TK)
         except (ImportError, ValueError) as error:
             raise UserError(f"experts_implementation: {name!r} cannot run here: {error}") from error
 

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 @torch.library.custom_op("llava_compete::grouped_linear", mutates_args=())
 def grouped_linear(x_PH: Tensor, weight_EMH: Tensor, bias_EM: Tensor | None, ends_E: Tensor) -> Tensor:
-    """Rows `ends[e-1]:ends[e]` of x through expert e's linear map; an operator, so that torch.compile sees one node."""
+    """Rows `ends[e-1]:ends[e]` of x through expert e's linear map, 0 for the rows after the last expert's; an operator,
+    so that torch.compile sees one node."""
     out_PM = x_PH.new_empty(x_PH.shape[0], weight_EMH.shape[1])
     for expert, rows in expert_slices(ends_E):
         if rows.start == rows.stop:
@@ -25,6 +26,7 @@ def grouped_linear(x_PH: Tensor, weight_EMH: Tensor, bias_EM: Tensor | None, end
             torch.mm(x_PH[rows], weight_EMH[expert].t(), out=out_PM[rows])
         else:
             torch.addmm(bias_EM[expert], x_PH[rows], weight_EMH[expert].t(), out=out_PM[rows])
+    out_PM[rows.stop :] = 0
     return out_PM
 
 
@@ -47,6 +49,7 @@ def _grouped_linear_backward(
             torch.mm(grad_PM[rows].t(), x_PH[rows], out=grad_weight_EMH[expert])
         if bias_wanted:
             torch.sum(grad_PM[rows], 0, out=grad_bias_EM[expert])
+    grad_x_PH[rows.stop :] = 0
     return grad_x_PH, grad_weight_EMH, grad_bias_EM
 
 

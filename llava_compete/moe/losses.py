@@ -25,10 +25,11 @@ def balance_loss(probs_TE: Tensor, choices_TC: Tensor, groups: TokenGroups) -> T
 
     `choices_TC` [T, C]: the choices that count, the first alone (C = 1) or all.
     """
-    return _balance(probs_TE, _shares(choices_TC, probs_TE, groups), groups)
+    return _balance(probs_TE, choice_shares(choices_TC, probs_TE, groups), groups)
 
 
-def _shares(choices_TLC: Tensor, like_TLE: Tensor, groups: TokenGroups) -> Tensor:
+@torch.no_grad()
+def choice_shares(choices_TLC: Tensor, like_TLE: Tensor, groups: TokenGroups) -> Tensor:
     """[S, L, E]: E times each expert's mean share of a sequence's choices."""
     share = like_TLE.shape[-1] / choices_TLC.shape[-1]
     return _by_sequence(groups.sequence_weights_ST, torch.zeros_like(like_TLE).scatter_(-1, choices_TLC, share))
@@ -54,7 +55,7 @@ def _balance_backward(
 
 def router_z_loss(logits_TE: Tensor, groups: TokenGroups) -> Tensor:
     """Mean of logsumexp(logits)²."""
-    return _token_mean(_logsumexp(logits_TE).square(), groups)
+    return token_mean(_logsumexp(logits_TE).square(), groups)
 
 
 def _logsumexp(logits_TE: Tensor) -> Tensor:
@@ -65,20 +66,20 @@ def _logsumexp(logits_TE: Tensor) -> Tensor:
 
 def distillation_loss(squared_TE: Tensor, groups: TokenGroups) -> Tensor:
     """Mean over (token, expert) of `squared_TE`, (p - q)²."""
-    return _token_mean(squared_TE.mean(-1), groups)
+    return token_mean(squared_TE.mean(-1), groups)
 
 
 def winner_distillation_loss(squared_TE: Tensor, winners_TK: Tensor, groups: TokenGroups) -> Tensor:
     """The same mean over the winners of the competition only."""
-    return _token_mean(squared_TE.gather(-1, winners_TK).mean(-1), groups)
+    return token_mean(squared_TE.gather(-1, winners_TK).mean(-1), groups)
 
 
 def diversity_loss(diversity_T: Tensor, groups: TokenGroups) -> Tensor:
     """Mean of `Contest.diversity_T`, which the competition computes while it has the winners' outputs."""
-    return _token_mean(diversity_T, groups)
+    return token_mean(diversity_T, groups)
 
 
-def _token_mean(values_TL: Tensor, groups: TokenGroups) -> Tensor:
+def token_mean(values_TL: Tensor, groups: TokenGroups) -> Tensor:
     return groups.token_weights_T @ values_TL
 
 
@@ -101,11 +102,11 @@ class CompetitionLosses(NamedTuple):
 
 
 def router_losses(
-    logits_TLE: Tensor, scores_TLE: Tensor, choices_TLC: Tensor, groups: TokenGroups, coefs: dict[str, float]
+    logits_TLR: Tensor, scores_TLE: Tensor, shares_SLE: Tensor, groups: TokenGroups, coefs: dict[str, float]
 ) -> RouterLosses:
-    """Of a router step; the balance is that of softmax(scores), with the choices that count."""
-    scores = None if scores_TLE is logits_TLE else scores_TLE
-    return RouterLosses(*_RouterLosses.apply(logits_TLE, scores, choices_TLC, groups, coefs))
+    """Of a router step; the balance is that of softmax(scores), with `choice_shares` of the choices that count."""
+    scores = None if scores_TLE is logits_TLR else scores_TLE
+    return RouterLosses(*_RouterLosses.apply(logits_TLR, scores, shares_SLE, groups, coefs))
 
 
 class _RouterLosses(torch.autograd.Function):
@@ -114,15 +115,14 @@ class _RouterLosses(torch.autograd.Function):
         ctx: Any,
         logits_TLE: Tensor,
         scores_TLE: Tensor | None,
-        choices_TLC: Tensor,
+        shares_SLE: Tensor,
         groups: TokenGroups,
         coefs: dict[str, float],
     ) -> tuple[Tensor, Tensor, Tensor]:
         probs_TLE = (logits_TLE if scores_TLE is None else scores_TLE).softmax(-1)
-        shares_SLE = _shares(choices_TLC, probs_TLE, groups)
         balance_L = _balance(probs_TLE, shares_SLE, groups)
         sums_TL = _logsumexp(logits_TLE)
-        z_L = _token_mean(sums_TL.square(), groups)
+        z_L = token_mean(sums_TL.square(), groups)
         ctx.save_for_backward(None if scores_TLE is None else logits_TLE, probs_TLE, shares_SLE, sums_TL)
         ctx.groups, ctx.coefs = groups, coefs
         ctx.mark_non_differentiable(balance_L, z_L)
@@ -174,7 +174,7 @@ class _CompetitionLosses(torch.autograd.Function):
         p_TLE, q_TLE = logits_TLE.softmax(-1), affinity_TLE.softmax(-1)
         difference_TLE = p_TLE - q_TLE
         squared_TLE = difference_TLE.square()
-        shares_SLE = _shares(counted_TLC, q_TLE, groups)
+        shares_SLE = choice_shares(counted_TLC, q_TLE, groups)
         terms = {
             **_distillation_terms(squared_TLE, winners_TLK, groups),
             "diversity_loss": diversity_loss(diversity_TL, groups),
@@ -218,7 +218,7 @@ class TeachingLosses(NamedTuple):
 def teaching_losses(
     logits_TLE: Tensor,
     scores_TLE: Tensor,
-    choices_TLC: Tensor,
+    shares_SLE: Tensor,
     taught_TLE: Tensor,
     affinity_TLE: Tensor,
     winners_TLK: Tensor,
@@ -227,7 +227,7 @@ def teaching_losses(
 ) -> TeachingLosses:
     """Of a competition step whose output is the router's: a router step's losses, and the distillation to the
     affinities of `taught_TLE`, the logits once more."""
-    step = router_losses(logits_TLE, scores_TLE, choices_TLC, groups, coefs)
+    step = router_losses(logits_TLE, scores_TLE, shares_SLE, groups, coefs)
     aux_loss_L, *terms = _Distillation.apply(taught_TLE, affinity_TLE, winners_TLK, groups, coefs)
     return TeachingLosses(step.aux_loss + aux_loss_L, step.balance_loss, step.router_z_loss, *terms)
 

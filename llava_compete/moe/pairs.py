@@ -15,7 +15,9 @@ from torch import Tensor
 
 
 class Pairs(NamedTuple):
-    """Pairs sorted by expert; pairs of one expert keep the order of their tokens. All indices stay on the device."""
+    """Pairs sorted by expert; pairs of one expert keep the order of their tokens. All indices stay on the device.
+
+    Pairs that run no expert come last, as those of a number E; `idle_P1` marks them, None where there are none."""
 
     expert_P: Tensor  # uint8, or int16 for more than 256 experts
     order_P: Tensor  # flat index t * K + k of each sorted pair
@@ -24,20 +26,26 @@ class Pairs(NamedTuple):
     place_TK: Tensor  # where each pair went: the inverse of `order_P`
     ends_E: Tensor  # int32: expert e's rows are ends[e - 1]:ends[e]
     experts_E: Tensor  # 0, 1, ... in the dtype of `expert_P`
+    idle_P1: Tensor | None = None  # bool
 
     @classmethod
-    def sort(cls, selected_TK: Tensor, num_experts: int) -> Pairs:
-        """From `selected_TK`, int64 expert numbers."""
+    def sort(cls, selected_TK: Tensor, num_experts: int, has_idle: bool = False) -> Pairs:
+        """From `selected_TK`, int64 expert numbers, with `has_idle` also E for none."""
         num_tokens, num_choices = selected_TK.shape
         # A GPU sorts by passes over the key's bytes: one for a byte, eight for an int64.
-        keys_P = selected_TK.to(torch.uint8 if num_experts <= 256 else torch.int16).reshape(-1)
+        keys_P = selected_TK.to(torch.uint8 if num_experts + has_idle <= 256 else torch.int16).reshape(-1)
         expert_P, order_P = torch.sort(keys_P, stable=True)
         row_P = torch.arange(len(order_P), device=order_P.device)
         place_TK = torch.empty_like(order_P).scatter_(0, order_P, row_P).view(num_tokens, num_choices)
         experts_E = torch.arange(num_experts, device=order_P.device, dtype=keys_P.dtype)
         # Ends by bisection: counting (bincount, unique) would read the number of experts' rows on the host.
         ends_E = torch.searchsorted(expert_P, experts_E, right=True, out_int32=True)
-        return cls(expert_P, order_P, order_P // num_choices, row_P, place_TK, ends_E, experts_E)
+        idle_P1 = (expert_P == num_experts).unsqueeze(1) if has_idle else None
+        return cls(expert_P, order_P, order_P // num_choices, row_P, place_TK, ends_E, experts_E, idle_P1)
+
+    def of_experts(self, rows_PH: Tensor) -> Tensor:
+        """Rows, in place, with 0 in those of no expert, which a grouped product leaves as it found them."""
+        return rows_PH if self.idle_P1 is None else rows_PH.masked_fill_(self.idle_P1, 0.0)
 
     def marks(self, dtype: torch.dtype) -> Tensor:
         """[P, E]: 1 at each pair's expert. A product with it adds a row by expert, its transpose sums by expert."""

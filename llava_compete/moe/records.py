@@ -20,13 +20,16 @@ from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.judged import Judgement, contested
 from llava_compete.moe.metrics import RoutingMetrics
 from llava_compete.moe.precision import without_autocast
+from llava_compete.moe.router_table import ROUTER_CLASSES
 from llava_compete.moe.routers import Routing
+from llava_compete.moe.slots import Slots
 from llava_compete.moe.state import TokenGroups
 
 
 class RoutingObservation(NamedTuple):
     """What a layer did with each token, without gradient: the softmax's scores, the router's choices, and the experts
-    that were used with their weights (on a competition step the winners)."""
+    that were used with their weights (on a competition step the winners). Where a router has more slots than experts,
+    slots stand for experts."""
 
     scores_TR: Tensor
     choices_TC: Tensor
@@ -50,6 +53,7 @@ class RoutingRecord:
     groups: TokenGroups
     config: MoeLayerConfig
     taught_TR: Tensor
+    slots: Slots
     judgement: Judgement | None = None
 
     @cached_property
@@ -76,7 +80,7 @@ class RoutingRecord:
             choices_TC=routing.choices_TC,
             used_TK=contest.winners_TK if isinstance(contest, Contest) else routing.selected_experts_TK,
             weights_TK=(contest.weights_TK if isinstance(contest, Contest) else routing.routing_weights_TK).detach(),
-            num_experts=self.config.num_experts,
+            num_experts=self.slots.total,
             competed=contest is not None,
             groups=self.groups,
         )
@@ -87,7 +91,8 @@ class LayerStack:
 
     def __init__(self, records: list[RoutingRecord]) -> None:
         self.records = records
-        self.config, self.groups = records[0].config, records[0].groups
+        self.config, self.groups, self.slots = records[0].config, records[0].groups, records[0].slots
+        self.router = ROUTER_CLASSES[self.config.router]
         self.competed = records[0].contest is not None
         self.took_winners = isinstance(records[0].contest, Contest)
 
@@ -113,13 +118,23 @@ class LayerStack:
             else:
                 logits_TLR = _beside([record.routing.logits_TR for record in self.records])
                 scores_TLR = self._scores_TLR if self._has_own_scores else logits_TLR
-                routed = (logits_TLR, scores_TLR, self._counted_TLC)
+                shares_SLR = losses.choice_shares(self._counted_TLC, logits_TLR, self.groups)
+                routed = (logits_TLR, *self.router.balance_of(self.slots, scores_TLR, shares_SLR))
                 if self.competed:
                     lesson = (self._taught_TLR, self._affinity_TLE, self._of_contests("winners_TK"))
                     terms = losses.teaching_losses(*routed, *lesson, self.groups, coefs)._asdict()
                 else:
                     terms = losses.router_losses(*routed, self.groups, coefs)._asdict()
+                    extra = self.router.extra_losses(self.slots, scores_TLR)
+                    self._add(terms, {name: losses.token_mean(of_T, self.groups) for name, of_T in extra.items()})
         return terms.pop("aux_loss"), terms
+
+    def _add(self, terms: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+        """Further terms [L], with gradient."""
+        coefs = self.config.loss_coefs(self.competed)
+        for name, values_L in more.items():
+            terms["aux_loss"] = torch.add(terms["aux_loss"], values_L, alpha=coefs[name])
+            terms[name] = values_L.detach()
 
     @property
     def _taught_TLR(self) -> Tensor:
@@ -136,7 +151,7 @@ class LayerStack:
     @torch.no_grad()
     def sums_LM(self) -> Tensor:
         """[L, 9 + E]: each layer's `RoutingMetrics` as their vector; all sums are one product over tokens."""
-        scores_TLR, num_experts = self._scores_TLR.detach(), self.config.num_experts
+        scores_TLR, num_experts = self._scores_TLR.detach(), self.slots.total
         judgement = self.records[0].judgement
         with without_autocast(scores_TLR.device.type):
             probs_TLR = scores_TLR.softmax(-1)

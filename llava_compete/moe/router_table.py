@@ -12,6 +12,7 @@ from llava_compete.moe.routers import (
     SoftmaxRouter,
     XMoeRouter,
 )
+from llava_compete.moe.ternary import TernaryRouter
 
 ROUTER_CLASSES: dict[str, type[Router]] = {
     "softmax": SoftmaxRouter,
@@ -21,5 +22,6 @@ ROUTER_CLASSES: dict[str, type[Router]] = {
     "shared_softmax": SharedSoftmaxRouter,
     "shared_sigmoid": SharedSigmoidRouter,
     "bias_balanced": BiasBalancedRouter,
+    "tc_moe": TernaryRouter,
     "competition": SoftmaxRouter,
 }

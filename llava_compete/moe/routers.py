@@ -2,7 +2,8 @@
 
 All arithmetic is float32 whatever the model's dtype or autocast; ties go to the lowest expert, and NaN comes first. A
 logit of -inf just loses here; the losses show it (`losses.py`). Suffixes: T tokens,
-D width, E experts, R routed experts (E, or E-1 with a shared expert), K chosen, C choices that count for the balance.
+D width, E experts, R routed slots (E, or E-1 with a shared expert, or more: slots.py), K chosen, C choices that count
+for the balance, S sequences, L layers.
 Sources: X-MoE 2204.09179, perturbed cosine 2405.14131, DeepSeek-V2/V3 2405.04434 and 2412.19437, LibMoE 2411.00918.
 """
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava_compete.moe.precision import without_autocast
+from llava_compete.moe.slots import Slots
 
 INIT_STD = 0.02
 COSINE_TEMPERATURE = 0.3
@@ -120,22 +122,34 @@ class Router(nn.Module):
     Args:
         num_experts, num_experts_per_tok: E and K, a shared expert counted.
         hidden_size: width D of a token.
+        output_size: width of the experts' outputs, default D.
 
     A class says what its configuration may be: `even_experts` where E must be even, `num_shared` experts that are
-    always on, and `balance_coef`, the default coefficient of its balance loss. Any parameter or buffer is upcycled,
-    saved and resumed; a router with `needs_loads` gets `end_step` after each optimizer step.
+    always on, `balance_coef`, the default coefficient of its balance loss, and `extra_coefs`, those of loss terms that
+    it alone has (`extra_losses`). `keeps_dense_answers`: an upcycled model answers as its dense parent. Any parameter
+    or buffer is upcycled, saved and resumed; a router with `needs_loads` gets `end_step` after each optimizer step.
     """
 
     even_experts: ClassVar[bool] = False
     num_shared: ClassVar[int] = 0
     balance_coef: ClassVar[float] = 0.01
+    extra_coefs: ClassVar[dict[str, float]] = {}
+    keeps_dense_answers: ClassVar[bool] = True
     needs_loads: ClassVar[bool] = False
 
-    def __init__(self, num_experts: int, num_experts_per_tok: int, hidden_size: int) -> None:
+    def __init__(
+        self, num_experts: int, num_experts_per_tok: int, hidden_size: int, output_size: int | None = None
+    ) -> None:
         super().__init__()
-        self.num_routed = num_experts - self.num_shared
+        self.slots = self.make_slots(num_experts, num_experts_per_tok, output_size in (None, hidden_size))
+        self.num_routed = self.slots.total - self.num_shared
         self.num_choices = num_experts_per_tok - self.num_shared
         self.make_parameters(hidden_size)
+
+    @classmethod
+    def make_slots(cls, num_experts: int, num_experts_per_tok: int, keeps_width: bool) -> Slots:
+        """What it chooses among; `keeps_width`: outputs are as wide as inputs."""
+        return Slots(num_experts)
 
     def make_parameters(self, hidden_size: int) -> None:
         self.weight = nn.Parameter(torch.empty(self.num_routed, hidden_size))
@@ -154,6 +168,17 @@ class Router(nn.Module):
 
     def route(self, logits_TR: Tensor) -> Routing:
         raise NotImplementedError
+
+    @classmethod
+    def balance_of(cls, slots: Slots, scores_TLR: Tensor, shares_SLR: Tensor) -> tuple[Tensor, Tensor]:
+        """What the balance loss reads: scores whose softmax has to be even, and R times each slot's share of choices in
+        a sequence, without gradient."""
+        return scores_TLR, shares_SLR
+
+    @classmethod
+    def extra_losses(cls, slots: Slots, scores_TLR: Tensor) -> dict[str, Tensor]:
+        """Of each token, [T, L], the terms of `extra_coefs`, without their `_coef`, as `_loss`."""
+        return {}
 
     def end_step(self, load_E: Tensor) -> None:
         """After an optimizer step, with the choices that each expert got in it, on all ranks; needs `needs_loads`."""

@@ -15,7 +15,7 @@ from llava_compete.moe.routers import Routing
 
 class RoutedTokens(NamedTuple):
     """Choices of one MoE block: experts [T, K] of the prompt's tokens (in tower and projector: of the pictures'
-    patches) and [n, K] of the answer's."""
+    patches) and [n, K] of the answer's; with some routers slots (slots.py)."""
 
     prompt_TK: Tensor
     answer_TK: Tensor
@@ -46,7 +46,7 @@ def routing_recorded(model: Any) -> Iterator[dict[str, RoutedTokens]]:
         for name, parts in seen.items():
             # The first forward takes the prompt whole, each later one the token written last.
             answer_TK = torch.cat(parts[1:]) if len(parts) > 1 else parts[0][:0]
-            found[name] = RoutedTokens(parts[0].cpu(), answer_TK.cpu(), blocks[name].config.num_experts)
+            found[name] = RoutedTokens(parts[0].cpu(), answer_TK.cpu(), blocks[name].num_slots)
 
 
 def expert_use(routed: dict[str, RoutedTokens], image_places_T: Tensor) -> dict[str, dict[str, list[float]]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +55,18 @@ def route(router: str, tensors: dict[str, Tensor], x: Tensor, count: int) -> tup
     return logits, probs, choices, scores[choices] / scores[choices].sum()
 
 
+def route_ternary(tensors: dict[str, Tensor], x: Tensor, count: int) -> tuple[Tensor, Tensor, list[int], Tensor]:
+    """As `route`, of TC-MoE: choices among experts, the same subtracted, and slots that run nothing, with weights that
+    are not signed. Read off the published TCMoEBlock, whose top-K takes the softmax of biased logits."""
+    logits = tensors["router.weight"] @ x
+    experts = (len(logits) - count) // 2
+    biased = [float(n >= experts) + 9 * float(n >= 2 * experts) for n in range(len(logits))]
+    gates = softmax(logits - torch.tensor(biased, dtype=x.dtype))
+    choices = largest(gates.tolist(), count)
+    whole = gates[2 * experts :].sum() + sum(gates[choice] for choice in choices if choice < 2 * experts)
+    return logits, gates, choices, gates[choices] / whole
+
+
 def expert(tensors: dict[str, Tensor], index: int, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """One expert's output for one token."""
     hidden = activation(tensors["experts.up_proj"][index] @ x + tensors["experts.up_proj_bias"][index])
@@ -77,11 +90,19 @@ def forward(
             "diversity": [],
             "P": [],
             "chosen": [],
+            "null": [],
         }
         for x, counts in zip(x_ND, mask_N, strict=True):
             y = [expert(tensors, e, x, activation) for e in range(experts)]
-            logits, probs, choices, weights = route(router, tensors, x, chosen_count - shared)
+            how = route_ternary if router == "tc_moe" else partial(route, router)
+            logits, probs, choices, weights = how(tensors, x, chosen_count - shared)
             counted, balance_probs = choices, probs
+            if router == "tc_moe":
+                signs = [1 if n < experts else -1 if n < 2 * experts else 0 for n in choices]
+                weights = [sign * weight for sign, weight in zip(signs, weights, strict=True)]
+                choices = [n % experts for n in choices]
+                null = probs[2 * experts :].sum()
+                balance_probs = (probs[:experts] + probs[experts : 2 * experts]) / (1 - null)
             if settings["competing"]:
                 s = torch.stack([AFFINITIES[settings["affinity"]](y_e) for y_e in y])
                 choices = counted = largest(s.tolist(), chosen_count)
@@ -94,8 +115,11 @@ def forward(
             terms["P"].append(balance_probs)
             chosen = torch.zeros_like(balance_probs)
             for choice in counted if settings["all_choices"] else counted[:1]:
-                chosen[choice] += 1 / (len(counted) if settings["all_choices"] else 1)
+                if router != "tc_moe" or choice < 2 * experts:  # else it runs nothing
+                    chosen[choice % experts] += 1
             terms["chosen"].append(chosen)
+            if router == "tc_moe":
+                terms["null"].append(-null)
             terms["z"].append(torch.logsumexp(logits, 0) ** 2)
             if settings["competing"]:
                 gap = (probs - balance_probs.detach()) ** 2
@@ -110,7 +134,8 @@ def forward(
         output.append(torch.stack(rows))
         if terms["P"]:
             means = {name: torch.stack(values).mean(0) for name, values in terms.items() if values}
-            means["balance"] = len(means["P"]) ** 2 * (means["P"] * means["chosen"]).mean()
+            shares = means["chosen"] / means["chosen"].sum().clamp(min=1e-12)
+            means["balance"] = len(means["P"]) ** 2 * (means["P"] * shares).mean()
             per_sequence.append(means)
     names = {"balance_loss": "balance"}
     if settings["competing"]:
@@ -121,6 +146,8 @@ def forward(
         }
     else:
         names["router_z_loss"] = "z"
+        if router == "tc_moe":
+            names["null_reward_loss"] = "null"
     losses = {ours: sum(means[theirs] for means in per_sequence) / len(per_sequence) for ours, theirs in names.items()}
     return torch.stack(output), losses
 
@@ -141,6 +168,8 @@ def random_tensors(router: str, sizes: dict[str, int], seed: int) -> dict[str, T
         shapes |= {"router.inp_reduction.weight": (E // 2, D), "router.expert_embeddings": (E, E // 2)}
     else:
         shapes["router.weight"] = (E - router.startswith("shared"), D)
+    if router == "tc_moe":
+        shapes["router.weight"] = (2 * E + sizes["K"], D)
     return {
         name: torch.randn(shape, generator=generator) / math.sqrt(shape[-1] if "proj" in name else 1)
         for name, shape in shapes.items()

@@ -24,6 +24,7 @@ COEFS = {
     "bal_comp_loss_coef": 0.06,
     "hybrid": True,
     "router_theta": 0.2,
+    "reward_factor": 0.5,
 }
 
 
@@ -106,8 +107,8 @@ def test_other_sizes(reference: str, sizes: dict[str, int], tmp_path: Path) -> N
             losses["routerloss"] = losses.pop("distillation_loss") + 0.2 * losses.pop("winner_distillation_loss")
             coefs = {"routerloss": 0.04, "diversity_loss": 0.05, "balance_loss": 0.06}
         else:
-            coefs = {"balance_loss": 0.02, "router_z_loss": 0.003}
-        aux_loss = sum(coef * losses[name] for name, coef in coefs.items())
+            coefs = {"balance_loss": 0.02, "router_z_loss": 0.003, "null_reward_loss": 0.5}
+        aux_loss = sum(coefs[name] * loss for name, loss in losses.items())
         ((output * leaves["probe"]).sum() + aux_loss).backward()
         made = {"output": output, "aux_loss": aux_loss.reshape(1)}
         made |= {f"loss.{name}": value.reshape(1) for name, value in losses.items()}

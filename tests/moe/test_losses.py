@@ -51,7 +51,8 @@ def test_router_losses(counted: int, own_scores: bool) -> None:
     z = _layers(losses.router_z_loss, logits)
     torch.testing.assert_close(z, groups.token_weights_T @ torch.logsumexp(logits, -1).square())
     expected = 0.3 * balance + 0.7 * z
-    found = losses.router_losses(logits, scores, choices, groups, COEFS)
+    shares = losses.choice_shares(choices, scores, groups)
+    found = losses.router_losses(logits, scores, shares, groups, COEFS)
     torch.testing.assert_close((found.aux_loss, found.balance_loss, found.router_z_loss), (expected, balance, z))
     leaves = [logits, scores] if own_scores else [logits]
     torch.testing.assert_close(
@@ -88,7 +89,8 @@ def test_a_logit_that_is_not_finite_shows_in_its_layer() -> None:
         logits = _scores().detach()
         logits[1, 2, 4] = number
         choices = torch.zeros(T, L, 1, dtype=torch.int64)
-        of_router = losses.router_losses(logits, logits, choices, groups, COEFS)
+        shares = losses.choice_shares(choices, logits, groups)
+        of_router = losses.router_losses(logits, logits, shares, groups, COEFS)
         tensors = (logits, _scores(), choices, choices, torch.zeros(T, L, dtype=torch.float64))
         of_competition = losses.competition_losses(*tensors, groups, COMPETITION_COEFS)
         for found in (of_router, of_competition):

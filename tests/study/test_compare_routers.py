@@ -63,35 +63,36 @@ def having(commands, *words):
 
 def test_all_routers_and_dense_from_one_parent_a_seed(study):
     status, commands, _ = study("--seeds", "2", "training.max_steps=7")
+    methods = len(ROUTER_CLASSES) + 1  # and dense
     assert status == 0
     trained = having(commands, "train configs/demo/sft.yaml")
-    assert len(trained) == 18
+    assert len(trained) == 2 * methods
     assert len(having(commands, "pretrain_align output_dir=outputs/compare_routers/parent/")) == 2
     assert all("training.max_steps=250 " in command and command.endswith("training.max_steps=7") for command in trained)
     for seed in (0, 1):
         parent = f"model.checkpoint=outputs/compare_routers/parent/seed{seed} "
-        assert len(having(trained, f" seed={seed} ")) == 9
+        assert len(having(trained, f" seed={seed} ")) == methods
         assert len(having(trained, "moe=false", parent)) == 1
         # Also the seed of the competitions' schedule.
-        assert len(having(commands, "upcycle --config", parent, f" seed={seed} moe.seed={seed}")) == 8
+        assert len(having(commands, "upcycle --config", parent, f" seed={seed} moe.seed={seed}")) == methods - 1
     upcycled = having(commands, "upcycle --config")
-    assert len(upcycled) == 16
+    assert len(upcycled) == 2 * methods - 2
     # One of them is the shared expert of shared_*, whose router would learn nothing with two.
-    assert len(having(upcycled, "moe.language.num_experts_per_tok=3 ")) == 16
+    assert len(having(upcycled, "moe.language.num_experts_per_tok=3 ")) == 2 * methods - 2
     for router in ROUTER_CLASSES:
         assert len(having(upcycled, f"moe.language.router={router} ")) == 2
-    assert len(having(commands, "eval --config", "suite=demo", "limit=null")) == 18
+    assert len(having(commands, "eval --config", "suite=demo", "limit=null")) == 2 * methods
     compared = having(commands, "compare ")[0].split()
     directory = "outputs/compare_routers"
     assert compared[1] == f"softmax={directory}/softmax/seed0/eval,{directory}/softmax/seed1/eval"
-    assert len(compared) == 1 + 9 + 2
+    assert len(compared) == 1 + methods + 2
 
 
 def test_quick_is_one_seed(study):
     status, commands, _ = study("--quick")
     assert status == 0
-    assert len(having(commands, "train ")) == 9
-    assert len(having(commands, "eval ", "limit=200")) == 9
+    assert len(having(commands, "train ")) == len(ROUTER_CLASSES) + 1
+    assert len(having(commands, "eval ", "limit=200")) == len(ROUTER_CLASSES) + 1
 
 
 def test_a_failure_stops_the_study_and_the_next_run_goes_on(study):

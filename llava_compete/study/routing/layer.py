@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llava_compete.moe.ternary import TernaryRouter
 from llava_compete.study.routing.draws import generator_of, normal, uniform
 from llava_compete.study.routing.mixture import Mixture, Question
 from llava_compete.study.routing.operators import RouterAux
@@ -80,6 +81,8 @@ class MoeLayer:
             return {}
         if self.rule.router in ("xmoe", "perturbed_cosine"):
             return {"inp_reduction": (routed // 2, hidden), "expert_embeddings": (routed, routed // 2)}
+        if self.rule.router == "tc_moe":
+            routed = 2 * routed + self.widths.num_chosen
         return {"weight": (routed, hidden)}
 
     @property
@@ -137,13 +140,20 @@ class MoeLayer:
         return F.gelu(up).unflatten(2, self.up.shape[1:3])
 
     def _aux(self, choice: Choice, sequences: int) -> Tensor:
-        rule, experts = self.rule, choice.logits_RTE.shape[-1]
+        rule, experts, first = self.rule, choice.logits_RTE.shape[-1], choice.first_RTE
         if rule.router == "remoe":
             used = choice.chosen_RTE.float().mean(1, keepdim=True) * (experts / self.widths.num_chosen)
             return self.sparsity_R * (used * choice.weights_RTE).sum(-1).mean(1)
         scores = None if choice.scores_RTE is choice.logits_RTE else choice.scores_RTE
         coefs = (rule.balance_coef, rule.router_z_coef)
-        return RouterAux.apply(choice.logits_RTE, scores, choice.first_RTE, sequences, coefs)
+        if choice.null_RT is None:
+            return RouterAux.apply(choice.logits_RTE, scores, first, sequences, coefs)
+        # Shares of the choices that are an expert's: where some are not, the others count for more.
+        shape = (len(first), sequences, -1, first.shape[-1])
+        counted = first.view(shape).sum((2, 3), keepdim=True).clamp(min=1)
+        first = (first.view(shape) * (first.shape[1] / sequences / counted)).view_as(first)
+        reward = TernaryRouter.extra_coefs["null_reward_coef"] * choice.null_RT.mean(1)
+        return RouterAux.apply(choice.logits_RTE, scores, first, sequences, coefs) - reward
 
     def _question(self, choice: Choice, competing_R: Tensor | None) -> Question | None:
         judge = self.rule.judge

@@ -31,7 +31,8 @@ class RmsNorm(torch.autograd.Function):
 
 
 class RouterAux(torch.autograd.Function):
-    """balance_coef x balance + z_coef x z of a router step, [R]; `first` marks each token's first choice.
+    """balance_coef x balance + z_coef x z of a router step, [R]; `first` marks each token's first choice, or says how
+    much it counts.
 
     balance = E² x mean over (sequence, expert) of mean probability x share of first choices; z = mean logsumexp².
     """
@@ -40,10 +41,10 @@ class RouterAux(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, scores: Tensor | None, first: Tensor, sequences: int, coefs: tuple[float, float]
     ) -> Tensor:
-        runs, tokens, experts = logits.shape
         log_probs = logits.log_softmax(-1)
         sums = logits[..., 0] - log_probs[..., 0]
         probs = log_probs.exp_() if scores is None else scores.softmax(-1)
+        runs, tokens, experts = probs.shape
         shape = (runs, sequences, tokens // sequences, experts)
         shares = first.view(shape).sum(2, keepdim=True, dtype=probs.dtype) * (sequences / tokens)
         balance = experts * (probs.view(shape).mean(2, keepdim=True) * shares).sum((1, 2, 3)) / sequences

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llava_compete.moe.bias_balanced import UPDATE_RATE
 from llava_compete.moe.routers import COSINE_NORM, COSINE_TEMPERATURE, PERTURBATION, XMOE_EPS
+from llava_compete.moe.ternary import NULL_BIAS, SUBTRACTED_BIAS
 from llava_compete.study.routing.rules import Rule
 
 JITTER = 0.01  # SparseMixer's, as in Phi-3.5-MoE
@@ -21,13 +22,15 @@ _NEVER = -torch.inf
 
 
 class Choice(NamedTuple):
-    """Of a router: `scores_RTE` is what probabilities are the softmax of; a shared expert has weight but no logit."""
+    """Of a router: `scores_RTE` is what probabilities are the softmax of; a shared expert has weight but no logit. A
+    router of more slots than experts has the slots' logits, and probability of running nothing in `null_RT`."""
 
     logits_RTE: Tensor
     scores_RTE: Tensor
     chosen_RTE: Tensor  # bool
     first_RTE: Tensor  # bool, the best of the choice
     weights_RTE: Tensor
+    null_RT: Tensor | None = None
 
 
 def largest(scores_RTE: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -65,6 +68,8 @@ class Routers:
         if self.rule.router in ("xmoe", "perturbed_cosine"):
             return self._cosine(x_RTD)
         logits = torch.bmm(x_RTD, self.weights["weight"].transpose(1, 2))
+        if self.rule.router == "tc_moe":
+            return _ternary(logits, self.count)
         if self.rule.router == "sparsemixer":
             return _sparse_mixer(logits, self.count, self.generators if training else None)
         if self.rule.router == "remoe":
@@ -102,6 +107,27 @@ class Routers:
         if self.bias_R1E is not None:
             load = choice.chosen_RTE.float().sum(1, keepdim=True)
             self.bias_R1E += UPDATE_RATE * torch.sign(load.mean(-1, keepdim=True) - load)
+
+
+def _ternary(logits_RTS: Tensor, count: int) -> Choice:
+    """TC-MoE's slots (moe/ternary.py) as signed weights of experts."""
+    experts = (logits_RTS.shape[-1] - count) // 2
+    bias_S = logits_RTS.new_zeros(logits_RTS.shape[-1])
+    bias_S[experts:], bias_S[2 * experts :] = SUBTRACTED_BIAS, NULL_BIAS
+    scores = logits_RTS + bias_S
+    chosen, first = largest(scores.detach(), count)
+    whole = scores.masked_fill(~chosen, _NEVER)
+    whole[..., 2 * experts :] = scores[..., 2 * experts :]
+    weights = (scores - whole.logsumexp(-1, keepdim=True)).exp() * chosen
+    added, subtracted = slice(experts), slice(experts, 2 * experts)
+    return Choice(
+        logits_RTS,
+        torch.logaddexp(scores[..., added], scores[..., subtracted]),
+        chosen[..., added] | chosen[..., subtracted],
+        first[..., added] | first[..., subtracted],
+        weights[..., added] - weights[..., subtracted],
+        scores.softmax(-1)[..., 2 * experts :].sum(-1),
+    )
 
 
 def random_choice(shape: tuple[int, int, int], count: int, generators: list[torch.Generator], device: str) -> Tensor:

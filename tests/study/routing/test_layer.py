@@ -16,7 +16,7 @@ SEEDS = (3, 4, 5)
 ALL_COMPETE = dataclasses.replace(RULES["published"], response=Response(rate=1.0, warmup=0.0))
 JUDGED = [rule for rule in RULES.values() if rule.judge and rule.judge.rate == 1]
 CASES = [RULES[name] for name in ("softmax", "sigmoid", "xmoe", "perturbed_cosine", "shared_softmax", "shared_sigmoid")]
-CASES += [RULES["bias_balanced"], ALL_COMPETE, *JUDGED]
+CASES += [RULES["bias_balanced"], RULES["tc_moe"], ALL_COMPETE, *JUDGED]
 BLOCK_NAMES = {"up": "experts.up_proj", "down": "experts.down_proj"}
 
 

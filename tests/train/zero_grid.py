@@ -162,7 +162,10 @@ class Grid:
         if missing:
             path = self.folder / "starts.json"
             path.write_text(json.dumps(missing), encoding="utf-8")
-            self._launch(1, ["--starts", str(path)], limit=300)
+            said = self._launch(1, ["--starts", str(path)])
+            folders = [stage["output_dir"] for stage in missing]
+            if lost := [folder for folder in folders if not Path(folder, "config.json").is_file()]:
+                raise RuntimeError(f"{', '.join(lost)}: the models that cells start from were not trained:\n{said}")
 
     def run(self, cells: Iterable[Cell]) -> dict[Cell, dict[str, Any]]:
         """Results of `cells`, those of earlier calls among them."""
@@ -192,8 +195,8 @@ class Grid:
         with self.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"cell": cell, "outcome": outcome, "detail": detail[-2000:]}) + "\n")
 
-    def _launch(self, ranks: int, arguments: list[str], limit: float = SILENCE) -> str:
-        """Run the worker's ranks until all are gone, one fails, or none has a result for `limit` seconds."""
+    def _launch(self, ranks: int, arguments: list[str]) -> str:
+        """Run the worker's ranks until all are gone, one fails, or none has a result for SILENCE seconds."""
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = str(probe.getsockname()[1])
         environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
@@ -211,7 +214,7 @@ class Grid:
                 time.sleep(0.2)
                 if (now := self.results.stat().st_size if self.results.is_file() else 0) != size:
                     size, heard = now, time.monotonic()
-                if any(process.poll() for process in processes) or time.monotonic() - heard > limit:
+                if any(process.poll() for process in processes) or time.monotonic() - heard > SILENCE:
                     time.sleep(1)
                     break
         finally:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,11 +54,10 @@ def test_it_is_a_pure_function() -> None:
     assert build(seed=4) == first
     assert build(seed=5) != first
     assert (np.random.get_state()[1] == state).all()
-    source = "from test_schedule import build; print(hash(build(seed=4).competing))"
-    other = subprocess.run(
-        [sys.executable, "-c", source], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-    )
-    assert int(other.stdout) == hash(first.competing)
+    # In another process, with other hashes of strings, and in the next release too.
+    assert [step for step in range(2000) if "language.3" in first.layers_at(step)][:8] == [
+        114, 123, 163, 166, 168, 174, 175, 193
+    ]  # fmt: skip
 
 
 def test_moved_draws_stay_near(caplog: pytest.LogCaptureFixture) -> None:

@@ -98,6 +98,7 @@ def test_slopes_and_their_intervals_are_those_of_a_known_power_law():
     assert covered >= 85
 
 
+@pytest.mark.slow
 def test_the_result_does_not_depend_on_the_number_of_workers():
     tiny = study.Settings(sizes=(100, 200), repetitions=2, starts=1, bootstrap=10)
     one, two = study.run(tiny), study.run(tiny, workers=2)

@@ -195,6 +195,7 @@ def test_unknown_tasks_and_suites_are_named(workplace, capsys):
     assert "expected one of paper" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_suites_tasks_exist_in_the_installed_harness():
     from lm_eval.tasks import TaskManager
 

@@ -14,7 +14,7 @@ from llava_compete.cli import main
 from llava_compete.errors import UserError
 from llava_compete.evaluation.compare.comparison import compare_methods
 from llava_compete.evaluation.compare.evaluation_dirs import read_method
-from llava_compete.evaluation.text.harness import evaluate_text
+from llava_compete.evaluation.text.harness import _task_manager, evaluate_text
 from llava_compete.model.build import load_checkpoint, save_checkpoint
 
 pytest.importorskip("lm_eval")
@@ -128,6 +128,17 @@ def test_runs_on_other_data_cannot_be_joined(evaluated, checkpoint, tmp_path):
     methods = [read_method(f"a={evaluated[0]}"), read_method(f"b={tmp_path / 'eval'}")]
     with pytest.raises(UserError, match=r"task 'local_choice': asked is .*; evaluate both alike"):
         compare_methods(methods, {}, resamples=200)
+
+
+def test_the_harnesses_own_tasks_are_indexed_only_where_they_may_be_asked_for(tmp_path, monkeypatch):
+    folder = write_tasks(tmp_path / "tasks")
+    assert set(_task_manager(["local_norm"], folder).all_tasks) == set(TASKS)
+    (folder / "both.yaml").write_text("group: both\ntask: [local_choice, arc_easy]\n")
+    asked = []
+    monkeypatch.setattr("lm_eval.tasks.TaskManager.__init__", lambda self, **settings: asked.append(settings))
+    monkeypatch.setattr("lm_eval.tasks.TaskManager.all_subtasks", list(TASKS))
+    _task_manager(["both"], folder)
+    assert [settings.get("include_defaults", True) for settings in asked] == [False, True]
 
 
 def test_data_that_are_not_there_are_one_line(checkpoint, tmp_path, capsys):

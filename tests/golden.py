@@ -33,6 +33,7 @@ ROUTERS = {
     "smoe_share": "shared_softmax",
     "smoe_sharev3": "shared_sigmoid",
     "tcmoe": "tc_moe",
+    "moeplusplus": "moe_plus_plus",
     "competesmoe": "competition",
 }
 COEFS = {
@@ -49,6 +50,9 @@ ROUTER_NAMES = {
     "weight": "weight",
     "inp_reduction": "inp_reduction.weight",
     "expert_embeddings": "expert_embeddings",
+    "residual": "residual",
+    "free_experts.constants": "free_experts.constants",
+    "free_experts.gates": "free_experts.gates",
 }
 COLUMNS = ("output", "aux_loss", "loss", "grad", "routing")
 

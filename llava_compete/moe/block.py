@@ -99,7 +99,9 @@ class SparseMoeBlock(nn.Module):
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         groups = self._groups(x_TD.shape[0]) if self.state.is_recording else None
         # Called on a competition step too, on every rank: ZeRO-3 gathers a router's weights by its call.
-        routing: Routing = self.router(x_TD)
+        routing: Routing = self.router(x_TD, *self._residual())
+        if self.router.has_residual:
+            self.state.logits[self.name] = routing.logits_TR
         learners = self._learners(routing, groups)
         spoken = learners.spoken
         options: dict[str, Any] = {}
@@ -124,6 +126,8 @@ class SparseMoeBlock(nn.Module):
         # A tensor from our experts too, where there is nothing else: servers put experts of their own here.
         result: Tensor | ExpertsOutput = self.experts(x_TD, *chosen, **options)
         output_TO, contest, answers = (result, None, None) if isinstance(result, Tensor) else result
+        if self.router.free_experts is not None:
+            output_TO = output_TO + self.router.free_experts(x_TD, spoken.choices_TC, spoken.weights_TC).to(output_TO)
         if answers is not None:
             self.state.answers[self.name] = answers
         if groups is not None:
@@ -131,6 +135,10 @@ class SparseMoeBlock(nn.Module):
                 learners.balanced, contest, groups, self.config, learners.taught_TR, self.router.slots, judgement
             )
         return self.output_dropout(output_TO).view(*hidden_states.shape[:-1], output_TO.shape[-1])
+
+    def _residual(self) -> tuple[Tensor | None, ...]:
+        """What the call of a router gets that reads the logits of the layer before."""
+        return (self.state.logits_before(self.name),) if self.router.has_residual else ()
 
     def _asks(self, routing: Routing) -> bool:
         """Whether this step's loss judges the experts that were not chosen; at a rate of 1 without any schedule."""

@@ -13,6 +13,7 @@ from llava_compete.moe.routers import (
     XMoeRouter,
 )
 from llava_compete.moe.ternary import TernaryRouter
+from llava_compete.moe.zero_computation import ZeroComputationRouter
 
 ROUTER_CLASSES: dict[str, type[Router]] = {
     "softmax": SoftmaxRouter,
@@ -23,5 +24,6 @@ ROUTER_CLASSES: dict[str, type[Router]] = {
     "shared_sigmoid": SharedSigmoidRouter,
     "bias_balanced": BiasBalancedRouter,
     "tc_moe": TernaryRouter,
+    "moe_plus_plus": ZeroComputationRouter,
     "competition": SoftmaxRouter,
 }

@@ -127,7 +127,9 @@ class Router(nn.Module):
     A class says what its configuration may be: `even_experts` where E must be even, `num_shared` experts that are
     always on, `balance_coef`, the default coefficient of its balance loss, and `extra_coefs`, those of loss terms that
     it alone has (`extra_losses`). `keeps_dense_answers`: an upcycled model answers as its dense parent. Any parameter
-    or buffer is upcycled, saved and resumed; a router with `needs_loads` gets `end_step` after each optimizer step.
+    or buffer is upcycled, saved and resumed; a router with `needs_loads` gets `end_step` after each optimizer step, one
+    with `has_residual` the logits of the layer before in its call. `free_experts`: what slots that run no expert give,
+    of (x [T, D], choices, weights).
     """
 
     even_experts: ClassVar[bool] = False
@@ -136,6 +138,7 @@ class Router(nn.Module):
     extra_coefs: ClassVar[dict[str, float]] = {}
     keeps_dense_answers: ClassVar[bool] = True
     needs_loads: ClassVar[bool] = False
+    has_residual: ClassVar[bool] = False
 
     def __init__(
         self, num_experts: int, num_experts_per_tok: int, hidden_size: int, output_size: int | None = None
@@ -144,6 +147,7 @@ class Router(nn.Module):
         self.slots = self.make_slots(num_experts, num_experts_per_tok, output_size in (None, hidden_size))
         self.num_routed = self.slots.total - self.num_shared
         self.num_choices = num_experts_per_tok - self.num_shared
+        self.free_experts: nn.Module | None = None
         self.make_parameters(hidden_size)
 
     @classmethod

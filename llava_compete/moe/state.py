@@ -8,9 +8,10 @@ but leave no second record. Nothing here is saved.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,6 +74,9 @@ class RoutingState:
         # turn to compete would compile this layer's router step again. Of a dict's values it guards those it read.
         self._competes: dict[str, bool] = {}
         self.competition_enabled = False
+        # A layer's router may read the logits of the layer before it in its part.
+        self._before: dict[str, str] = {}
+        self.logits: dict[str, Tensor] = {}
         self.records: dict[str, RoutingRecord] = {}
         # The same by layers that took the same kind of step, once a model's forward has put them side by side.
         self.stacks: dict[tuple[str, ...], LayerStack] = {}
@@ -87,6 +91,13 @@ class RoutingState:
     def join(self, name: str) -> None:
         """Make a layer known under its name; each block does when it is built."""
         self._competes.setdefault(name, False)
+        pairs = itertools.pairwise(sorted(self._competes, key=_place))
+        self._before = {layer: before for before, layer in pairs if _place(before)[0] == _place(layer)[0]}
+
+    def logits_before(self, name: str) -> Tensor | None:
+        """The logits of the layer before `name` in its part in this forward; None for the first."""
+        before = self._before.get(name)
+        return None if before is None else self.logits[before]
 
     @property
     def competing(self) -> frozenset[str]:
@@ -127,9 +138,15 @@ class RoutingState:
         """For averages of weights, which copy the model after a step: the last forward's tensors, which belong to a
         graph and cannot be copied, stay behind."""
         copy = memo[id(self)] = RoutingState()
-        copy._competes = dict(self._competes)
+        copy._competes, copy._before = dict(self._competes), dict(self._before)
         copy.competition_enabled = self.competition_enabled
         return copy
+
+
+class _Moment(NamedTuple):
+    competing: frozenset[str]
+    competition_enabled: bool
+    logits: dict[str, Tensor]
 
 
 class _Recomputation(AbstractContextManager[None]):
@@ -139,11 +156,12 @@ class _Recomputation(AbstractContextManager[None]):
         self._state = state
         self._then = self._moment()
 
-    def _moment(self) -> tuple[frozenset[str], bool]:
-        return self._state.competing, self._state.competition_enabled
+    def _moment(self) -> _Moment:
+        # Logits of layers before are there when this is made; what runs inside adds its own, in a recomputation again.
+        return _Moment(self._state.competing, self._state.competition_enabled, dict(self._state.logits))
 
-    def _restore(self, moment: tuple[frozenset[str], bool]) -> None:
-        self._state.competing, self._state.competition_enabled = moment
+    def _restore(self, moment: _Moment) -> None:
+        self._state.competing, self._state.competition_enabled, self._state.logits = moment
 
     def __enter__(self) -> None:
         self._now = self._moment()
@@ -151,6 +169,11 @@ class _Recomputation(AbstractContextManager[None]):
 
     def __exit__(self, *exception: object) -> None:
         self._restore(self._now)
+
+
+def _place(name: str) -> tuple[str, int]:
+    part, number = name.split(".")
+    return part, int(number)
 
 
 def _scalar(value: int | Tensor, device: torch.device) -> Tensor:

@@ -3,7 +3,7 @@
 # The caller defines `run_one METHOD SEED SLOT`, which writes OUT/METHOD/seedSEED/eval and returns at once if it is there.
 
 # The first is the baseline: the router without competition.
-METHODS=(softmax dense sigmoid xmoe perturbed_cosine shared_softmax shared_sigmoid bias_balanced tc_moe competition)
+METHODS=(softmax dense sigmoid xmoe perturbed_cosine shared_softmax shared_sigmoid bias_balanced tc_moe moe_plus_plus competition)
 
 # study_settings OUT TEXT: finished runs are kept, so a folder must not get runs of other settings.
 study_settings() {

@@ -48,6 +48,8 @@ def route(router: str, tensors: dict[str, Tensor], x: Tensor, count: int) -> tup
         choices = largest(probs.tolist(), count)
         return logits, probs, choices, softmax(probs[choices])
     logits = tensors["router.weight"] @ x
+    if "router.residual" in tensors:  # of the first layer
+        logits = logits + tensors["router.residual"] @ torch.zeros_like(logits)
     probs = softmax(logits)
     scores = 1 / (1 + torch.exp(-logits)) if "sigmoid" in router else probs
     bias = tensors.get("router.bias", torch.zeros_like(scores))  # steers the choice, not the weights
@@ -65,6 +67,17 @@ def route_ternary(tensors: dict[str, Tensor], x: Tensor, count: int) -> tuple[Te
     choices = largest(gates.tolist(), count)
     whole = gates[2 * experts :].sum() + sum(gates[choice] for choice in choices if choice < 2 * experts)
     return logits, gates, choices, gates[choices] / whole
+
+
+def without_arithmetic(tensors: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+    """What MoE++'s further slots answer: two constants mixed with the token, the token, nothing."""
+    answers = []
+    for constant, gate in zip(
+        tensors["router.free_experts.constants"], tensors["router.free_experts.gates"], strict=True
+    ):
+        of_x, of_constant = softmax(gate @ x)
+        answers.append(of_x * x + of_constant * constant)
+    return [*answers, x, torch.zeros_like(x)]
 
 
 def expert(tensors: dict[str, Tensor], index: int, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
@@ -94,6 +107,8 @@ def forward(
         }
         for x, counts in zip(x_ND, mask_N, strict=True):
             y = [expert(tensors, e, x, activation) for e in range(experts)]
+            if "router.free_experts.constants" in tensors:
+                y += without_arithmetic(tensors, x)
             how = route_ternary if router == "tc_moe" else partial(route, router)
             logits, probs, choices, weights = how(tensors, x, chosen_count - shared)
             counted, balance_probs = choices, probs
@@ -116,7 +131,7 @@ def forward(
             chosen = torch.zeros_like(balance_probs)
             for choice in counted if settings["all_choices"] else counted[:1]:
                 if router != "tc_moe" or choice < 2 * experts:  # else it runs nothing
-                    chosen[choice % experts] += 1
+                    chosen[choice % experts if router == "tc_moe" else choice] += 1
             terms["chosen"].append(chosen)
             if router == "tc_moe":
                 terms["null"].append(-null)
@@ -135,6 +150,8 @@ def forward(
         if terms["P"]:
             means = {name: torch.stack(values).mean(0) for name, values in terms.items() if values}
             shares = means["chosen"] / means["chosen"].sum().clamp(min=1e-12)
+            if router == "moe_plus_plus":
+                shares = torch.cat([shares[:experts], 0.75 * shares[experts:]])
             means["balance"] = len(means["P"]) ** 2 * (means["P"] * shares).mean()
             per_sequence.append(means)
     names = {"balance_loss": "balance"}
@@ -170,6 +187,11 @@ def random_tensors(router: str, sizes: dict[str, int], seed: int) -> dict[str, T
         shapes["router.weight"] = (E - router.startswith("shared"), D)
     if router == "tc_moe":
         shapes["router.weight"] = (2 * E + sizes["K"], D)
+    if router == "moe_plus_plus":
+        R = E + 4 if O == D else E
+        shapes |= {"router.weight": (R, D), "router.residual": (R, R)}
+        if O == D:
+            shapes |= {"router.free_experts.constants": (2, D), "router.free_experts.gates": (2, 2, D)}
     return {
         name: torch.randn(shape, generator=generator) / math.sqrt(shape[-1] if "proj" in name else 1)
         for name, shape in shapes.items()

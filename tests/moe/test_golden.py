@@ -95,6 +95,8 @@ def test_a_file_that_is_not_what_it_says_fails(damage: Callable[[Any, Any], Any]
 def test_other_sizes(reference: str, sizes: dict[str, int], tmp_path: Path) -> None:
     router = golden.ROUTERS[reference]
     sizes = {"B": 2, "N": 5, "D": 12, "I": 20, **sizes}
+    if router == "moe_plus_plus" and sizes["E"] == 8:  # which copies tokens where it keeps their width
+        sizes["D"] = sizes["O"]
     for competing in (False, True) if router == "competition" else (None,):
         meta: dict[str, Any] = {"reference": reference, "seed": 7, **sizes, "activation": "relu2"}
         meta |= {"coefs": COEFS, "competition": competing}

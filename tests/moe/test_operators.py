@@ -18,7 +18,7 @@ from llava_compete.moe.state import TokenGroups
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32}
 # Of a step in float32 with biases; a launch costs a GPU's host 5 to 15 microseconds.
-MOST_OPERATORS = {"router": 92, "competition step": 112, "tc_moe": 131}
+MOST_OPERATORS = {"router": 92, "competition step": 112, "tc_moe": 131, "moe_plus_plus": 150}
 STEPS = [
     *((router, False, implementation) for router in ROUTERS for implementation in ("grouped_mm", "dense")),
     ("competition", True, "grouped_mm"),
@@ -127,6 +127,7 @@ LAUNCHES = {
     "shared_sigmoid": 60,
     "bias_balanced": 50,
     "tc_moe": 84,
+    "moe_plus_plus": 101,
     "competition": 45,
     "competition step": 76,
 }

@@ -10,7 +10,7 @@ from llava_compete.moe.slots import Slots
 
 X = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1))
 SIZES = {"hidden_size": 16, "intermediate_size": 32}
-ROUTERS = ["tc_moe"]
+ROUTERS = ["tc_moe", "moe_plus_plus"]
 
 
 def test_slots_run_experts_with_signs_or_nothing() -> None:

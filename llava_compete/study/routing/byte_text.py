@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_compete.study.routing.draws import generator_of, normal, uniform
-from llava_compete.study.routing.layer import MoeLayer, Widths
+from llava_compete.study.routing.layer import Widths, layers
 from llava_compete.study.routing.operators import RmsNorm
 from llava_compete.study.routing.rules import Rule
 from llava_compete.study.routing.sources import Source, read_sources
@@ -41,7 +41,7 @@ class ByteText:
         self.positions = normal((LENGTH, hidden), 1.0, seeds, ("positions",), device)
         self.head = uniform((256, hidden), hidden, seeds, ("head",), device)
         self.attention = [uniform((4 * hidden, hidden), hidden, seeds, ("attention", n), device) for n in range(LAYERS)]
-        self.layers = [MoeLayer(rule, WIDTHS, seeds, layer, device) for layer in range(LAYERS)]
+        self.layers = layers(rule, WIDTHS, seeds, LAYERS, device)
         scores = [
             torch.rand(len(sources), WIDTHS.num_experts, generator=generator_of("hash", n)) for n in range(LAYERS)
         ]

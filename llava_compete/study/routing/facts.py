@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_compete.study.routing.draws import generator_of, normal, uniform
-from llava_compete.study.routing.layer import MoeLayer, Widths
+from llava_compete.study.routing.layer import Widths, layers
 from llava_compete.study.routing.operators import RmsNorm
 from llava_compete.study.routing.rules import Rule
 
@@ -35,7 +35,7 @@ class Facts:
         rows, hidden = num_tasks + 2 * ITEMS, WIDTHS.hidden
         self.embeddings = normal((rows, hidden), 1.0, seeds, ("embeddings",), device)
         self.head = uniform((ANSWERS, hidden), hidden, seeds, ("head",), device)
-        self.layers = [MoeLayer(rule, WIDTHS, seeds, layer, device) for layer in range(2)]
+        self.layers = layers(rule, WIDTHS, seeds, 2, device)
         number = torch.arange(facts, device=device)
         task, first, second = number // ITEMS**2, number // ITEMS % ITEMS, number % ITEMS
         self.parts_F3 = torch.stack([task, num_tasks + first, num_tasks + ITEMS + second], 1)

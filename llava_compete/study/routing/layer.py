@@ -13,12 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llava_compete.moe.routers import INIT_STD
 from llava_compete.moe.ternary import TernaryRouter
+from llava_compete.moe.zero_computation import CONSTANT_STD, CONSTANTS
+from llava_compete.study.routing.choice import Choice, largest
 from llava_compete.study.routing.draws import generator_of, normal, uniform
 from llava_compete.study.routing.mixture import Mixture, Question
 from llava_compete.study.routing.operators import RouterAux
-from llava_compete.study.routing.routers import Choice, Routers, largest, random_choice
+from llava_compete.study.routing.routers import Routers, random_choice
 from llava_compete.study.routing.rules import COMPETITION, Rule
+from llava_compete.study.routing.slotted import free_answers
 
 MEAN_DECAY = 0.9
 _REMOE_GROWTH, _REMOE_START = 1.2, 1e-8
@@ -50,9 +54,15 @@ class MoeLayer:
     Args:
         seeds: of the start, one a run.
         key: of the layer, such as 0.
+        before: the layer before it, whose logits a router with a residual reads.
     """
 
-    def __init__(self, rule: Rule, widths: Widths, seeds: Sequence[int], key: int, device: str):
+    logits_RTS: Tensor | None = None
+
+    def __init__(
+        self, rule: Rule, widths: Widths, seeds: Sequence[int], key: int, device: str, before: MoeLayer | None = None
+    ):
+        self.before = before
         self.rule, self.widths, self.device = rule, widths.of(rule), device
         experts, chosen, hidden, inner = (
             self.widths.num_experts,
@@ -64,7 +74,10 @@ class MoeLayer:
         self.down = uniform((experts, inner, hidden), inner, seeds, (key, "down"), device)
         self.router = Routers(
             rule,
-            {name: normal(shape, 0.02, seeds, (key, name), device) for name, shape in self._router_shapes().items()},
+            {
+                name: normal(shape, _std(name), seeds, (key, name), device)
+                for name, shape in self._router_shapes().items()
+            },
             chosen,
             [generator_of(seed, key, "draws") for seed in seeds],
         )
@@ -75,7 +88,7 @@ class MoeLayer:
         self.aux_R = torch.zeros(runs, device=device)
         self._extra_R, self._forwards = torch.zeros(runs, device=device), 0
 
-    def _router_shapes(self) -> dict[str, tuple[int, int]]:
+    def _router_shapes(self) -> dict[str, tuple[int, ...]]:
         routed, hidden = self.widths.num_experts - self.rule.shared, self.widths.hidden
         if not self.rule.has_router:
             return {}
@@ -83,6 +96,10 @@ class MoeLayer:
             return {"inp_reduction": (routed // 2, hidden), "expert_embeddings": (routed, routed // 2)}
         if self.rule.router == "tc_moe":
             routed = 2 * routed + self.widths.num_chosen
+        if self.rule.router == "moe_plus_plus":
+            slots, free = routed + CONSTANTS + 2, "free_experts"
+            more = {f"{free}.constants": (CONSTANTS, hidden), f"{free}.gates": (CONSTANTS, 2, hidden)}
+            return {"weight": (slots, hidden), "residual": (slots, slots), **more}
         return {"weight": (routed, hidden)}
 
     @property
@@ -120,11 +137,15 @@ class MoeLayer:
                 chosen = random_choice(shape, self.widths.num_chosen, self.router.generators, self.device)
             assert chosen is not None
             return Mixture.apply(hidden, chosen.float() / self.widths.num_chosen, down, None, None)
-        choice = self.router(x_RTD, training)
+        choice = self.router(x_RTD, training, None if self.before is None else self.before.logits_RTS)
+        self.logits_RTS = choice.logits_RTE
         question = self._question(choice, competing_R) if rule.judge and training else None
         # A shared expert adds a column of weights; no judged rule has one.
         weights = choice.weights_RTE * choice.chosen_RTE if rule.router == "default_moe" else choice.weights_RTE
         output = Mixture.apply(hidden, weights, down, choice.logits_RTE if question else None, question)
+        if choice.free_RTS is not None:
+            of_router = (self.router.weights[f"free_experts.{name}"] for name in ("constants", "gates"))
+            output = output + free_answers(x_RTD, choice.free_RTS, *of_router)
         if rule.router == "default_moe":
             output = output + torch.bmm(choice.weights_RTE * (~choice.chosen_RTE & self.seen), self.means)
         if training:
@@ -232,6 +253,18 @@ class MoeLayer:
         if response.output == "router":
             return output
         return output.index_copy(0, runs, torch.einsum("rte,reto->rto", weights, answers))
+
+
+def _std(name: str) -> float:
+    return CONSTANT_STD if name.endswith("constants") else INIT_STD
+
+
+def layers(rule: Rule, widths: Widths, seeds: Sequence[int], count: int, device: str) -> list[MoeLayer]:
+    """`count` layers, one behind the other."""
+    made: list[MoeLayer] = []
+    for key in range(count):
+        made.append(MoeLayer(rule, widths, seeds, key, device, made[-1] if made else None))
+    return made
 
 
 def _balance(probs_RTE: Tensor, first_RTE: Tensor, sequences: int) -> Tensor:

@@ -6,45 +6,18 @@ experts, Z reduced width.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llava_compete.moe.bias_balanced import UPDATE_RATE
 from llava_compete.moe.routers import COSINE_NORM, COSINE_TEMPERATURE, PERTURBATION, XMOE_EPS
-from llava_compete.moe.ternary import NULL_BIAS, SUBTRACTED_BIAS
+from llava_compete.study.routing.choice import Choice, among, largest
 from llava_compete.study.routing.rules import Rule
+from llava_compete.study.routing.slotted import ternary, zero_computation
 
 JITTER = 0.01  # SparseMixer's, as in Phi-3.5-MoE
 _NEVER = -torch.inf
-
-
-class Choice(NamedTuple):
-    """Of a router: `scores_RTE` is what probabilities are the softmax of; a shared expert has weight but no logit. A
-    router of more slots than experts has the slots' logits, and probability of running nothing in `null_RT`."""
-
-    logits_RTE: Tensor
-    scores_RTE: Tensor
-    chosen_RTE: Tensor  # bool
-    first_RTE: Tensor  # bool, the best of the choice
-    weights_RTE: Tensor
-    null_RT: Tensor | None = None
-
-
-def largest(scores_RTE: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each token and the largest alone, as masks [R, T, E]; equal scores may all be chosen."""
-    first = scores_RTE.amax(-1, keepdim=True)
-    least = first
-    for _ in range(count - 1):
-        least = scores_RTE.masked_fill(scores_RTE >= least, _NEVER).amax(-1, keepdim=True)
-    return scores_RTE >= least, scores_RTE >= first
-
-
-def among(scores_RTE: Tensor, chosen_RTE: Tensor) -> Tensor:
-    """Softmax over the chosen, 0 elsewhere."""
-    return scores_RTE.masked_fill(~chosen_RTE, _NEVER).softmax(-1)
 
 
 class Routers:
@@ -64,12 +37,17 @@ class Routers:
         if rule.router == "bias_balanced" and first is not None:
             self.bias_R1E = torch.zeros(first.shape[0], 1, first.shape[1], device=first.device)
 
-    def __call__(self, x_RTD: Tensor, training: bool) -> Choice:
+    def __call__(self, x_RTD: Tensor, training: bool, before_RTS: Tensor | None = None) -> Choice:
+        """`before_RTS`: logits of the layer before, for a router with a residual."""
         if self.rule.router in ("xmoe", "perturbed_cosine"):
             return self._cosine(x_RTD)
         logits = torch.bmm(x_RTD, self.weights["weight"].transpose(1, 2))
         if self.rule.router == "tc_moe":
-            return _ternary(logits, self.count)
+            return ternary(logits, self.count)
+        if self.rule.router == "moe_plus_plus":
+            before = torch.zeros_like(logits) if before_RTS is None else before_RTS
+            logits = torch.baddbmm(logits, before, self.weights["residual"].transpose(1, 2))
+            return zero_computation(logits, self.count)
         if self.rule.router == "sparsemixer":
             return _sparse_mixer(logits, self.count, self.generators if training else None)
         if self.rule.router == "remoe":
@@ -107,27 +85,6 @@ class Routers:
         if self.bias_R1E is not None:
             load = choice.chosen_RTE.float().sum(1, keepdim=True)
             self.bias_R1E += UPDATE_RATE * torch.sign(load.mean(-1, keepdim=True) - load)
-
-
-def _ternary(logits_RTS: Tensor, count: int) -> Choice:
-    """TC-MoE's slots (moe/ternary.py) as signed weights of experts."""
-    experts = (logits_RTS.shape[-1] - count) // 2
-    bias_S = logits_RTS.new_zeros(logits_RTS.shape[-1])
-    bias_S[experts:], bias_S[2 * experts :] = SUBTRACTED_BIAS, NULL_BIAS
-    scores = logits_RTS + bias_S
-    chosen, first = largest(scores.detach(), count)
-    whole = scores.masked_fill(~chosen, _NEVER)
-    whole[..., 2 * experts :] = scores[..., 2 * experts :]
-    weights = (scores - whole.logsumexp(-1, keepdim=True)).exp() * chosen
-    added, subtracted = slice(experts), slice(experts, 2 * experts)
-    return Choice(
-        logits_RTS,
-        torch.logaddexp(scores[..., added], scores[..., subtracted]),
-        chosen[..., added] | chosen[..., subtracted],
-        first[..., added] | first[..., subtracted],
-        weights[..., added] - weights[..., subtracted],
-        scores.softmax(-1)[..., 2 * experts :].sum(-1),
-    )
 
 
 def random_choice(shape: tuple[int, int, int], count: int, generators: list[torch.Generator], device: str) -> Tensor:

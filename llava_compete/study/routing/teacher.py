@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_compete.study.routing.draws import generator_of
-from llava_compete.study.routing.layer import MoeLayer, Widths
+from llava_compete.study.routing.layer import Widths, layers
 from llava_compete.study.routing.rules import Rule
 
 Gate = Literal["softmax", "competition", "clusters"]
@@ -35,7 +35,7 @@ class TeacherStudent:
         )
         drawn = [torch.randint(samples, (steps, BATCH), generator=generator_of(seed, "order")) for seed in seeds]
         self.drawn = torch.stack(drawn).to(device)
-        self.layers = [MoeLayer(rule, WIDTHS, seeds, 0, device)]
+        self.layers = layers(rule, WIDTHS, seeds, 1, device)
         self.always = rule.response is not None and rule.response.always
         scores = torch.rand(2**3, WIDTHS.num_experts, generator=generator_of("hash"))
         chosen = torch.zeros_like(scores).scatter_(1, scores.topk(WIDTHS.num_chosen).indices, 1.0)

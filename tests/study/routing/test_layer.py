@@ -16,7 +16,7 @@ SEEDS = (3, 4, 5)
 ALL_COMPETE = dataclasses.replace(RULES["published"], response=Response(rate=1.0, warmup=0.0))
 JUDGED = [rule for rule in RULES.values() if rule.judge and rule.judge.rate == 1]
 CASES = [RULES[name] for name in ("softmax", "sigmoid", "xmoe", "perturbed_cosine", "shared_softmax", "shared_sigmoid")]
-CASES += [RULES["bias_balanced"], RULES["tc_moe"], ALL_COMPETE, *JUDGED]
+CASES += [RULES["bias_balanced"], RULES["tc_moe"], RULES["moe_plus_plus"], ALL_COMPETE, *JUDGED]
 BLOCK_NAMES = {"up": "experts.up_proj", "down": "experts.down_proj"}
 
 
@@ -49,7 +49,7 @@ def block_of(rule, layer, run):
         block.experts.up_proj.copy_(layer.up[run])
         block.experts.down_proj.copy_(layer.down[run].transpose(1, 2))
         for name, value in layer.router.weights.items():
-            getattr(block.router, name).copy_(value[run])
+            block.router.get_parameter(name).copy_(value[run])
     return block
 
 
@@ -95,4 +95,4 @@ def test_equal_to_blocks(rule, sequences):
         torch.testing.assert_close(layer.up.grad[run], block.experts.up_proj.grad, **close)
         torch.testing.assert_close(layer.down.grad[run].transpose(1, 2), block.experts.down_proj.grad, **close)
         for name, value in layer.router.weights.items():
-            torch.testing.assert_close(value.grad[run], getattr(block.router, name).grad, **close)
+            torch.testing.assert_close(value.grad[run], block.router.get_parameter(name).grad, **close)

@@ -28,6 +28,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("info",): ("checkpoint.info", "what a checkpoint is: parts, stage, parents, routers"),
     ("push",): ("checkpoint.push", "upload a checkpoint to a hub, with a card of its stages, data and scores"),
     ("chat",): ("talk.chat", "talk to a checkpoint in the terminal, with pictures and a view of its experts"),
+    ("web",): ("talk.web", "talk to one checkpoint or two on a page in the browser, with maps of their experts"),
     ("serve",): ("talk.serve", "serve a checkpoint by OpenAI's chat completions"),
     ("eval",): ("evaluate.benchmarks", "evaluate a checkpoint with lmms-eval"),
     ("compare",): ("evaluate.compare", "compare evaluations: intervals, tests, forest plot"),

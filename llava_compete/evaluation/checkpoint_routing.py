@@ -22,8 +22,9 @@ from llava_compete.evaluation.answerer import Answerer, Prompt, load_for_inferen
 from llava_compete.evaluation.generation_settings import GenerationSettings
 from llava_compete.evaluation.layer_worth import Likeness, Worth, measure_likeness, measure_worth
 from llava_compete.evaluation.routing_controls import Score, measure_controls
-from llava_compete.evaluation.routing_data import Row, Rows, batches_of, spread, to_batch
+from llava_compete.evaluation.routing_data import Row, Rows, batches_of, to_batch
 from llava_compete.evaluation.routing_statistics import RoutingSums, sums_of
+from llava_compete.evaluation.spreading import spread
 from llava_compete.evaluation.token_choices import Patch, RowChoices, all_choices, choices_of, surest_patches
 from llava_compete.evaluation.winner_prediction import measure_prediction
 from llava_compete.moe.block import moe_blocks

@@ -17,13 +17,6 @@ from PIL import Image
 from llava_compete.vision.tiles import Box, Size
 
 
-class Choices(NamedTuple):
-    """experts [T, K], the one with the largest weight first, and their weights."""
-
-    experts: np.ndarray
-    weights: np.ndarray
-
-
 class ShownPicture(NamedTuple):
     """A picture as it was given, and where in its pixels the edges of the map of cells are."""
 
@@ -39,18 +32,18 @@ def shown_pictures(processor: Any, pictures: Sequence[Image.Image]) -> list[Show
 
 
 def picture_maps(
-    model: Any, choices: Mapping[str, Choices], places_T: np.ndarray, pictures: Sequence[ShownPicture]
+    model: Any, experts: Mapping[str, np.ndarray], places_T: np.ndarray, pictures: Sequence[ShownPicture]
 ) -> dict[str, list[np.ndarray]]:
     """By layer and picture the experts of each cell, int64 [R, C, K], best first; -1 where none looks at the picture.
 
     Args:
-        choices: of one row, by layer.
+        experts: of one row, by layer, [T, K].
         places_T: where in the row's text the pictures' tokens stand.
     """
     sizes = [(shown.picture.height, shown.picture.width) for shown in pictures]
-    cells = {part: token_cells(model, part, sizes) for part in {name.split(".")[0] for name in choices}}
+    cells = {part: token_cells(model, part, sizes) for part in {name.split(".")[0] for name in experts}}
     maps: dict[str, list[np.ndarray]] = {}
-    for name, (experts_TK, _) in choices.items():
+    for name, experts_TK in experts.items():
         part = name.split(".")[0]
         of_pictures_TK = experts_TK[places_T] if part == "language" else experts_TK
         maps[name] = []

@@ -185,12 +185,6 @@ def token_classes(batch: dict[str, Tensor], image_token_id: int | None) -> Tenso
     return classes
 
 
-def spread(total: int, count: int) -> list[int]:
-    """At most `count` different numbers below `total`, from the first to the last."""
-    count = min(count, total)
-    return [round(place * (total - 1) / max(count - 1, 1)) for place in range(count)]
-
-
 def batches_of(rows: Rows, size: int, numbers: Sequence[int] | None = None) -> Iterator[list[Row]]:
     """Some of the rows (default: all) in lists of `size`."""
     order = range(len(rows)) if numbers is None else numbers

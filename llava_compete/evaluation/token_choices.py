@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from llava_compete.evaluation.picture_choices import (
-    Choices,
     ShownPicture,
     cut_cell,
     on_picture,
@@ -26,6 +25,13 @@ from llava_compete.evaluation.routing_controls import Batch
 from llava_compete.evaluation.routing_data import TOKEN_CLASSES, Row, to_batch, token_classes
 from llava_compete.moe.records import RoutingObservation
 from llava_compete.moe.routers import by_weight
+
+
+class Choices(NamedTuple):
+    """experts [T, K], the one with the largest weight first, and their weights."""
+
+    experts: np.ndarray
+    weights: np.ndarray
 
 
 class RowChoices(NamedTuple):
@@ -53,7 +59,7 @@ def choices_of(model: Any, processor: Any, row: Row) -> RowChoices:
     maps = {}
     if pictures:
         (places_T,) = np.nonzero(classes == TOKEN_CLASSES.index("image"))
-        maps = picture_maps(model, choices, places_T, pictures)
+        maps = picture_maps(model, {name: chosen.experts for name, chosen in choices.items()}, places_T, pictures)
     tokens = {name: chosen for name, chosen in choices.items() if name.startswith("language.")}
     text = [processor.tokenizer.decode([token]) for token in batch["input_ids"][0].tolist()]
     return RowChoices(maps, tokens, text, classes.tolist(), pictures)

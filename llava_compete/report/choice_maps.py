@@ -19,12 +19,28 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
 from llava_compete.evaluation.picture_choices import ShownPicture
+from llava_compete.evaluation.spreading import spread
 from llava_compete.report.colors import expert_colors, ink_on
 from llava_compete.vision.tiles import Box
 
+MOST_LAYERS = 11  # panels of a picture's map
 NUMBERED_GRID = 10  # patches a side up to which each holds its expert's number
 MOST_LEGEND = 16
 COLUMNS = 4
+
+
+def map_of_layers(
+    shown: ShownPicture, maps: Mapping[str, Any], num_experts: int, most: int = MOST_LAYERS
+) -> tuple[plt.Figure, str]:
+    """`patch_figure` of at most so many layers, from the first to the last, and what it shows.
+
+    Args:
+        maps: layer -> experts of each cell, [rows, columns, K], best first.
+    """
+    names = list(maps)
+    first = {names[place]: np.asarray(maps[names[place]])[..., 0] for place in spread(len(names), most)}
+    shapes = dict.fromkeys(f"{cells.shape[0]} x {cells.shape[1]}" for cells in first.values())
+    return patch_figure(shown, first, num_experts), f"First expert of each of {', '.join(shapes)} patches, by layer."
 
 
 def patch_figure(shown: ShownPicture, experts: Mapping[str, Any], num_experts: int) -> plt.Figure:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from llava_compete.evaluation.checkpoint_routing import CheckpointRouting, Example
-from llava_compete.evaluation.routing_data import TOKEN_CLASSES, spread
+from llava_compete.evaluation.routing_data import TOKEN_CLASSES
+from llava_compete.evaluation.spreading import spread
 from llava_compete.evaluation.token_choices import Patch, overlap
 from llava_compete.files import write_json
 from llava_compete.parts import PARTS
-from llava_compete.report.choice_maps import patch_figure, token_table
+from llava_compete.report.choice_maps import map_of_layers, token_table
 from llava_compete.report.heat_maps import (
     as_data_url,
     layer_lines,
@@ -31,7 +32,6 @@ from llava_compete.report.run_facts import RunFacts, scores_by_type
 NO_VALUE = "–"
 MOST_TOKENS = 60  # answer tokens of an example that the map shows
 MOST_PAIR_LAYERS = 8
-MOST_MAP_LAYERS = 11  # panels of a picture's map
 CONTROLS = {
     "router": "the router",
     "random": "experts at random",
@@ -346,13 +346,9 @@ def _example(page: Page, name: str, example: Example, found: CheckpointRouting) 
         return
     experts = max(setting["experts"] for setting in found.settings.values())
     for number, picture in enumerate(choices.pictures):
-        first = {layer: choices.maps[layer][number][..., 0] for layer in _some(list(choices.maps), MOST_MAP_LAYERS)}
-        shapes = dict.fromkeys(f"{cells.shape[0]} x {cells.shape[1]}" for cells in first.values())
-        page.figure(
-            patch_figure(picture, first, experts),
-            f"{name}-patches{number}",
-            f"First expert of each of {', '.join(shapes)} patches, by layer.",
-        )
+        maps = {layer: of_layer[number] for layer, of_layer in choices.maps.items()}
+        figure, caption = map_of_layers(picture, maps, experts)
+        page.figure(figure, f"{name}-patches{number}", caption)
     answer = [place for place, kind in enumerate(choices.classes) if TOKEN_CLASSES[kind] == "answer"][:MOST_TOKENS]
     if choices.tokens and answer:
         rows = {layer: chosen.experts[answer] for layer, chosen in choices.tokens.items()}

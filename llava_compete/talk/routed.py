@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from llava_compete.moe.block import moe_blocks
-from llava_compete.moe.routers import Routing
+from llava_compete.moe.routers import Routing, by_weight
 
 
 class RoutedTokens(NamedTuple):
     """Choices of one MoE block: experts [T, K] of the prompt's tokens (in tower and projector: of the pictures'
-    patches) and [n, K] of the answer's; with some routers slots (slots.py)."""
+    patches) and [n, K] of the answer's, the one with the largest weight first; with some routers slots (slots.py)."""
 
     prompt_TK: Tensor
     answer_TK: Tensor
@@ -34,7 +34,7 @@ def routing_recorded(model: Any) -> Iterator[dict[str, RoutedTokens]]:
     for name, block in blocks.items():
 
         def record(_module: Any, _inputs: Any, routing: Routing, name: str = name) -> None:
-            seen.setdefault(name, []).append(routing.selected_experts_TK)
+            seen.setdefault(name, []).append(_ranked(routing))
 
         handles.append(block.router.register_forward_hook(record))
     found: dict[str, RoutedTokens] = {}
@@ -47,6 +47,10 @@ def routing_recorded(model: Any) -> Iterator[dict[str, RoutedTokens]]:
             # The first forward takes the prompt whole, each later one the token written last.
             answer_TK = torch.cat(parts[1:]) if len(parts) > 1 else parts[0][:0]
             found[name] = RoutedTokens(parts[0].cpu(), answer_TK.cpu(), blocks[name].num_slots)
+
+
+def _ranked(routing: Routing) -> Tensor:
+    return by_weight(routing.selected_experts_TK, routing.routing_weights_TK)[0]
 
 
 def expert_use(routed: dict[str, RoutedTokens], image_places_T: Tensor) -> dict[str, dict[str, list[float]]]:

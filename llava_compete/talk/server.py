@@ -8,14 +8,10 @@ A request at fault gets status 400 with a line that says why, and the server liv
 from __future__ import annotations
 
 import hmac
-import io
 import logging
-import socket
 import time
-from dataclasses import dataclass
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from PIL import Image
@@ -25,8 +21,8 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerationState
 
 from llava_compete.errors import UserError
+from llava_compete.talk.limits import Limits, picture_within
 from llava_compete.talk.talker import Talker, fitting
-from llava_compete.vision.image_decoder import BadImageError, open_image
 from llava_compete.vision.image_inputs import data_url_bytes
 
 log = logging.getLogger(__name__)
@@ -42,21 +38,6 @@ _NUMBERS = {
     "seed": (0, 2**63 - 1),
     "frequency_penalty": (-0.99, 2),
 }
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of one request: new tokens, pictures, MiB of a picture's file, millions of its pixels."""
-
-    max_new_tokens: int = 1024
-    images: int = 8
-    image_mib: float = 20.0
-    megapixels: float = 50.0
-
-    @property
-    def body_bytes(self) -> int:
-        """The largest request: base64 takes a third more than the pictures, and there is text beside them."""
-        return int(self.images * self.image_mib * 2**20 * 4 / 3) + 2**20
 
 
 def build_app(talker: Talker, name: str, limits: Limits, api_key: str | None = None) -> FastAPI:
@@ -152,18 +133,7 @@ class _ChatHandler(ChatCompletionHandler):
         content = data_url_bytes(url) if isinstance(url, str) else None
         if content is None:
             raise UserError("image_url: expected a data URL (data:image/png;base64,...); this server fetches nothing")
-        if len(content) > self.limits.image_mib * 2**20:
-            raise UserError(f"image_url: a picture of {len(content):,} bytes, at most {self.limits.image_mib:g} MiB")
-        try:
-            with Image.open(io.BytesIO(content)) as picture:
-                width, height = picture.size
-        except Exception as error:
-            raise BadImageError("image_unreadable", "image_url: not an image that can be opened") from error
-        if width * height > self.limits.megapixels * 1e6:
-            raise UserError(
-                f"image_url: a picture of {width}x{height} pixels, at most {self.limits.megapixels:g} million"
-            )
-        return open_image(content, "image_url")
+        return picture_within(content, self.limits, "image_url")
 
     def _streaming(self, request_id: str, *arguments: Any, **options: Any) -> Any:
         self._fit(*arguments)
@@ -202,21 +172,3 @@ def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
         if part["type"] == "text" and not isinstance(part.get("text"), str):
             raise UserError("messages: a text part without text")
     return content
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes any that is free.
-
-    Raises:
-        UserError: the port is in use, or the address is not this machine's.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: cannot listen there: {error.strerror or error}") from error
-
-
-def serve(app: FastAPI, listening: socket.socket) -> None:
-    """Answer until the process is told to end."""
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)).run(sockets=[listening])

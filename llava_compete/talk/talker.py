@@ -74,13 +74,15 @@ class Talker:
         inputs = self._inputs(messages)
         length = inputs["input_ids"].shape[1]
         room = fitting(self.model, length, sampling.max_new_tokens)
-        stop = stop or threading.Event()
-        self._stop = stop
+        self._stop = stop = stop or threading.Event()
+        left = threading.Event()  # nobody reads on
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         results: list[Any] = []
         with self._turn:
             run = threading.Thread(
-                target=self._generate, args=(inputs, sampling, room, stop, streamer, results), daemon=True
+                target=self._generate,
+                args=(inputs, sampling, room, _UntilSet(stop, left), streamer, results),
+                daemon=True,
             )
             run.start()
             text = ""
@@ -92,7 +94,7 @@ class Talker:
                     if piece:
                         yield piece
             finally:
-                stop.set()
+                left.set()
                 run.join()
         if isinstance(results[0], BaseException):
             raise results[0]
@@ -118,14 +120,13 @@ class Talker:
         inputs: Any,
         sampling: Sampling,
         room: int,
-        stop: threading.Event,
+        watch: _UntilSet,
         streamer: TextIteratorStreamer,
         results: list[Any],
     ) -> None:
         try:
             if sampling.seed is not None:
                 torch.manual_seed(sampling.seed)
-            watch = _UntilSet(stop)
             with torch.inference_mode(), routing_recorded(self.model if self.records_routing else None) as routed:
                 output = self.model.generate(
                     **inputs,
@@ -154,13 +155,13 @@ def say_pieces(pieces: Generator[str, None, Answer], say: Callable[[str], None])
 
 
 class _UntilSet(StoppingCriteria):
-    """Ends all rows once an event is set."""
+    """Ends all rows once one of some events is set."""
 
-    def __init__(self, stop: threading.Event) -> None:
-        self.stop, self.has_stopped = stop, False
+    def __init__(self, *events: threading.Event) -> None:
+        self.events, self.has_stopped = events, False
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.has_stopped = self.stop.is_set()
+        self.has_stopped = any(event.is_set() for event in self.events)
         return torch.full((len(input_ids),), self.has_stopped, device=input_ids.device)
 
 

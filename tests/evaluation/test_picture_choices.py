@@ -12,7 +12,6 @@ from PIL import Image
 from tiny import TOWER, tiny_model
 
 from llava_compete.evaluation.picture_choices import (
-    Choices,
     ShownPicture,
     cut_cell,
     on_picture,
@@ -108,9 +107,8 @@ def test_maps_hold_the_experts_of_their_tokens(kind) -> None:
     before = 5  # tokens of text in front of the pictures
     count = {part: colours.shape[0] for part, colours in colours_of_tokens(model, processor, pictures).items()}
     places = np.arange(count["language"]) + before
-    experts = {part: np.arange(count[part] + before * (part == "language"))[:, None] for part in count}
-    choices = {f"{part}.0": Choices(values, np.ones_like(values)) for part, values in experts.items()}
-    maps = picture_maps(model, choices, places, shown)
+    experts = {f"{part}.0": np.arange(count[part] + before * (part == "language"))[:, None] for part in count}
+    maps = picture_maps(model, experts, places, shown)
     for part in count:
         for cells, found, picture in zip(token_cells(model, part, SIZES), maps[f"{part}.0"], shown, strict=True):
             seen = (cells >= 0) & on_picture(picture, cells.shape)

@@ -17,6 +17,7 @@ from tiny import tiny_model
 
 from llava_compete.cli import main
 from llava_compete.errors import UserError
+from llava_compete.talk.limits import Limits
 from llava_compete.talk.sampling import Sampling
 from llava_compete.talk.talker import Talker, load_talker
 
@@ -24,6 +25,7 @@ openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 server = importlib.import_module("llava_compete.talk.server")
+listening_at = importlib.import_module("llava_compete.talk.listening")
 MOE = {"vision": {}, "language": {"num_experts": 4, "num_experts_per_tok": 2}}
 KEY = "secret"
 
@@ -35,8 +37,8 @@ def talker() -> Talker:
 
 @pytest.fixture(scope="module")
 def address(talker: Talker) -> Iterator[str]:
-    listening = server.listen("127.0.0.1", 0)
-    limits = server.Limits(max_new_tokens=180, images=2, image_mib=0.1, megapixels=0.02)
+    listening = listening_at.listen("127.0.0.1", 0)
+    limits = Limits(max_new_tokens=180, images=2, image_mib=0.1, megapixels=0.02)
     running = uvicorn.Server(uvicorn.Config(server.build_app(talker, "tiny", limits, KEY), log_level="warning"))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
     thread.start()
@@ -185,10 +187,10 @@ def test_temperature_draws(client: Any) -> None:
 def test_a_port_in_use_is_one_line(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     model, _ = tiny_model()
     model.config.save_pretrained(tmp_path)  # the port is tried before weights are read
-    with server.listen("127.0.0.1", 0) as taken:
+    with listening_at.listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match="in use"):
-            server.listen("127.0.0.1", port)
+            listening_at.listen("127.0.0.1", port)
         assert main(["serve", str(tmp_path), "--port", str(port)]) == 2
     assert f"--port {port}: cannot listen there" in capsys.readouterr().err
     assert main(["serve", str(tmp_path / "nowhere")]) == 2

@@ -34,7 +34,9 @@ def run(arguments: argparse.Namespace) -> int:
     from llava_compete.optional_packages import require
 
     require("fastapi", "uvicorn", "openai", extra="serve", purpose="llava-compete serve")
-    from llava_compete.talk.server import Limits, build_app, listen, serve
+    from llava_compete.talk.limits import Limits
+    from llava_compete.talk.listening import listen, reached_by_others, serve
+    from llava_compete.talk.server import build_app
     from llava_compete.talk.talker import load_talker
 
     setup_console()
@@ -47,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         app = build_app(talker, name, limits, arguments.api_key)
         host, port = listening.getsockname()[:2]
-        if not host.startswith(("127.", "::1")) and not arguments.api_key:
+        if reached_by_others(listening) and not arguments.api_key:
             sys.stderr.write("warning: others reach this server, and it asks for no API key (--api-key)\n")
         sys.stdout.write(f"serving {name} at http://{host}:{port}/v1 (Ctrl-C ends it)\n")
         sys.stdout.flush()

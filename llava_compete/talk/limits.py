@@ -1,0 +1,44 @@
+"""What those who ask a server or a page may send, and the one check of a picture that they send."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+from llava_compete.errors import UserError
+from llava_compete.vision.image_decoder import image_size, open_image
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one request: new tokens, pictures, MiB of a picture's file, millions of its pixels."""
+
+    max_new_tokens: int = 1024
+    images: int = 8
+    image_mib: float = 20.0
+    megapixels: float = 50.0
+
+    @property
+    def image_bytes(self) -> int:
+        """The largest file of a picture."""
+        return int(self.image_mib * 2**20)
+
+    @property
+    def body_bytes(self) -> int:
+        """The largest request: base64 takes a third more than the pictures, and there is text beside them."""
+        return int(self.images * self.image_mib * 2**20 * 4 / 3) + 2**20
+
+
+def picture_within(content: bytes, limits: Limits, name: str) -> Image.Image:
+    """The picture in a file's bytes, decoded as in training; its size is read off its header first.
+
+    Raises:
+        UserError: more bytes or pixels than are allowed, or no picture that can be opened (`BadImageError`).
+    """
+    if len(content) > limits.image_bytes:
+        raise UserError(f"{name}: a picture of {len(content):,} bytes, at most {limits.image_mib:g} MiB")
+    height, width = image_size(content, name)
+    if width * height > limits.megapixels * 1e6:
+        raise UserError(f"{name}: a picture of {width}x{height} pixels, at most {limits.megapixels:g} million")
+    return open_image(content, name)

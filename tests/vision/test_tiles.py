@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny import TOWER
+from transformers import InternVLConfig
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
+from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
 from transformers.models.llava_next.image_processing_llava_next import LlavaNextImageProcessor
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 from llava_compete.errors import UserError
 from llava_compete.vision.image_decoder import BadImageError
 from llava_compete.vision.image_processing import LlavaCompeteImageProcessor
-from llava_compete.vision.projector import ProjectorSection, check_pool, pooled
+from llava_compete.vision.projector import Projector, ProjectorSection, check_pool, pooled
 from llava_compete.vision.sources import resolve_tower
 from llava_compete.vision.tiles import LLAVA_NEXT_GRIDS
 from llava_compete.vision.tower_config import VisionTowerSection
@@ -127,6 +129,23 @@ def test_shuffled_pooling_is_smolvlms() -> None:
     by_torch = torch.nn.functional.avg_pool2d(features.mT.unflatten(2, (8, 8)), 2).flatten(2).mT
     torch.testing.assert_close(pooled(features, 2, "mean"), by_torch)
     assert pooled(features, 1, "shuffle") is features
+
+
+@pytest.mark.parametrize("pool_mode", ["shuffle", "mean"])
+def test_projector_with_a_norm_is_internvls(pool_mode: Literal["shuffle", "mean"]) -> None:
+    pool = 1 if pool_mode == "mean" else 2
+    sizes = {"vision_config": {"hidden_size": 12}, "text_config": {"hidden_size": 20, "model_type": "qwen2"}}
+    theirs = InternVLMultiModalProjector(InternVLConfig(**sizes, downsample_ratio=1 / pool))
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter)
+    ours = Projector(ProjectorSection(pool=2, pool_mode=pool_mode, norm=True), 12, 20)
+    names = {"norm": "layer_norm", "mlp.up_proj": "linear_1", "mlp.down_proj": "linear_2"}
+    state = theirs.state_dict()
+    ours.load_state_dict(
+        {f"{own}.{w}": state[f"{name}.{w}"] for own, name in names.items() for w in ("weight", "bias")}
+    )
+    features = torch.randn(3, 16, 12) * 0.1
+    torch.testing.assert_close(ours(features), theirs(pooled(features, 2, pool_mode)))
 
 
 def test_pooling_that_does_not_fit_is_named() -> None:

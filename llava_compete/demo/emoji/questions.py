@@ -1,11 +1,11 @@
 """Questions about pictures of things, by type. Everything is drawn from the random generator that is given.
 
-A question with several pictures is answered after naming what they show ("dog and car: no"): a small language model
-that speaks first compares words, which it can, in place of features. Only what stands behind the colon is the answer.
+What asks for a comparison is answered after naming what is shown ("dog and car: no"): a small language model that
+speaks first compares words, which it can, in place of features. Only what stands behind the colon is the answer.
 
     name      What is this?                                 -> tiger
     kind      What kind of thing is it?                     -> animal
-    yes_no    Is this a tiger? Is this an animal?           -> yes, no
+    yes_no    Is this a tiger? Is this an animal?           -> animal: yes
     describe  Describe the picture in a sentence.           -> A tiger, which is an animal.
     colour    What colour is it mostly?                     -> orange
     same      Do both pictures show the same thing?         -> dog and car: no
@@ -95,7 +95,7 @@ def _yes_no(asker: Asker, thing: Thing) -> Question:
         kind = thing.kind if is_so else asker.rng.choice([kind for kind in KINDS if kind != thing.kind])
         text = f"Is this {with_article(kind)}?"
     answer = "yes" if is_so else "no"
-    return Question("yes_no", (asker.picture(thing),), text, answer, answer)
+    return Question("yes_no", (asker.picture(thing),), text, f"{thing.kind}: {answer}", answer)
 
 
 def _describe(asker: Asker, thing: Thing) -> Question:

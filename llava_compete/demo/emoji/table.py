@@ -1,6 +1,6 @@
 """The emoji that the benchmark asks about: things with a name and a kind, and the main colour of each picture.
 
-These are things that one word names and that four vendors draw so that a person knows them at 70 pixels. Faces, people,
+These are things that one word names and that four vendors draw so that a person knows them at a glance. Faces, people,
 gestures and clocks are left out: their names ("grinning face with smiling eyes", "four o'clock") hang on details.
 """
 
@@ -24,14 +24,29 @@ UNSEEN_VENDOR = "openmoji"
 KINDS = {
     kind: tuple(names.split())
     for kind, names in {
-        "animal": "cat dog horse cow pig elephant penguin owl fish snake butterfly turtle",
-        "plant": "rose tulip sunflower cactus mushroom shamrock bouquet hibiscus herb lotus hyacinth blossom",
-        "food": "pizza banana strawberry hamburger bread carrot egg grapes watermelon broccoli cookie pear",
-        "vehicle": "bus bicycle train tractor rocket airplane helicopter sailboat ambulance motorcycle taxi canoe",
+        "animal": (
+            "cat dog horse cow pig elephant penguin owl fish snake butterfly turtle lion tiger monkey fox rabbit bear "
+            "panda giraffe camel whale crab octopus spider bat duck deer"
+        ),
+        "plant": "rose tulip sunflower cactus mushroom shamrock bouquet hibiscus herb lotus hyacinth blossom seedling",
+        "food": (
+            "pizza banana strawberry hamburger bread carrot egg grapes watermelon broccoli cookie pear pineapple mango "
+            "lemon cherries tomato avocado potato taco sandwich doughnut cupcake popcorn"
+        ),
+        "vehicle": (
+            "bus bicycle train tractor rocket airplane helicopter sailboat ambulance motorcycle taxi canoe tram "
+            "automobile locomotive ferry ship speedboat skateboard"
+        ),
         "building": "house castle church hospital factory stadium mosque school hotel bank hut synagogue",
-        "clothing": "dress jeans socks gloves scarf backpack glasses kimono shorts bikini handbag necktie",
+        "clothing": (
+            "dress jeans socks gloves scarf backpack glasses kimono shorts bikini handbag necktie sunglasses goggles "
+            "coat t-shirt crown purse sari briefs"
+        ),
         "instrument": "guitar violin trumpet saxophone drum accordion banjo flute maracas",
-        "tool": "hammer axe wrench screwdriver ladder bomb shield boomerang gear dagger clamp toolbox",
+        "tool": (
+            "hammer axe wrench screwdriver ladder bomb shield boomerang gear dagger clamp toolbox scissors magnet "
+            "broom key pencil paintbrush hook"
+        ),
     }.items()
 }
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "white", "grey", "black")

@@ -1,4 +1,5 @@
-"""From a checkpoint of ours to one that plain transformers loads: its Llava, and its own MoE language models inside it.
+"""From a checkpoint of ours to one that plain transformers loads: its Llava, of tiles its LlavaNext, and its own MoE
+language models inside.
 
 What transformers' classes cannot express is refused, saying why.
 """
@@ -7,16 +8,24 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    ProcessorMixin,
+)
 
 from llava_compete.convert.experts import expert_recipes, export_text_config
 from llava_compete.convert.importing import new_directory, refuse_existing
 from llava_compete.convert.llava_hf import PROJECTOR
-from llava_compete.convert.pictures import export_preprocessing
+from llava_compete.convert.pictures import export_preprocessing, pinpoints_of
 from llava_compete.convert.recipes import Recipe, plan_tensors
 from llava_compete.convert.towers import SIGLIP, export_recipes, export_tower
 from llava_compete.errors import UserError
@@ -28,6 +37,8 @@ from llava_compete.model.shards import SHARD_BYTES, PlannedTensor, write_shards
 from llava_compete.moe.config import MoeConfig
 from llava_compete.weight_files import StoredTensor
 
+Whole: TypeAlias = LlavaConfig | LlavaNextConfig
+
 
 class ExportReport(NamedTuple):
     """What went out: the class that loads it, its parameters, and files of weights."""
@@ -38,7 +49,8 @@ class ExportReport(NamedTuple):
 
 
 def export_checkpoint(checkpoint: str | Path, output_dir: str | Path, shard_bytes: int = SHARD_BYTES) -> ExportReport:
-    """Write the `LlavaForConditionalGeneration` that answers as the checkpoint does.
+    """Write the `LlavaForConditionalGeneration`, of tiles the `LlavaNextForConditionalGeneration`, that answers as the
+    checkpoint does.
 
     Raises:
         UserError: something that transformers' Llava has no place for.
@@ -60,7 +72,7 @@ def export_checkpoint(checkpoint: str | Path, output_dir: str | Path, shard_byte
     model = _on_meta(whole, planned, str(checkpoint))
     floats = {tensor.dtype for tensor in planned.values() if tensor.dtype.is_floating_point}
     whole.dtype = floats.pop() if len(floats) == 1 else torch.float32
-    whole.architectures = [LlavaForConditionalGeneration.__name__]
+    whole.architectures = [_class(whole).__name__]
     processor = LlavaCompeteProcessor.from_pretrained(checkpoint)
     with new_directory(output_dir) as partial_dir:
         num_shards = write_shards(partial_dir, planned, shard_bytes, title="export")
@@ -73,7 +85,11 @@ def export_checkpoint(checkpoint: str | Path, output_dir: str | Path, shard_byte
     return ExportReport(whole.architectures[0], parameters, num_shards)
 
 
-def _config(config: LlavaCompeteConfig, source: str) -> LlavaConfig:
+def _class(whole: Whole) -> type[LlavaForConditionalGeneration | LlavaNextForConditionalGeneration]:
+    return LlavaNextForConditionalGeneration if isinstance(whole, LlavaNextConfig) else LlavaForConditionalGeneration
+
+
+def _config(config: LlavaCompeteConfig, source: str) -> Whole:
     """transformers' config of the whole, or why there is none."""
     tower = config.tower
     if tower is None:
@@ -84,10 +100,6 @@ def _config(config: LlavaCompeteConfig, source: str) -> LlavaConfig:
             raise UserError(f"{source}: the {part} has experts (moe.{part}), which transformers' Llava has not")
     if config.competition_at_inference and moe.language is not None:
         raise UserError(f"{source}: competition_at_inference: found true; in transformers a router decides")
-    if tower.tiles is not None:
-        raise UserError(
-            f"{source}: pictures in tiles (vision_tower.tiles), which LlavaForConditionalGeneration has not"
-        )
     if config.projector.pool > 1:
         raise UserError(f"{source}: projector.pool {config.projector.pool}, and transformers' Llava does not pool")
     if config.projector.norm:
@@ -100,16 +112,19 @@ def _config(config: LlavaCompeteConfig, source: str) -> LlavaConfig:
         text = export_text_config(config.text_config, moe.language)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=config.image_token_id,
-        image_seq_length=tower.num_tokens,
+    values: dict[str, Any] = {
+        "vision_config": vision,
+        "text_config": text,
+        "image_token_index": config.image_token_id,
+        "image_seq_length": tower.num_tokens,
         # Our tower ends at its feature layer.
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full" if _all_features(config) else "default",
-        tie_word_embeddings=bool(config.tie_word_embeddings),
-    )
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full" if _all_features(config) else "default",
+        "tie_word_embeddings": bool(config.tie_word_embeddings),
+    }
+    if tower.tiles is None:
+        return LlavaConfig(**values)
+    return LlavaNextConfig(**values, image_grid_pinpoints=pinpoints_of(tower.tiles, tower.preprocess.size))
 
 
 def _all_features(config: LlavaCompeteConfig) -> bool:
@@ -118,7 +133,7 @@ def _all_features(config: LlavaCompeteConfig) -> bool:
     return "timm_model_name" in config.tower.vision_cfg or config.tower.select == "cls_patch"
 
 
-def _recipes(config: LlavaCompeteConfig, whole: LlavaConfig, stored: dict[str, StoredTensor]) -> dict[str, Recipe]:
+def _recipes(config: LlavaCompeteConfig, whole: Whole, stored: dict[str, StoredTensor]) -> dict[str, Recipe]:
     """transformers' names, from ours."""
     assert config.tower is not None
     recipes = {}
@@ -127,11 +142,13 @@ def _recipes(config: LlavaCompeteConfig, whole: LlavaConfig, stored: dict[str, S
         recipes[f"model.vision_tower.{name}"] = recipe._replace(sources=ours)
     for own, theirs in PROJECTOR.items():
         recipes[f"model.multi_modal_projector.{theirs}"] = Recipe((f"model.multi_modal_projector.{own}",))
+    if config.tower.tiles is not None:
+        recipes["model.image_newline"] = Recipe(("model.multi_modal_projector.image_newline",))
     language = [name for name in stored if name.startswith(("model.language_model.", "lm_head."))]
     return recipes | expert_recipes(language, whole.text_config)
 
 
-def _unused_norm(whole: LlavaConfig, dtype: torch.dtype) -> dict[str, PlannedTensor]:
+def _unused_norm(whole: Whole, dtype: torch.dtype) -> dict[str, PlannedTensor]:
     """The tower's last norm, which no feature passes: as a new one would be."""
     width = whole.vision_config.hidden_size
     return {
@@ -146,11 +163,11 @@ def _filled(width: int, value: float, dtype: torch.dtype) -> Tensor:
     return torch.full((width,), value, dtype=dtype)
 
 
-def _on_meta(whole: LlavaConfig, planned: dict[str, PlannedTensor], source: str) -> Any:
+def _on_meta(whole: Whole, planned: dict[str, PlannedTensor], source: str) -> Any:
     """transformers' model of these tensors, strictly, without memory for them."""
     state = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in planned.items()}
     with damage_named(source):
-        model, info = LlavaForConditionalGeneration.from_pretrained(
+        model, info = _class(whole).from_pretrained(
             None, config=whole, state_dict=state, device_map={"": "meta"}, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
@@ -158,11 +175,12 @@ def _on_meta(whole: LlavaConfig, planned: dict[str, PlannedTensor], source: str)
     return model
 
 
-def _processor(config: LlavaCompeteConfig, whole: LlavaConfig, ours: LlavaCompeteProcessor) -> LlavaProcessor:
+def _processor(config: LlavaCompeteConfig, whole: Whole, ours: LlavaCompeteProcessor) -> ProcessorMixin:
     assert config.tower is not None
-    siglip = whole.vision_config.model_type == SIGLIP
-    return LlavaProcessor(
-        export_preprocessing(config.tower.preprocess, siglip),
+    siglip, tiles = whole.vision_config.model_type == SIGLIP, config.tower.tiles
+    make = LlavaProcessor if tiles is None else LlavaNextProcessor
+    return make(
+        export_preprocessing(config.tower.preprocess, siglip, tiles),
         ours.tokenizer,
         patch_size=whole.vision_config.patch_size,
         vision_feature_select_strategy=whole.vision_feature_select_strategy,

@@ -123,7 +123,7 @@ def _language(source: Source, found: Gathered) -> tuple[PreTrainedConfig, MoeLay
 
 def _tower(source: Source, found: Gathered) -> TowerConfig:
     config, (vision, place) = source.config, found.tower
-    preprocess = import_preprocessing(place, vision.image_size)
+    preprocess, _ = import_preprocessing(place, vision.image_size)
     aspect = config.get("image_aspect_ratio") or "square"
     if aspect in _MODES:
         preprocess = preprocess.model_copy(update={"resize_mode": _MODES[aspect]})

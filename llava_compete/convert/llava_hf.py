@@ -1,4 +1,4 @@
-"""transformers' own LLaVA (`LlavaForConditionalGeneration`, and LLaVA-NeXT without its tiles): the layout of llava-hf.
+"""transformers' own LLaVA (`LlavaForConditionalGeneration`, and LLaVA-NeXT with its tiles): the layout of llava-hf.
 
 Its files have one of two spellings, of before and after transformers 4.52; both are read.
 """
@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from llava_compete.convert.chat import adopt_template, image_token_of
 from llava_compete.convert.layout import Import, ImportOptions, Layout, Source
-from llava_compete.convert.pictures import import_preprocessing
+from llava_compete.convert.pictures import grids_of, import_preprocessing
 from llava_compete.convert.recipes import Recipe
 from llava_compete.convert.towers import import_recipes, import_tower, is_unused
 from llava_compete.errors import UserError
@@ -71,18 +71,13 @@ def _read(source: Source, options: ImportOptions) -> Import:
         for name in tensors
         if name.startswith("vision_tower.") and is_unused(kind, name.removeprefix("vision_tower."), tower.num_layers)
     }
-    notes = []
-    if model_type == "llava_next":
-        unused["image_newline"] = "of LLaVA-NeXT's tiles"
-        notes.append(
-            "LLaVA-NeXT without its tiles: a picture is seen whole, at the tower's own size, and gives "
-            f"{tower.num_tokens} tokens; answers on small print will be worse than the original's"
-        )
+    if tower.tiles is not None:
+        recipes["model.multi_modal_projector.image_newline"] = Recipe(("image_newline",))
     tokenizer = read_tokenizer(LanguageModelSection(name=str(directory)), None)
     add_image_token(tokenizer)
     image_token_of(tokenizer, whole.image_token_index, str(directory))
     template = adopt_template(tokenizer, directory, whole.text_config.model_type, options.chat_template)
-    notes.append(f"chat template: {template}")
+    notes = [f"chat template: {template}"]
     return Import(_config(whole, tower, tokenizer), tokenizer, recipes, tensors, unused, notes)
 
 
@@ -94,9 +89,20 @@ def _tower(whole: PreTrainedConfig, source: Source) -> TowerConfig:
         raise UserError(f"{name}: projector_hidden_act: found {whole.projector_hidden_act!r}, expected 'gelu'")
     if not getattr(whole, "multimodal_projector_bias", True):
         raise UserError(f"{name}: multimodal_projector_bias: found false, expected true")
-    preprocess = import_preprocessing(source.directory, whole.vision_config.image_size)
+    size = whole.vision_config.image_size
+    preprocess, grids = import_preprocessing(source.directory, size)
     drops_first = whole.vision_feature_select_strategy == "default"
-    return import_tower(whole.vision_config, layer, drops_first, preprocess, name)
+    tower = import_tower(whole.vision_config, layer, drops_first, preprocess, name)
+    if whole.model_type != "llava_next":
+        return tower
+    if tower.select != "patch":
+        raise UserError(
+            f"{name}: vision_feature_select_strategy: found 'full', expected 'default', for tiles of CLIP's"
+        )
+    own = grids_of(whole.image_grid_pinpoints, size, f"{name}: config.json")
+    if grids is not None and set(grids) != set(own):
+        raise UserError(f"{name}: image_grid_pinpoints: the preprocessor's are not those of config.json")
+    return tower.model_copy(update={"tiles": own})
 
 
 def _config(whole: PreTrainedConfig, tower: TowerConfig, tokenizer: Any) -> LlavaCompeteConfig:

@@ -17,9 +17,6 @@ from llava_hf_kit import LLAVA_1_5, TEXTS, clip_config, llava_hf, pictures, sigl
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoProcessor,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaNextImageProcessor,
 )
 
 from llava_compete.cli import main
@@ -123,21 +120,6 @@ def test_its_own_template_where_answers_end(published: Path, copy: Path, tmp_pat
     assert "chat template: chatml" in report.notes  # the tokenizer has ChatML's tokens
     report = import_checkpoint(copy, tmp_path / "chosen", ImportOptions(chat_template="plain"))
     assert "chat template: plain" in report.notes
-
-
-def test_llava_next_comes_in_without_tiles(tmp_path: Path) -> None:
-    theirs = llava_hf(tmp_path / "next", model=LlavaNextForConditionalGeneration, config=LlavaNextConfig)
-    LlavaNextImageProcessor(size={"shortest_edge": 28}).save_pretrained(tmp_path / "next")
-    (tmp_path / "next" / "processor_config.json").unlink()
-    report = import_checkpoint(tmp_path / "next", tmp_path / "ours")
-    assert any(note.startswith("LLaVA-NeXT without its tiles") for note in report.notes)
-    assert report.unused["image_newline"] == "of LLaVA-NeXT's tiles"
-    model, processor = load_checkpoint(tmp_path / "ours")
-    pixels = processor.image_processor(pictures(1), return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        hidden = theirs.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-        expected = theirs.model.multi_modal_projector(hidden)
-        torch.testing.assert_close(model.get_image_features(pixels).pooler_output, expected, rtol=0, atol=2e-5)
 
 
 GONE = "multi_modal_projector.linear_2.bias"

@@ -12,6 +12,9 @@
 #     --config configs/smollm2_dinov2/sft.yaml --upcycle configs/smollm2_dinov2/upcycle.yaml \
 #     --eval configs/smollm2_dinov2/eval.yaml
 #   (pretrained parts on real pictures, after scripts/realistic.sh)
+#   ... --rules                                     instead of all routers: softmax, the published competition, one that
+#                                                   only teaches (distil_only), and ones that the loss judges: contested
+#                                                   experts are asked (judged), or their running means (judged_means)
 # Further KEY=VALUE go to every training run. Runs that are finished are kept: the same command goes on after a stop.
 # PARENT: a dense checkpoint to start from (default: one a seed is trained first); {seed} in it stands for the seed, and
 # without it the differences hold for this one parent only. JOBS: runs at a time (default: GPUs, else cores).
@@ -29,6 +32,7 @@ CHOSEN=3
 while [ $# -gt 0 ]; do
   case "$1" in
     --quick) steps=60 seeds=1 limit=200 OUT=outputs/compare_routers_quick ;;
+    --rules) METHODS=("${RULES[@]}") ;;
     --seeds) seeds=$2 && shift ;;
     --suite) SUITE=$2 && shift ;;
     --config) CONFIG=$2 && shift ;;
@@ -36,7 +40,7 @@ while [ $# -gt 0 ]; do
     --eval) EVAL=$2 && shift ;;
     --out) OUT=$2 && shift ;;
     *=*) overrides+=("$1") ;;
-    *) die "scripts/compare_routers.sh: unknown argument '$1' (--quick, --seeds N, --suite S, --config F, --upcycle F, --eval F, --out D, KEY=VALUE)" ;;
+    *) die "scripts/compare_routers.sh: unknown argument '$1' (--quick, --rules, --seeds N, --suite S, --config F, --upcycle F, --eval F, --out D, KEY=VALUE)" ;;
   esac
   shift
 done
@@ -75,7 +79,10 @@ run_one() {
   if [ "$method" != dense ]; then
     start=$directory/upcycle moe=()
     local part settings=()
-    for part in "${PARTS[@]}"; do settings+=(moe."$part".router="$method" moe."$part".num_experts_per_tok="$CHOSEN"); done
+    for part in "${PARTS[@]}"; do
+      mapfile -t -O "${#settings[@]}" settings < <(study_rule "$method" | sed "s/^/moe.$part./")
+      settings+=(moe."$part".num_experts_per_tok="$CHOSEN")
+    done
     [ -f "$start/config.json" ] || llava-compete upcycle --config "$UPCYCLE" model.checkpoint="$parent" \
       output_dir="$start" "${settings[@]}" seed="$seed" moe.seed="$seed"
   fi

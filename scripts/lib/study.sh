@@ -5,6 +5,20 @@
 # The first is the baseline: the router without competition.
 METHODS=(softmax dense sigmoid xmoe perturbed_cosine shared_softmax shared_sigmoid bias_balanced tc_moe moe_plus_plus competition)
 
+# Competitions of one router, instead of all routers.
+# shellcheck disable=SC2034 # for scripts that read this file
+RULES=(softmax competition distil_only judged judged_means)
+
+# study_rule METHOD: the keys of a part with experts that make a method, a line each.
+study_rule() {
+  case "$1" in
+    distil_only) printf '%s\n' router=competition competition_output=router ;;
+    judged) printf '%s\n' router=competition competition_judge=loss ;;
+    judged_means) printf '%s\n' router=competition competition_judge=loss competition_answers=mean ;;
+    *) echo "router=$1" ;;
+  esac
+}
+
 # study_settings OUT TEXT: finished runs are kept, so a folder must not get runs of other settings.
 study_settings() {
   local file=$1/settings

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from llava_compete.config import load_config
+from llava_compete.model.upcycle import UpcycleConfig
 from llava_compete.moe.router_table import ROUTER_CLASSES
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -86,6 +88,27 @@ def test_all_routers_and_dense_from_one_parent_a_seed(study):
     directory = "outputs/compare_routers"
     assert compared[1] == f"softmax={directory}/softmax/seed0/eval,{directory}/softmax/seed1/eval"
     assert len(compared) == 1 + methods + 2
+
+
+def test_rules_of_one_router_are_settings_that_upcycling_takes(study):
+    status, commands, _ = study("--quick", "--rules")
+    assert status == 0
+    found = {}
+    for command in having(commands, "upcycle --config"):
+        words = command.split()[3:]
+        moe = load_config(UpcycleConfig, SCRIPTS.parent / "configs" / "demo" / "upcycle.yaml", words).moe.language
+        rule = next(word for word in words if word.startswith("output_dir=")).split("/")[-3]
+        found[rule] = (moe.router, moe.competition_judge, moe.competition_output, moe.competition_answers)
+        assert moe.num_experts_per_tok == 3
+    assert found == {
+        "softmax": ("softmax", "response", None, None),
+        "competition": ("competition", "response", "winners", None),
+        "distil_only": ("competition", "response", "router", None),
+        "judged": ("competition", "loss", None, "full"),
+        "judged_means": ("competition", "loss", None, "mean"),
+    }
+    assert len(having(commands, "train ")) == 5
+    assert len(having(commands, "compare ")[0].split()) == 1 + 5 + 2
 
 
 def test_quick_is_one_seed(study):

@@ -1,17 +1,20 @@
 """How fast rows become batches: samples/s by number of workers, time by step, and a plain per-row loop beside it.
 
-Beside them what one GPU would take: images/s of a real model at a good utilisation. Input is made on the spot: 640×480
-JPEGs of photograph-like content, conversations of three turns and about 120 words, a byte-level BPE. The rival does
-what LLaVA's dataset does: the whole JSON in memory, one image after the other through transformers' image processor,
-labels from tokenising each turn again.
+Every version of the pixels (`vision/tower_config.py`) reads the same rows: version 1, Pillow's path, is what the others
+are compared with. Beside them what one GPU would take: images/s of a real model at a good utilisation. Input is
+made on the spot: 640×480 JPEGs of photograph-like content, conversations of three turns and about 120 words, a
+byte-level BPE. The rival does what LLaVA's dataset does: the whole JSON in memory, one image after the other through
+transformers' image processor, labels from tokenising each turn again.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,43 +37,72 @@ from llava_compete.plan.step_cost import simulate
 from llava_compete.train.mfu import PEAK_BF16
 from llava_compete.vision.image_decoder import open_image
 from llava_compete.vision.image_processing import LlavaCompeteImageProcessor
-from llava_compete.vision.tower_config import LATEST_PIXELS
+from llava_compete.vision.tower_config import LATEST_PIXELS, PixelVersion
 
 NUM_IMAGES = 64
 BATCH_SIZE = 16
 TARGET_SIZE = 224
 IMAGE_TOKENS = 256
+VERSIONS: tuple[PixelVersion, ...] = (1, 2, 3)
+PHOTOGRAPH = (3072, 2304)  # 7 megapixels
 # What the GPU is assumed to reach of its peak, and the model that it trains.
 GPU, GPU_MFU, GPU_MODEL = "H100", 0.45, PAPER
 WORDS = ["the", "a", "red", "small", "wooden", "table", "with", "two", "people", "standing", "near", "an", "old", "car"]
 
 
 def run_bench(folder: Path, num_rows: int, workers: tuple[int, ...]) -> dict[str, Any]:
-    """Measure in `folder` (scratch). Rates are samples/s; steps are milliseconds of processor time."""
+    """Measure in `folder` (scratch). Rates are samples/s; times are milliseconds of processor time a sample, which what
+    else runs on the machine disturbs less. `pillow_over` is Pillow's time over that of each version."""
     torch.set_num_threads(1)
     rows = make_rows(folder, num_rows)
-    processor = processor_for(rows)
+    assert GPU_MODEL.tower is not None
+    sizes = (TARGET_SIZE, GPU_MODEL.tower.image_size)
+    processors = {(size, version): processor_for(rows, size, version) for size in sizes for version in VERSIONS}
     source = SourceSection(name="bench", path=folder / "rows.json")
     section = DataSection(sources=[source], cache_dir=folder / "cache")
-    dataset = build_datasets(section, processor, seed=0).train
-    plain = PlainDataset(folder / "rows.json", processor)
-    assert GPU_MODEL.tower is not None
-    large = build_datasets(section, processor_for(rows, GPU_MODEL.tower.image_size), seed=0).train
-    collate = Collator(processor)
-    rates = {f"workers_{count}": _rate(dataset, collate, count) for count in workers}
-    rival = {f"workers_{count}": _rate(plain, collate, count) for count in workers}
+    sets = {key: build_datasets(section, processor, seed=0).train for key, processor in processors.items()}
+    collators = {key: Collator(processor) for key, processor in processors.items()}
+    plain = PlainDataset(folder / "rows.json", processors[TARGET_SIZE, LATEST_PIXELS])
+    rates = {
+        f"{size} pixels, version {version}": {f"workers_{n}": _rate(data, collators[size, version], n) for n in workers}
+        for (size, version), data in sets.items()
+    }
+    by_step = {
+        f"{size} pixels, version {version}": steps(data, processors[size, version], collators[size, version])
+        for (size, version), data in sets.items()
+    }
+    totals = {name: sum(times.values()) for name, times in by_step.items()}
+    a_worker = rates[f"{sizes[1]} pixels, version {LATEST_PIXELS}"][f"workers_{max(workers)}"] / max(workers)
     return {
         "rows": num_rows,
         "samples_per_second": rates,
-        "plain_loop_samples_per_second": rival,
-        "milliseconds_by_step": steps(dataset, processor, collate),
+        "plain_loop_samples_per_second": {f"workers_{n}": _rate(plain, Collator(plain.processor), n) for n in workers},
+        "milliseconds_by_step": by_step,
+        "pillow_over": {
+            name: round(totals[f"{name.split(',')[0]}, version 1"] / total, 2) for name, total in totals.items()
+        },
+        "large_photographs": photographs(),
         "gpu": {
             "model": f"{GPU_MODEL.name}, {GPU_MODEL.length} tokens and one image a sample, {GPU} at {GPU_MFU:.0%} MFU",
             "images_per_second": round(images_of_a_gpu(), 1),
             "workers": max(workers),
-            "samples_per_second_a_worker": _rate(large, collate, max(workers)) / max(workers),
+            "samples_per_second_a_worker": a_worker,
         },
     }
+
+
+def photographs(side: int = PHOTOGRAPH[0]) -> dict[str, Any]:
+    """Decoding and resizing of a large JPEG, whole and in draft mode: milliseconds of processor time."""
+    width, height = side, side * PHOTOGRAPH[1] // PHOTOGRAPH[0]
+    buffer = io.BytesIO()
+    photograph(width, height, np.random.default_rng(0)).save(buffer, "JPEG", quality=90)
+    content = [buffer.getvalue()]
+    found: dict[str, Any] = {"size": [width, height], "to": TARGET_SIZE}
+    for name, draft in (("whole", False), ("draft", True)):
+        processor = LlavaCompeteImageProcessor(TARGET_SIZE, resize_mode="pad", version=LATEST_PIXELS, jpeg_draft=draft)
+        seconds = [_timed(partial(processor.preprocess, content))[1] for _ in range(5)]
+        found[name] = round(1000 * min(seconds), 2)
+    return found
 
 
 def images_of_a_gpu() -> float:
@@ -86,10 +118,7 @@ def make_rows(folder: Path, num_rows: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(NUM_IMAGES):
-        # Smooth structure plus some noise compresses to about 60 KB, like a photograph.
-        coarse = Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)).resize((640, 480))
-        noisy = np.asarray(coarse, np.int16) + rng.integers(-12, 12, (480, 640, 3))
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{index}.jpg", quality=90)
+        photograph(640, 480, rng).save(folder / f"{index}.jpg", quality=90)
     words = random.Random(0)
 
     def text(count: int) -> str:
@@ -104,6 +133,13 @@ def make_rows(folder: Path, num_rows: int) -> list[dict[str, Any]]:
         rows.append({"id": str(index), "image": f"{index % NUM_IMAGES}.jpg", "conversations": turns})
     (folder / "rows.json").write_text(json.dumps(rows))
     return rows
+
+
+def photograph(width: int, height: int, rng: np.random.Generator) -> Image.Image:
+    """Smooth structure plus some noise, which compresses like a photograph."""
+    coarse = Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)).resize((width, height))
+    noisy = np.asarray(coarse, np.int16) + rng.integers(-12, 12, (height, width, 3))
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
 def steps(dataset: ConversationDataset, processor: Any, collate: Collator, count: int = 100) -> dict[str, float]:
@@ -133,7 +169,7 @@ class PlainDataset(Dataset):
     """A per-row loop in the style of LLaVA's dataset, for comparison only."""
 
     def __init__(self, path: Path, processor: LlavaCompeteProcessor) -> None:
-        self.rows = json.loads(path.read_text())
+        self.rows, self.processor = json.loads(path.read_text()), processor
         self.folder, self.tokenizer = path.parent, processor.tokenizer
         self.image_id = processor.image_token_id
         # transformers' processor as it comes: sizes and statistics of CLIP at 224 pixels.
@@ -170,12 +206,14 @@ class PlainDataset(Dataset):
         }
 
 
-def processor_for(rows: list[dict[str, Any]], size: int = TARGET_SIZE) -> LlavaCompeteProcessor:
+def processor_for(
+    rows: list[dict[str, Any]], size: int = TARGET_SIZE, version: PixelVersion = LATEST_PIXELS
+) -> LlavaCompeteProcessor:
     """A tokenizer trained on the rows, and an image processor to `size` pixels that pads to a square as LLaVA does."""
     texts = (turn["value"] for row in rows[:200] for turn in row["conversations"])
     tokenizer = train_byte_level_bpe(texts, vocab_size=1000)
     set_chat_template(tokenizer, "chatml")
-    image_processor = LlavaCompeteImageProcessor(size=size, resize_mode="pad", version=LATEST_PIXELS)
+    image_processor = LlavaCompeteImageProcessor(size=size, resize_mode="pad", version=version)
     return LlavaCompeteProcessor(image_processor, tokenizer, num_image_tokens=IMAGE_TOKENS)
 
 
@@ -189,7 +227,7 @@ def _rate(dataset: Dataset, collate: Collator, workers: int) -> float:
     return round(samples / (time.perf_counter() - start), 1)
 
 
-def _timed(action: Callable[[], list[Any]]) -> tuple[list[Any], float]:
+def _timed(action: Callable[[], Any]) -> tuple[Any, float]:
     # Processor time: what else runs on the machine does not count.
     start = time.process_time()
     result = action()

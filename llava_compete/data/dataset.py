@@ -24,7 +24,7 @@ from llava_compete.data.tables import SourceTable, cache_folder, load_source
 from llava_compete.errors import UserError
 from llava_compete.language.chat_encoding import EncodedConversation, cut_to_length, encode_conversation
 from llava_compete.parts import IGNORE_INDEX, IMAGE_TOKEN
-from llava_compete.vision.image_decoder import BadImageError, image_size, open_image
+from llava_compete.vision.image_decoder import BadImageError, image_size
 
 _CHARS_PER_TOKEN = 4  # for the sampler's length estimate only
 _FIRST_ROWS = 1000  # before so many are read, their rejected share says little
@@ -179,7 +179,7 @@ def encode_row(
 
 def load_images(processor: Any, table: SourceTable, images: list[dict[str, Any]]) -> dict[str, Any]:
     """Decode and preprocess the images of one row, as an item has them."""
-    return prepare_images(processor, [open_image(source) for source in _files(table, images)])
+    return prepare_images(processor, [processor.open_image(source) for source in _files(table, images)])
 
 
 def prepare_images(processor: Any, images: list[Image.Image]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from llava_compete.evaluation.generation_settings import GenerationSettings, cut
 from llava_compete.language.chat_encoding import encode_answer, encode_conversation, images_before, stop_token_ids
 from llava_compete.model.build import load_checkpoint
 from llava_compete.model.lora import load_adapter
+from llava_compete.vision.image_decoder import full_size
 from llava_compete.vision.image_inputs import load_images
 
 ResultT = TypeVar("ResultT")
@@ -112,7 +113,7 @@ class Answerer:
     def _load(self, prompt: Prompt) -> _Loaded:
         with document_errors(prompt.name):
             images = prompt.images()
-            images = load_images([images[index] for index in reading_order(prompt.text, len(images))])
+            images = self._decoded([images[index] for index in reading_order(prompt.text, len(images))])
             messages = [{"role": "user", "content": content_parts(prompt.text, len(images))}]
             if not self.chat:
                 return _Loaded(prompt.name, messages, self._plain_ids(prompt.text, images), images)
@@ -143,8 +144,12 @@ class Answerer:
                 raise ValueError(f"continuation {continuation!r} has no tokens")
             return _Choice(prompt.name, loaded._replace(input_ids=prompt_ids), ids)
 
+    def _decoded(self, images: list[Any]) -> list[Image.Image]:
+        image_processor = self.processor.image_processor
+        return load_images(images) if image_processor is None else image_processor.fetch_images(images)
+
     def _tokens_per_image(self, images: Sequence[Image.Image]) -> int | list[int]:
-        return self.processor.tokens_per_image((image.height, image.width) for image in images)
+        return self.processor.tokens_per_image(full_size(image) for image in images)
 
     def _plain_ids(self, text: str, images: Sequence[Image.Image]) -> list[int]:
         """Ids for a language model without a chat template; such a model has no place for images."""

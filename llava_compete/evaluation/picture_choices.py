@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from llava_compete.vision.tiles import Box, Size
+from llava_compete.vision.image_decoder import Size
+from llava_compete.vision.tiles import Box
 
 
 class ShownPicture(NamedTuple):

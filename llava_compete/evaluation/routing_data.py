@@ -23,19 +23,20 @@ from llava_compete.data.tables import load_source
 from llava_compete.errors import UserError
 from llava_compete.language.chat_encoding import encode_conversation, images_before
 from llava_compete.parts import IGNORE_INDEX
-from llava_compete.vision.image_decoder import BadImageError, open_image
+from llava_compete.vision.image_decoder import BadImageError, full_size, open_image
 
 # What a token of the text is. Decoding writes answers; all else is read at once before, in the prefill.
 TOKEN_CLASSES = ("image", "question", "answer")
 
 
 class Row(NamedTuple):
-    """One conversation: messages as the chat template takes them, and its pictures in reading order."""
+    """One conversation: messages as the chat template takes them, its pictures in reading order, and these as files."""
 
     id: str
     source: str
     messages: list[dict[str, Any]]
     images: list[Image.Image]
+    files: Sequence[bytes | Path] = ()
 
     @property
     def question(self) -> str:
@@ -52,7 +53,7 @@ class Row(NamedTuple):
         end = next(n for n, message in enumerate(self.messages) if message["role"] == "assistant") + 1
         parts = (message["content"] for message in self.messages[:end])
         shown = sum(part["type"] == "image" for content in parts if not isinstance(content, str) for part in content)
-        return self._replace(messages=self.messages[:end], images=self.images[:shown])
+        return self._replace(messages=self.messages[:end], images=self.images[:shown], files=self.files[:shown])
 
 
 class Rows:
@@ -106,12 +107,13 @@ class _TestTable:
 
     def read(self, source: str, number: int) -> Row:
         row = self._table.slice(number, 1).to_pylist()[0]
-        images = [open_image(image["bytes"]) for image in row.get("images") or [row["image"]]]
+        files = [image["bytes"] for image in row.get("images") or [row["image"]]]
+        images = [open_image(file) for file in files]
         messages = [
             {"role": "user", "content": images_before(len(images), [{"type": "text", "text": row["question"]}])},
             {"role": "assistant", "content": row["answer"]},
         ]
-        return Row(str(row.get("id", number)), source, messages, images)
+        return Row(str(row.get("id", number)), source, messages, images, files)
 
 
 class _TrainingTable:
@@ -126,8 +128,9 @@ class _TrainingTable:
     def read(self, source: str, number: int) -> Row:
         row = self._table.rows.row(number)
         folder = self._table.section.images
-        pictures = [image["bytes"] if image["path"] is None else folder / image["path"] for image in row["images"]]
-        return Row(str(row["id"]), source, self._table.messages(row), [open_image(picture) for picture in pictures])
+        files = [image["bytes"] if image["path"] is None else folder / image["path"] for image in row["images"]]
+        images = [open_image(file) for file in files]
+        return Row(str(row["id"]), source, self._table.messages(row), images, files)
 
 
 def _open(path: Path, image_folder: Path | None) -> Iterator[tuple[str, _TestTable | _TrainingTable]]:
@@ -161,14 +164,20 @@ def _read(table: _TestTable | _TrainingTable, source: str, number: int) -> Row:
 
 def encode_row(row: Row, processor: Any) -> dict[str, Any]:
     """A row as the collator takes it: input_ids, labels, pixel_values, sample_id."""
-    counts = processor.tokens_per_image((image.height, image.width) for image in row.images)
+    # For the model as its settings decode them, which need not be as they are shown.
+    images = [processor.open_image(file) for file in row.files] if row.files and _drafts(processor) else row.images
+    counts = processor.tokens_per_image(map(full_size, images))
     encoded = encode_conversation(processor.tokenizer, row.messages, tokens_per_image=counts)
     return {
         "input_ids": torch.tensor(encoded.input_ids),
         "labels": torch.tensor(encoded.labels),
-        **prepare_images(processor, row.images),
+        **prepare_images(processor, images),
         "sample_id": f"{row.source}/{row.id}",
     }
+
+
+def _drafts(processor: Any) -> bool:
+    return processor.image_processor is not None and processor.image_processor.jpeg_draft
 
 
 def to_batch(rows: Sequence[Row], processor: Any, device: torch.device) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from transformers import ProcessorMixin
 from transformers.image_processing_base import BatchFeature
 from transformers.processing_utils import MultiModalData
@@ -15,6 +16,7 @@ from transformers.utils import PROCESSOR_NAME
 from llava_compete.errors import UserError
 from llava_compete.language.chat_encoding import encode_conversation, on_lines_of_their_own
 from llava_compete.parts import IMAGE_TOKEN
+from llava_compete.vision.image_decoder import full_size, open_image
 from llava_compete.vision.tiles import Tiling
 
 
@@ -46,6 +48,10 @@ class LlavaCompeteProcessor(ProcessorMixin):
         if self.image_processor is None:
             return None
         return self.image_processor.tiling(math.isqrt(self.num_image_tokens))
+
+    def open_image(self, source: str | Path | bytes, name: str | None = None) -> Image.Image:
+        """A file as these settings decode it (`image_decoder.open_image`, with the same errors)."""
+        return open_image(source, name, None if self.image_processor is None else self.image_processor.wanted)
 
     def tokens_per_image(self, sizes: Iterable[tuple[int, int]]) -> int | list[int]:
         """Placeholders of every image or, where that depends on their heights and widths (`sizes`), of each.
@@ -149,7 +155,7 @@ class LlavaCompeteProcessor(ProcessorMixin):
             encoded = encode_conversation(
                 self.tokenizer,
                 messages,
-                tokens_per_image=self.tokens_per_image((image.height, image.width) for image in given),
+                tokens_per_image=self.tokens_per_image(full_size(image) for image in given),
                 add_generation_prompt=add_generation_prompt,
                 thinking=bool(kwargs["enable_thinking"]),
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
@@ -30,8 +31,10 @@ class Limits:
         return int(self.images * self.image_mib * 2**20 * 4 / 3) + 2**20
 
 
-def picture_within(content: bytes, limits: Limits, name: str) -> Image.Image:
+def picture_within(content: bytes, limits: Limits, name: str, processor: Any = None) -> Image.Image:
     """The picture in a file's bytes, decoded as in training; its size is read off its header first.
+
+    processor: of the model that sees it; without one it is decoded whole, to be shown too.
 
     Raises:
         UserError: more bytes or pixels than are allowed, or no picture that can be opened (`BadImageError`).
@@ -41,4 +44,4 @@ def picture_within(content: bytes, limits: Limits, name: str) -> Image.Image:
     height, width = image_size(content, name)
     if width * height > limits.megapixels * 1e6:
         raise UserError(f"{name}: a picture of {width}x{height} pixels, at most {limits.megapixels:g} million")
-    return open_image(content, name)
+    return open_image(content, name) if processor is None else processor.open_image(content, name)

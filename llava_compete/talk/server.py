@@ -45,7 +45,7 @@ def build_app(talker: Talker, name: str, limits: Limits, api_key: str | None = N
     manager = _OneModel(talker, name)
     state = GenerationState()
     handler = _ChatHandler(manager, state)
-    handler.limits = limits
+    handler.limits, handler.processor = limits, talker.processor
     app: FastAPI = build_server(manager, handler, handler, handler, handler, handler, state)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in _ROUTES]
 
@@ -99,6 +99,7 @@ class _OneModel(ModelManager):
 
 class _ChatHandler(ChatCompletionHandler):
     limits: Limits
+    processor: Any
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         try:
@@ -133,7 +134,7 @@ class _ChatHandler(ChatCompletionHandler):
         content = data_url_bytes(url) if isinstance(url, str) else None
         if content is None:
             raise UserError("image_url: expected a data URL (data:image/png;base64,...); this server fetches nothing")
-        return picture_within(content, self.limits, "image_url")
+        return picture_within(content, self.limits, "image_url", self.processor)
 
     def _streaming(self, request_id: str, *arguments: Any, **options: Any) -> Any:
         self._fit(*arguments)

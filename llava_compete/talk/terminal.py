@@ -18,7 +18,7 @@ from llava_compete.errors import UserError
 from llava_compete.files import write_json
 from llava_compete.talk.sampling import Sampling
 from llava_compete.talk.talker import Answer, Talker, say_pieces
-from llava_compete.vision.image_inputs import load_image
+from llava_compete.vision.image_decoder import full_size
 
 HELP = """\
 /image FILE     show a picture with the next question (a path or an address; several times for several)
@@ -101,9 +101,10 @@ class Terminal:
             raise UserError("/image: expected a file")
         if self.talker.processor.image_processor is None:
             raise UserError("/image: this model has no vision tower")
-        picture = load_image(name)
+        picture = self.talker.processor.image_processor.fetch_images(name)
+        height, width = full_size(picture)
         self.pictures.append((name, picture))
-        self._say(f"[{name}: {picture.width}x{picture.height}, shown with the next question]\n")
+        self._say(f"[{name}: {width}x{height}, shown with the next question]\n")
 
     def _system(self, text: str) -> None:
         self.system = text or None
@@ -185,7 +186,7 @@ def print_experts(answer: Answer, out: TextIO) -> None:
 
 def once(talker: Talker, sampling: Sampling, system: str | None, images: list[str], prompt: str) -> dict[str, Any]:
     """One question and its answer as values of JSON."""
-    pictures: list[dict[str, Any]] = [{"type": "image", "image": load_image(name)} for name in images]
+    pictures: list[dict[str, Any]] = [{"type": "image", "image": name} for name in images]
     messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": [*pictures, {"type": "text", "text": prompt}]})
     answer = talker.ask(messages, sampling)

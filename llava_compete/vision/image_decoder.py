@@ -3,24 +3,36 @@
 The one decoder of training, checks, evaluation and chat, so that a model meets the pixels it was trained on. Handles
 EXIF orientation, palettes, transparency (over white), CMYK, 16-bit grey, and takes the first frame of an animation. A
 picture of more than `MAX_PIXELS` is refused before it is decoded.
+
+A large JPEG may be decoded in draft mode, at a half, a quarter or an eighth of its size, which leaves most of the
+arithmetic undone. Its own size, by which tokens are counted, stays known (`full_size`).
 """
 
 from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from llava_compete.errors import UserError
 
 MAX_PIXELS = 100_000_000
 _ON_THEIR_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
+_DRAFT_SCALES = (8, 4, 2)  # libjpeg's
+# A draft keeps so many times the size that the picture is then resized to, so that the resize still sees more than it
+# shows.
+DRAFT_ROOM = 2
+
+Size = tuple[int, int]  # height and width in pixels
+# From a picture's size to the largest one that it will be resized to.
+Wanted = Callable[[Size], Size]
 
 
 class BadImageError(UserError):
@@ -34,24 +46,53 @@ class BadImageError(UserError):
         return str(self.args[1])
 
 
-def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:
+def open_image(source: str | Path | bytes, name: str | None = None, wanted: Wanted | None = None) -> Image.Image:
     """Decode a path or the bytes of a file to an RGB image; `name` stands for bytes in messages.
 
-    The result's `info["source_mode"]` is the file's Pillow mode. Raises `BadImageError` with kind image_missing,
-    image_is_a_folder, image_empty, image_unreadable, image_truncated or image_too_large.
+    With `wanted` a JPEG of which at least `DRAFT_ROOM` times that size is left is decoded at a half, quarter or eighth
+    of its own. The result's `info["source_mode"]` is the file's Pillow mode. Raises `BadImageError` with kind
+    image_missing, image_is_a_folder, image_empty, image_unreadable, image_truncated or image_too_large.
     """
     with _opened(source, name) as (image, label):
-        return upright_rgb(image, label)
+        if wanted is None or not isinstance(image, JpegImageFile):
+            return upright_rgb(image, label)
+        size = _upright_size(image, label)
+        rgb = upright_rgb(_drafted(image, size, wanted(size)), label)
+        rgb.info["draft"] = (rgb.size, size)
+        return rgb
 
 
-def image_size(source: str | Path | bytes, name: str | None = None) -> tuple[int, int]:
+def image_size(source: str | Path | bytes, name: str | None = None) -> Size:
     """Height and width that `open_image` would give, from the file's header alone; errors are the same as far as the
     header shows them."""
     with _opened(source, name) as (image, label):
-        width, height = image.size
-        _check_size(width, height, label)
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in _ON_THEIR_SIDE
-        return (width, height) if turned else (height, width)
+        return _upright_size(image, label)
+
+
+def full_size(image: Image.Image) -> Size:
+    """Height and width of an upright image, in its file where only a draft of that was decoded."""
+    drafted, size = image.info.get("draft", (None, None))
+    # What Pillow makes of an image takes its notes along: a part that was cut out is no draft.
+    return size if drafted == image.size else (image.height, image.width)
+
+
+def _upright_size(image: Image.Image, label: str) -> Size:
+    width, height = image.size
+    _check_size(width, height, label)
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in _ON_THEIR_SIDE
+    return (width, height) if turned else (height, width)
+
+
+def _drafted(image: JpegImageFile, size: Size, wanted: Size) -> Image.Image:
+    """The image, or what it is at the least scale that leaves enough of it."""
+    for scale in _DRAFT_SCALES:
+        if all(side // scale >= DRAFT_ROOM * least for side, least in zip(size, wanted, strict=True)):
+            width, height = image.size
+            # Pillow takes the largest scale that leaves this size: this one. The last pixels of a draft stand for the
+            # file's padding where they stand for less than half a pixel of the picture.
+            image.draft(None, (width // scale, height // scale))
+            return image.crop((0, 0, round(width / scale), round(height / scale)))
+    return image
 
 
 @contextmanager

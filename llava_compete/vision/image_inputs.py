@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from llava_compete.errors import UserError
-from llava_compete.vision.image_decoder import BadImageError, open_image, upright_rgb
+from llava_compete.vision.image_decoder import BadImageError, Wanted, open_image, upright_rgb
 
 _TIMEOUT_S = 30
 _MAX_DOWNLOAD = 200 << 20  # bytes; more is no picture
@@ -27,27 +28,41 @@ _MAX_PATH = 4096  # characters of a path on Linux
 _SHOWN = 60  # characters of a text that is no image
 
 
-def load_images(images: Any) -> Any:
+def load_images(images: Any, wanted: Wanted | None = None) -> Any:
     """One image, or lists and tuples of them to any depth, as RGB Pillow images in lists of the same nesting.
+
+    wanted: as for `open_image`; pixels that come decoded stay as they are.
 
     Raises:
         BadImageError: a picture that cannot be decoded, named by its path or URL.
         UserError: something that is no image.
     """
     if isinstance(images, list | tuple):
-        return [load_images(image) for image in images]
-    return load_image(images)
+        return [load_images(image, wanted) for image in images]
+    return load_image(images, wanted)
 
 
-def load_image(image: Any) -> Image.Image:
+def load_image(image: Any, wanted: Wanted | None = None) -> Image.Image:
     """One image of any kind as an upright RGB Pillow image; errors as for `load_images`."""
     if isinstance(image, Image.Image):
-        return upright_rgb(image)
+        unread = _unread_file(image) if wanted is not None else None
+        return upright_rgb(image) if unread is None else open_image(unread, wanted=wanted)
     if isinstance(image, bytes | Path):
-        return open_image(image)
+        return open_image(image, wanted=wanted)
     if isinstance(image, str):
-        return _from_text(image)
+        return _from_text(image, wanted)
     return upright_rgb(_from_array(image))
+
+
+def _unread_file(image: Image.Image) -> bytes | None:
+    """The bytes of a JPEG that Pillow has opened and not yet decoded."""
+    if not isinstance(image, JpegImageFile) or image.fp is None:
+        return None
+    place = image.fp.tell()
+    image.fp.seek(0)
+    content = image.fp.read()
+    image.fp.seek(place)
+    return content
 
 
 def data_url_bytes(url: str) -> bytes | None:
@@ -67,19 +82,19 @@ def data_url_bytes(url: str) -> bytes | None:
     return content
 
 
-def _from_text(text: str) -> Image.Image:
+def _from_text(text: str, wanted: Wanted | None) -> Image.Image:
     if text.startswith(("http://", "https://")):
-        return open_image(_download(text), text)
+        return open_image(_download(text), text, wanted)
     if text.startswith("file://"):
-        return open_image(Path(urllib.request.url2pathname(urllib.parse.urlparse(text).path)))
+        return open_image(Path(urllib.request.url2pathname(urllib.parse.urlparse(text).path)), wanted=wanted)
     content = data_url_bytes(text)
     if content is None and not (len(text) < _MAX_PATH and os.path.lexists(text)):
         content = _base64(text)
     if content is not None:
-        return open_image(content, f"base64 image {text[:20]}…")
+        return open_image(content, f"base64 image {text[:20]}…", wanted)
     if len(text) >= _MAX_PATH:
         raise BadImageError("image_missing", f"{text[:_SHOWN]}…: neither a path, nor a URL, nor base64")
-    return open_image(text)
+    return open_image(text, wanted=wanted)
 
 
 def _base64(text: str) -> bytes | None:

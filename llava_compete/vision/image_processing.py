@@ -1,10 +1,10 @@
 """From an image to the tower's pixels: decode (`image_inputs`), then resize, and in version 1 also normalise.
 
 The same code serves training workers, evaluation and chat. Version 1 is bit-equal to open_clip's own inference
-transform for `squash` and `crop`. Version 2 hands over uint8, a quarter of the bytes between processes and devices, and
-resizes by torch's uint8 kernel, in a quarter of Pillow's time and within 2/255 of it (1/255 but for one value in some
-thousands: both round between the two passes, and Pillow weighs more finely); the model normalises. S² needs no step
-here: `size` is that of the largest scale.
+transform for `squash` and `crop`. Versions 2 and 3 hand over uint8, a quarter of the bytes between processes and
+devices, and the model normalises; both resize by torch's uint8 kernel (`resizing.py`), version 3 the height alone, and
+so stays within 1/255 of open_clip's pixels, where version 2, which is faster, has a value in some 300,000 of a chart at
+2/255. S² needs no step here: `size` is that of the largest scale.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
 from llava_compete.errors import UserError
+from llava_compete.vision.image_decoder import Size, Wanted, full_size
 from llava_compete.vision.image_inputs import load_images
-from llava_compete.vision.tiles import Box, Size, Tiling, tile_pixels
+from llava_compete.vision.resizing import FILTERS, resized
+from llava_compete.vision.tiles import Box, Tiling, tile_pixels
 from llava_compete.vision.tower_config import CLIP_MEAN, CLIP_STD, Interpolation, PixelVersion, ResizeMode, TowerConfig
 
-_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # What transformers writes into a saved file beside the settings.
 _NOTES = ("image_processor_type", "processor_class", "auto_map")
 
@@ -34,8 +34,10 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
     """Resizes to `size` x `size`; normalises, if of version 1 (`tower_config.PixelVersion`).
 
     resize_mode: `pad` fills up to a square with the mean colour, `squash` stretches, `crop` scales the shorter side
-    and cuts the centre. These settings belong to the tower: transformers' own options (`do_resize`, `image_mean` and
-    the like) are refused, here and in a call, since ignoring them would go unnoticed.
+    and cuts the centre. jpeg_draft: large JPEGs are decoded at a part of their size (`image_decoder.open_image`), where
+    their files come here; images that come decoded are taken as they are. These settings belong to the tower:
+    transformers' own options (`do_resize`, `image_mean` and the like) are refused, here and in a call, since ignoring
+    them would go unnoticed.
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values"]
@@ -50,6 +52,7 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
         resize_mode: ResizeMode = "squash",
         version: PixelVersion = 1,
         tiles: Sequence[Sequence[int]] | None = None,
+        jpeg_draft: bool = False,
         **kwargs: Any,
     ) -> None:
         _refuse(sorted(kwargs.keys() - set(_NOTES)))
@@ -61,6 +64,7 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
         self.resize_mode = resize_mode
         self.version = version
         self.tiles = None if tiles is None else [list(grid) for grid in tiles]
+        self.jpeg_draft = jpeg_draft
 
     @classmethod
     def from_tower(cls, tower: TowerConfig) -> LlavaCompeteImageProcessor:
@@ -76,7 +80,21 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Images of any kind as upright RGB Pillow images, nesting kept; transformers' processor calls this by name."""
-        return load_images(image_url_or_urls)
+        return load_images(image_url_or_urls, self.wanted)
+
+    @property
+    def wanted(self) -> Wanted | None:
+        """What `open_image` needs so that a file's pixels are these settings'; None where it needs nothing."""
+        return self._largest if self.jpeg_draft else None
+
+    def _largest(self, picture: Size) -> Size:
+        """The largest height and width that a picture is resized to."""
+        height, width = self._inside(picture)
+        tiling = self.tiling(side=1)
+        if tiling is None:
+            return height, width
+        tiled = tiling.inside(picture)
+        return max(height, tiled[0]), max(width, tiled[1])
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
         """`images`: one image or any nesting of them -> pixel_values [n, 3, size, size], uint8 in version 2 and
@@ -94,17 +112,16 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
             pixels = [self.pixels(image) for image in flat]
             return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
         tiles = [tile for image in flat for tile in self._tiled(image, tiling)]
-        sizes = [(image.height, image.width) for image in flat]
+        sizes = [full_size(image) for image in flat]
         return BatchFeature({"pixel_values": tiles, "image_sizes": sizes}, tensor_type=return_tensors)
 
     def _tiled(self, image: Image.Image, tiling: Tiling) -> list[np.ndarray]:
         """The whole picture and its tiles."""
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-        return [self.pixels(image), *tile_pixels(pixels, tiling, self.interpolation)]
+        return [self.pixels(image), *tile_pixels(image, tiling, self.interpolation)]
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """One RGB image, [3, size, size]; uint8 or normalised float32, as in `preprocess`."""
-        if self.version == 2:
+        if self.version > 1:
             return self._resized_by_torch(image)
         array = np.asarray(self._resized_by_pillow(image))
         values = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
@@ -115,34 +132,30 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
     def box(self, picture: Size) -> Box:
         """Where the square's edges are in a picture's own pixels: beyond its edges by the borders of `pad`, inside by
         what `crop` cuts."""
-        height, width = picture
-        resized = self._resized(width, height)
-        left, top = self._place(*resized)
+        height, width = self._inside(picture)
+        left, top = self._place(height, width)
         if self.resize_mode != "crop":
             left, top = -left, -top
-        across, down = width / resized[0], height / resized[1]
+        across, down = picture[1] / width, picture[0] / height
         return left * across, top * down, (left + self.size) * across, (top + self.size) * down
 
     def _resized_by_torch(self, image: Image.Image) -> np.ndarray:
-        width, height = self._resized(*image.size)
-        # A view [1, 3, H, W] of the picture's own memory order, for which the kernel is vectorised.
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-        if (width, height) != image.size:
-            pixels = F.interpolate(pixels, size=(height, width), mode=self.interpolation, antialias=True)
-        left, top = self._place(width, height)
+        height, width = self._inside(full_size(image))
+        pixels = resized(image, height, width, self.interpolation, exact_width=self.version == 3)
+        left, top = self._place(height, width)
         if self.resize_mode == "crop":
-            return pixels[0, :, top : top + self.size, left : left + self.size].numpy()
+            return _own(pixels[:, top : top + self.size, left : left + self.size])
         if self.resize_mode == "squash":
-            return pixels[0].numpy()
+            return _own(pixels)
         canvas = np.empty((3, self.size, self.size), np.uint8)
         canvas[:] = np.array(self._border, np.uint8)[:, None, None]
-        canvas[:, top : top + height, left : left + width] = pixels[0].numpy()
+        canvas[:, top : top + height, left : left + width] = pixels.numpy()
         return canvas
 
     def _resized_by_pillow(self, image: Image.Image) -> Image.Image:
-        width, height = self._resized(*image.size)
-        left, top = self._place(width, height)
-        image = image.resize((width, height), _FILTERS[self.interpolation])
+        height, width = self._inside(full_size(image))
+        left, top = self._place(height, width)
+        image = image.resize((width, height), FILTERS[self.interpolation])
         if self.resize_mode == "crop":
             return image.crop((left, top, left + self.size, top + self.size))
         if self.resize_mode == "squash":
@@ -151,20 +164,20 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
         canvas.paste(image, (left, top))
         return canvas
 
-    def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height before padding or cutting."""
-        size = self.size
+    def _inside(self, picture: Size) -> Size:
+        """Height and width that a picture is resized to, before it is padded or cut."""
+        size, (height, width) = self.size, picture
         if self.resize_mode == "squash":
             return size, size
         if self.resize_mode == "pad":
             # Resized before it is padded: the border needs no arithmetic.
             side = max(width, height)
-            return max(1, round(width * size / side)), max(1, round(height * size / side))
+            return max(1, round(height * size / side)), max(1, round(width * size / side))
         short, long = sorted((width, height))
         longer = int(size * long / short)
-        return (size, longer) if width <= height else (longer, size)
+        return (longer, size) if width <= height else (size, longer)
 
-    def _place(self, width: int, height: int) -> tuple[int, int]:
+    def _place(self, height: int, width: int) -> tuple[int, int]:
         """Left and top of the resized picture on the canvas (pad), or of the square in it (crop)."""
         if self.resize_mode == "crop":
             return round((width - self.size) / 2), round((height - self.size) / 2)
@@ -181,6 +194,11 @@ def _refuse(options: list[str]) -> None:
             f"image processor: found the option {', '.join(options)}; pictures are prepared as the tower was trained, "
             "so size, mean, std, interpolation and resize_mode of the checkpoint are the only settings"
         )
+
+
+def _own(pixels: Tensor) -> np.ndarray:
+    """The array [3, H, W] in its own order and memory."""
+    return np.ascontiguousarray(pixels.numpy())
 
 
 def _flatten(images: Any) -> list[Image.Image]:

@@ -23,6 +23,7 @@ from llava_compete.vision.tower_config import (
     CLIP_MEAN,
     CLIP_STD,
     LATEST_PIXELS,
+    TILE_PIXELS,
     TilesSection,
     TowerConfig,
     VisionTowerSection,
@@ -61,7 +62,7 @@ def resolve_tower(section: VisionTowerSection) -> TowerConfig:
         "std": preprocess_cfg.get("std") or CLIP_STD,
         "interpolation": preprocess_cfg.get("interpolation") or "bicubic",
         "resize_mode": _RESIZE_MODES.get(resize_mode, resize_mode),
-        "version": LATEST_PIXELS,
+        "version": TILE_PIXELS if section.tiles else LATEST_PIXELS,
     }
     values = {
         **section.model_dump(include={"name", "pretrained", "feature_layer", "select", "scales", "scales_from"}),
@@ -75,8 +76,11 @@ def resolve_tower(section: VisionTowerSection) -> TowerConfig:
         "num_layers": facts.num_layers,
     }
     tower = parse_config(TowerConfig, values, source="vision_tower")
-    if tower.tiles is not None and tower.preprocess.version != 2:
-        raise UserError("vision_tower.preprocess.version: found 1, expected 2, the pixels that tiles are made of")
+    if tower.tiles is not None and tower.preprocess.version != TILE_PIXELS:
+        raise UserError(
+            f"vision_tower.preprocess.version: found {tower.preprocess.version}, expected {TILE_PIXELS}, the pixels "
+            "that tiles are made of"
+        )
     return tower
 
 

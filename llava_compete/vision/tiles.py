@@ -11,17 +11,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
 
-from llava_compete.vision.image_decoder import BadImageError
+from llava_compete.vision.image_decoder import BadImageError, Size, full_size
+from llava_compete.vision.resizing import resized
 
 Grid = tuple[int, int]  # rows and columns of tiles
-Size = tuple[int, int]  # height and width in pixels
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 # Of LLaVA-NeXT's published checkpoints.
 LLAVA_NEXT_GRIDS: tuple[Grid, ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
@@ -66,6 +65,11 @@ class Tiling:
             BadImageError: a picture so long and thin that no pixel of it is left.
         """
         return _grid(picture, self.size, self.grids)
+
+    def inside(self, picture: Size) -> Size:
+        """Height and width that a picture has in its grid."""
+        rows, columns = self.grid(picture)
+        return _placed(picture, (rows * self.size, columns * self.size))[:2]
 
     def num_tiles(self, picture: Size) -> int:
         """Tiles of a picture, the whole one included."""
@@ -114,16 +118,14 @@ class Tiling:
         return Layout(tiles, [len(order) for order in orders], joined[places], places)
 
 
-def tile_pixels(pixels_13HW: torch.Tensor, tiling: Tiling, interpolation: str) -> np.ndarray:
-    """A picture's grid, cut in reading order: uint8 [1, 3, H, W] -> [rows * columns, 3, size, size]."""
-    picture: Size = (pixels_13HW.shape[2], pixels_13HW.shape[3])
+def tile_pixels(image: Image.Image, tiling: Tiling, interpolation: Literal["bicubic", "bilinear"]) -> np.ndarray:
+    """An RGB picture's grid, cut in reading order: uint8 [rows * columns, 3, size, size]."""
+    picture = full_size(image)
     rows, columns = tiling.grid(picture)
     size, target = tiling.size, (rows * tiling.size, columns * tiling.size)
     height, width, top, left = _placed(picture, target)
-    if (height, width) != picture:
-        pixels_13HW = F.interpolate(pixels_13HW, size=(height, width), mode=interpolation, antialias=True)
     canvas = np.zeros((3, *target), np.uint8)
-    canvas[:, top : top + height, left : left + width] = pixels_13HW[0].numpy()
+    canvas[:, top : top + height, left : left + width] = resized(image, height, width, interpolation).numpy()
     return canvas.reshape(3, rows, size, columns, size).transpose(1, 3, 0, 2, 4).reshape(-1, 3, size, size)
 
 

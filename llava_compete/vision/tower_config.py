@@ -16,10 +16,12 @@ ResizeMode = Literal["pad", "squash", "crop"]
 Interpolation = Literal["bicubic", "bilinear"]
 # Where S²'s larger scales come from: a picture prepared at the largest one, or the base one enlarged.
 ScalesFrom = Literal["image", "base"]
-# How a picture becomes numbers. 1: Pillow resizes, and the image processor normalises to float32. 2: torch's uint8
-# kernel resizes (within 2/255 of Pillow), and the model normalises on its device. A checkpoint keeps its version.
-PixelVersion = Literal[1, 2]
-LATEST_PIXELS: PixelVersion = 2
+# How a picture becomes numbers (image_processing.py has what they cost). 1: Pillow resizes, and the image processor
+# normalises to float32. 2: torch's uint8 kernel resizes, within 2/255 of Pillow's values, and the model normalises on
+# its device. 3: as 2, but Pillow makes the width, which is within 1/255. A checkpoint keeps its version.
+PixelVersion = Literal[1, 2, 3]
+LATEST_PIXELS: PixelVersion = 3
+TILE_PIXELS: PixelVersion = 2  # those of LLaVA-NeXT's own image processor
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -45,9 +47,11 @@ class PreprocessConfig(StrictConfig):
     version: PixelVersion = Field(
         default=1,
         description=(
-            "of the pixels: 1 are Pillow's, and what checkpoints mean that do not say it; 2 are torch's uint8 kernel's"
+            "of the pixels: 1 are Pillow's, and what checkpoints mean that do not say it; 2 are torch's uint8 "
+            "kernel's; 3 are nearer to Pillow's"
         ),
     )
+    jpeg_draft: bool = Field(default=False, description="decode large JPEGs at a half, quarter or eighth of their size")
 
 
 class TilesSection(StrictConfig):
@@ -141,7 +145,19 @@ class PreprocessOverrides(StrictConfig):
     )
     resize_mode: ResizeMode | None = Field(default=None, description="in place of the tower's own: pad, squash or crop")
     version: PixelVersion | None = Field(
-        default=None, description="of the pixels: 1 Pillow's, 2 torch's; default the latest"
+        default=None,
+        description=(
+            "of the pixels: 1 Pillow's; 2 torch's, fastest, within 2/255 of Pillow's, and those of tiles; 3 between "
+            "them, within 1/255; default 3, with tiles 2"
+        ),
+    )
+    jpeg_draft: bool | None = Field(
+        default=None,
+        description=(
+            "decode a JPEG at a half, quarter or eighth of its size where twice the size wanted is left: faster for "
+            "large photographs, with slightly other pixels; default false. Pictures that arrive decoded, those of "
+            "lmms-eval's tasks and of the page, are taken whole"
+        ),
     )
 
 

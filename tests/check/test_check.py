@@ -25,6 +25,7 @@ from llava_compete.data.config import DataSection, SourceSection
 from llava_compete.data.dataset import build_datasets
 from llava_compete.data.tables import load_source
 from llava_compete.errors import UserError
+from llava_compete.vision.image_decoder import open_image
 from llava_compete.vision.image_processing import LlavaCompeteImageProcessor
 
 
@@ -178,6 +179,7 @@ def test_the_check_and_training_agree(kind, tmp_path, images, text_side):
     processor = SimpleNamespace(
         tokenizer=text_side.tokenizer,
         image_processor=LlavaCompeteImageProcessor(8),
+        open_image=open_image,
         num_image_tokens=text_side.num_image_tokens,
         tiling=None,
         tokens_per_image=lambda sizes: text_side.num_image_tokens,

@@ -23,6 +23,7 @@ from llava_compete.data.records import RecordError, parse_row
 from llava_compete.data.source_files import read_rows, source_files
 from llava_compete.errors import UserError
 from llava_compete.parts import IGNORE_INDEX
+from llava_compete.vision.image_decoder import open_image
 
 
 class Resize:
@@ -34,7 +35,12 @@ class Resize:
 
 def processor_with(tokenizer):
     return SimpleNamespace(
-        tokenizer=tokenizer, image_processor=Resize(), num_image_tokens=6, tiling=None, tokens_per_image=lambda sizes: 6
+        tokenizer=tokenizer,
+        image_processor=Resize(),
+        num_image_tokens=6,
+        tiling=None,
+        tokens_per_image=lambda sizes: 6,
+        open_image=open_image,
     )
 
 

@@ -32,7 +32,7 @@ CHOSEN=3
 while [ $# -gt 0 ]; do
   case "$1" in
     --quick) steps=60 seeds=1 limit=200 OUT=outputs/compare_routers_quick ;;
-    --rules) METHODS=("${RULES[@]}") ;;
+    --rules) METHODS=("${RULES[@]}") CHOSEN=2 ;; # none of them shares an expert
     --seeds) seeds=$2 && shift ;;
     --suite) SUITE=$2 && shift ;;
     --config) CONFIG=$2 && shift ;;

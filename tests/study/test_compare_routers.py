@@ -99,7 +99,7 @@ def test_rules_of_one_router_are_settings_that_upcycling_takes(study):
         moe = load_config(UpcycleConfig, SCRIPTS.parent / "configs" / "demo" / "upcycle.yaml", words).moe.language
         rule = next(word for word in words if word.startswith("output_dir=")).split("/")[-3]
         found[rule] = (moe.router, moe.competition_judge, moe.competition_output, moe.competition_answers)
-        assert moe.num_experts_per_tok == 3
+        assert moe.num_experts_per_tok == 2
     assert found == {
         "softmax": ("softmax", "response", None, None),
         "competition": ("competition", "response", "winners", None),

@@ -29,9 +29,13 @@ say() { :; }
 die() { echo "error: $*" >&2; exit 2; }
 """,
     "scripts/pretrain_align.sh": 'exec llava-compete pretrain_align "$@"\n',
+    "scripts/pft.sh": 'exec llava-compete pft "$@"\n',
     "venv/bin/llava-compete": RECORDER,
     "playground/data/demo/eval/meta.json": "{}",
-    "configs/demo/upcycle.yaml": (SCRIPTS.parent / "configs" / "demo" / "upcycle.yaml").read_text(),
+    **{
+        f"configs/{recipe}/upcycle.yaml": (SCRIPTS.parent / "configs" / recipe / "upcycle.yaml").read_text()
+        for recipe in ("demo", "smollm2_dinov2")
+    },
 }
 
 
@@ -43,16 +47,16 @@ def study(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
         path.chmod(0o755)
-    for name in ("compare_routers.sh", "lib/study.sh"):
+    for name in ("compare_routers.sh", "compare_rules_emoji.sh", "lib/study.sh"):
         shutil.copy(SCRIPTS / name, tmp_path / "scripts" / name)
     record = tmp_path / "record"
     monkeypatch.setenv("RECORD", str(record))
     monkeypatch.setenv("JOBS", "3")
 
-    def run(*arguments, fail=""):
+    def run(*arguments, fail="", script="compare_routers"):
         monkeypatch.setenv("FAIL", fail)
         record.write_text("")
-        words = ["bash", "scripts/compare_routers.sh", *arguments]
+        words = ["bash", f"scripts/{script}.sh", *arguments]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
         return done.returncode, record.read_text().splitlines(), done.stderr
 
@@ -109,6 +113,35 @@ def test_rules_of_one_router_are_settings_that_upcycling_takes(study):
     }
     assert len(having(commands, "train ")) == 5
     assert len(having(commands, "compare ")[0].split()) == 1 + 5 + 2
+
+
+def test_on_real_parts_each_seed_has_its_parent(study, tmp_path, monkeypatch):
+    monkeypatch.setenv("SEEDS", "2")
+    status, _, error = study(script="compare_rules_emoji")
+    assert status == 2
+    assert "playground/data/emoji/instruct.json is missing: run bash scripts/realistic.sh first" in error
+    for name in ("emoji/instruct.json", "pretrained/smollm2/config.json", "pretrained/dinov2/config.json"):
+        path = tmp_path / "playground" / "data" / name
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    status, commands, _ = study("outputs/rules", "training.max_steps=7", script="compare_rules_emoji")
+    assert status == 0
+    for seed in (0, 1):
+        parent = f"outputs/rules/parent/seed{seed}"
+        assert (
+            len(having(commands, f"pretrain_align configs/smollm2_dinov2/pretrain_align.yaml output_dir={parent}/"))
+            == 1
+        )
+        assert (
+            len(having(commands, f"pft configs/smollm2_dinov2/pft.yaml output_dir={parent}/pft", f" seed={seed} ")) == 1
+        )
+        upcycled = having(commands, "upcycle --config configs/smollm2_dinov2/", f"model.checkpoint={parent}/pft ")
+        assert len(upcycled) == 5
+        assert all("moe.vision.router=" in command and "moe.language.router=" in command for command in upcycled)
+    trained = having(commands, "train configs/smollm2_dinov2/sft.yaml")
+    assert len(trained) == 10
+    assert all(command.endswith("training.max_steps=194 training.max_steps=7") for command in trained)
+    assert len(having(commands, "eval --config configs/smollm2_dinov2/eval.yaml", "suite=emoji")) == 10
 
 
 def test_quick_is_one_seed(study):

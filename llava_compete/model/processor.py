@@ -15,6 +15,7 @@ from transformers.utils import PROCESSOR_NAME
 
 from llava_compete.errors import UserError
 from llava_compete.language.chat_encoding import encode_conversation, on_lines_of_their_own
+from llava_compete.model.served import AUTO_MAP, write_stub
 from llava_compete.parts import IMAGE_TOKEN
 from llava_compete.vision.image_decoder import full_size, open_image
 from llava_compete.vision.tiles import Tiling
@@ -38,6 +39,8 @@ class LlavaCompeteProcessor(ProcessorMixin):
     ) -> None:
         self.num_image_tokens = num_image_tokens
         self.image_token = IMAGE_TOKEN
+        # transformers asks this file alone for the processor's class, and takes the tokenizer where it is not named.
+        self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         tokenizer.padding_side = "left"  # tokenizer files keep the side of their last use
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
@@ -83,6 +86,7 @@ class LlavaCompeteProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """As in transformers, which asks every part for its class; a text-only model has but a tokenizer to save."""
+        write_stub(save_directory)
         if self.image_processor is not None:
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         self.tokenizer.save_pretrained(save_directory)
@@ -135,6 +139,8 @@ class LlavaCompeteProcessor(ProcessorMixin):
                 conversations, is_batched = self._normalize_conversations(conversation)
                 texts = [[_as_text(message) for message in messages] for messages in conversations]
                 conversation = texts if is_batched else texts[0]
+            if not kwargs["enable_thinking"] and "enable_thinking" not in str(chat_template or self.chat_template):
+                del kwargs["enable_thinking"]  # a template without it needs no telling, and transformers warns
             return super().apply_chat_template(
                 conversation,
                 chat_template,

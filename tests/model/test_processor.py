@@ -1,5 +1,6 @@
 """The processor's chat call: ids as in training, whichever chat template the tokenizer has."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -50,6 +51,15 @@ def test_a_question_has_the_ids_of_a_training_row(processor: Any, own: str | Non
         assert torch.equal(from_text["input_ids"], inputs["input_ids"])
     finally:
         processor.tokenizer.chat_template = processor.chat_template = kept
+
+
+def test_a_conversation_as_text_warns_of_nothing(
+    processor: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    text = processor.apply_chat_template([{"role": "user", "content": "what ?"}], add_generation_prompt=True)
+    assert "what ?" in text
+    assert not caplog.records
 
 
 def test_a_batch_of_conversations_is_padded_on_the_left(processor: Any) -> None:

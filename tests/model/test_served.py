@@ -31,6 +31,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def test_the_processors_own_file_names_its_class(saved: Path) -> None:
+    """Where it names none, AutoProcessor takes the tokenizer, and pictures are dropped without a word."""
+    written = json.loads((saved / "processor_config.json").read_text())
+    assert written["auto_map"] == {"AutoProcessor": "modeling_llava_compete.LlavaCompeteProcessor"}
+
+
 def test_auto_map_points_to_a_stub_that_has_the_classes(saved: Path) -> None:
     auto_map = json.loads((saved / "config.json").read_text())["auto_map"]
     assert set(auto_map) == {"AutoConfig", "AutoProcessor", "AutoModel", "AutoModelForImageTextToText"}

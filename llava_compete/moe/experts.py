@@ -21,8 +21,10 @@ from llava_compete.moe.competition import Contest, Picked, PickWinners, Response
 from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.implementations import ExpertWeights, choose
 from llava_compete.moe.judged import JudgedOutput, Judgement
+from llava_compete.moe.parallel import ExpertRanks
 from llava_compete.moe.precision import without_autocast
 from llava_compete.moe.recomputed import Recomputation, RecomputedContest, chunks
+from llava_compete.moe.routers import with_shared
 from llava_compete.moe.slots import Slots
 
 # Elements of all experts' outputs, or of their hidden rows where the loss judges, at a time where a competition runs in
@@ -70,6 +72,7 @@ class PackedExperts(nn.Module):
         self.slots = Slots(config.num_experts) if slots is None else slots
         self.num_winners = config.num_experts_per_tok
         self.configure(config)
+        self.ranks: ExpertRanks | None = None
         self.answer_means = AnswerMeans()
         self.activation = activation
         self.has_gate, self.has_bias = gated, bias
@@ -99,6 +102,18 @@ class PackedExperts(nn.Module):
         for name, parameter in self.named_parameters(recurse=False):
             fan_in = self.down_proj.shape[2] if name.startswith("down") else self.up.shape[2]
             nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)
+
+    def spread(self, ranks: ExpertRanks) -> None:
+        """Keep this rank's experts alone, whole parameters of their own; from then on tokens travel to the others'.
+
+        The state dict leaves the experts out, lest a part of them be taken for all.
+        """
+        self.ranks = ranks
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            here = parameter.detach()[ranks.local].clone()
+            setattr(self, name, nn.Parameter(here, requires_grad=parameter.requires_grad))
+        self.register_state_dict_post_hook(_leave_out_experts)
+        self.register_load_state_dict_post_hook(_miss_no_experts)
 
     @property
     def up(self) -> Tensor:
@@ -130,18 +145,64 @@ class PackedExperts(nn.Module):
             x_TD = x_TD.to(weights.down.dtype)
             if choices_TC is None or weights_TC is None:
                 return self._compete(weights, x_TD)
-            num_chosen = choices_TC.shape[1] + (shared_weight > 0)
-            function = choose(self.implementation, weights, len(x_TD), num_chosen, x_TD.device)
-            weights.heard = [] if heard_T is not None else None
-            output_TO = function(weights, x_TD, choices_TC, weights_TC, shared_weight)
-            answers = None
-            if heard_T is not None and weights.heard:
-                answers = answer_sums(weights.heard[0], choices_TC, heard_T, weights.down, weights.down_bias)
+            run = self._run if self.ranks is None else self._run_across
+            output_TO, answers = run(weights, x_TD, choices_TC, weights_TC, shared_weight, heard_T)
             if judged_logits_TE is not None and self._has_answers:
                 output_TO = self._judged(weights, output_TO, judged_logits_TE, x_TD, choices_TC)
             if answers is None and not teaches:
                 return output_TO
             return ExpertsOutput(output_TO, self._responses(weights, x_TD) if teaches else None, answers)
+
+    def _run(
+        self,
+        weights: ExpertWeights,
+        x_TD: Tensor,
+        choices_TC: Tensor,
+        weights_TC: Tensor,
+        shared_weight: float,
+        heard_T: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The weighted sum, and where it is asked for what the experts of `weights` said."""
+        num_chosen = choices_TC.shape[1] + (shared_weight > 0)
+        function = choose(self.implementation, weights, len(x_TD), num_chosen, x_TD.device)
+        weights.heard = [] if heard_T is not None else None
+        output_TO = function(weights, x_TD, choices_TC, weights_TC, shared_weight)
+        if heard_T is None or not weights.heard:
+            return output_TO, None
+        return output_TO, answer_sums(weights.heard[0], choices_TC, heard_T, weights.down, weights.down_bias)
+
+    def _run_across(
+        self,
+        weights: ExpertWeights,
+        x_TD: Tensor,
+        choices_TC: Tensor,
+        weights_TC: Tensor,
+        shared_weight: float,
+        heard_T: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same over ranks: each runs its experts on the rows that come to it, one choice of weight 1 a row. The
+        answers have zeros for the experts of others."""
+        assert self.ranks is not None
+        if shared_weight:
+            choices_TC = with_shared(choices_TC, self.num_experts - 1)
+            weights_TC = with_shared((1 - shared_weight) * weights_TC, shared_weight)
+        else:
+            choices_TC, weights_TC = self.slots.runs(choices_TC, weights_TC)
+        found: list[Tensor | None] = []
+
+        def run(x_RD: Tensor, expert_R1: Tensor, heard_R: Tensor | None) -> Tensor:
+            one_R1 = x_RD.new_ones(expert_R1.shape, dtype=torch.float32)
+            y_RO, answers_LP = self._run(weights, x_RD, expert_R1, one_R1, 0.0, heard_R)
+            found.append(answers_LP)
+            return y_RO
+
+        output_TO = self.ranks.run_chosen(x_TD, choices_TC, weights_TC, run, heard_T)
+        (answers_LP,) = found
+        if answers_LP is None:
+            return output_TO, None
+        answers_EP = answers_LP.new_zeros(self.num_experts, answers_LP.shape[1])
+        answers_EP[self.ranks.local] = answers_LP
+        return output_TO, answers_EP
 
     @property
     def _has_answers(self) -> bool:
@@ -161,7 +222,7 @@ class PackedExperts(nn.Module):
             act_fn=self.act_fn,
             gated=self.has_gate,
             gate_dropout=self.gate_dropout,
-            slots=self.slots,
+            slots=self.slots if self.ranks is None else Slots(self.ranks.num_local),
         )
 
     @torch.compiler.disable  # its backward runs experts by rules of its own
@@ -169,7 +230,9 @@ class PackedExperts(nn.Module):
         self, weights: ExpertWeights, output_TO: Tensor, logits_TE: Tensor, x_TD: Tensor, selected_TK: Tensor
     ) -> Tensor:
         assert self.judgement is not None
-        how = self.judgement._replace(activate=self._activate_without_dropout, chunk_tokens=self._chunk_tokens(self.up))
+        how = self.judgement._replace(
+            activate=self._activate_without_dropout, chunk_tokens=self._chunk_tokens(self.up), ranks=self.ranks
+        )
         if how.uses_means and self.answer_means.mean_EO is not None:
             how = how._replace(mean_EO=self.answer_means.mean_EO, seen_E=self.answer_means.seen_E)
         experts = (weights.up, weights.up_bias, weights.down, weights.down_bias)
@@ -184,8 +247,13 @@ class PackedExperts(nn.Module):
 
     @torch.no_grad()
     def _responses(self, weights: ExpertWeights, x_TD: Tensor) -> Responses:
-        """What a competition finds that only teaches: in chunks and without dropout, so that nothing is kept."""
-        assert self.affinity is not None
+        """What a competition finds that only teaches."""
+        if self.ranks is None:
+            return self._respond(weights, x_TD)
+        return self.ranks.respond(x_TD, self.num_winners, lambda x_GD: self._respond(weights, x_GD).affinity_TE)
+
+    def _respond(self, weights: ExpertWeights, x_TD: Tensor) -> Responses:
+        """By the experts of `weights`, in chunks and without dropout, so that nothing is kept."""
         found = []
         for tokens in chunks(len(x_TD), self._chunk_tokens(self.down_proj)):
             hidden_CEI = self._activate_without_dropout(all_experts_up(x_TD[tokens], weights.up, weights.up_bias))
@@ -198,26 +266,45 @@ class PackedExperts(nn.Module):
         return self.chunk_tokens or max(1, CHUNK_OUTPUTS // parameter[:, :, 0].numel())
 
     def _compete(self, weights: ExpertWeights, x_TD: Tensor) -> ExpertsOutput:
-        if self.kept == "everything":
-            h_TEI = weights.activate(AllExpertsUp.apply(x_TD, weights.up, weights.up_bias))
-            y_ETO = AllExpertsDown.apply(h_TEI, weights.down, weights.down_bias)
-            picked = Picked(*PickWinners.apply(y_ETO, self.affinity, self.num_winners))
+        def contest(x_TD: Tensor, num_winners: int) -> Picked:
+            return self._contest(weights, x_TD, num_winners)
+
+        if self.ranks is None:
+            picked = contest(x_TD, self.num_winners)
         else:
-            picked = self._recomputed(weights, x_TD)
+            picked = self.ranks.compete(x_TD, self.num_winners, contest)
         return ExpertsOutput(*mix_winners(picked, self.affinity))
 
+    def _contest(self, weights: ExpertWeights, x_TD: Tensor, num_winners: int) -> Picked:
+        """Among the experts of `weights`."""
+        if self.kept != "everything":
+            return self._recomputed(weights, x_TD, num_winners)
+        h_TEI = weights.activate(AllExpertsUp.apply(x_TD, weights.up, weights.up_bias))
+        y_ETO = AllExpertsDown.apply(h_TEI, weights.down, weights.down_bias)
+        return Picked(*PickWinners.apply(y_ETO, self.affinity, num_winners))
+
     @torch.compiler.disable  # its backward differentiates the activation again
-    def _recomputed(self, weights: ExpertWeights, x_TD: Tensor) -> Picked:
+    def _recomputed(self, weights: ExpertWeights, x_TD: Tensor, num_winners: int) -> Picked:
         how = Recomputation(
             activate=weights.activate,
             draws=any(isinstance(module, nn.Dropout) and module.training for module in self.modules()),
             affinity=self.affinity,
-            num_winners=self.num_winners,
+            num_winners=num_winners,
             chunk_tokens=self._chunk_tokens(self.down_proj),
             keeps_pre_activations=self.kept == "pre_activations",
         )
         arguments = (weights.up, weights.up_bias, weights.down, weights.down_bias, how)
         return Picked(*RecomputedContest.apply(x_TD, *arguments))
+
+
+def _leave_out_experts(module: nn.Module, state_dict: Any, prefix: str, _: Any) -> None:
+    for name, _parameter in module.named_parameters(recurse=False):
+        state_dict.pop(f"{prefix}{name}", None)
+
+
+def _miss_no_experts(module: nn.Module, keys: Any) -> None:
+    own = {name for name, _ in module.named_parameters(recurse=False)}
+    keys.missing_keys[:] = [key for key in keys.missing_keys if key.rpartition(".")[2] not in own]
 
 
 def _compute_dtype(x_TD: Tensor, parameter: Tensor) -> torch.dtype:

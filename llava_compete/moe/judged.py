@@ -25,6 +25,7 @@ from llava_compete.moe.all_experts import all_experts_up, down_input_gradient
 from llava_compete.moe.grouped import aligned, fits_grouped_mm
 from llava_compete.moe.looped import grouped_linear
 from llava_compete.moe.pairs import Pairs, is_gpu, rows_by_token
+from llava_compete.moe.parallel import ExpertRanks
 from llava_compete.moe.precision import without_autocast
 from llava_compete.moe.recomputed import chunks
 from llava_compete.moe.routers import top_experts
@@ -34,7 +35,7 @@ class Judgement(NamedTuple):
     """subtracts_output: the baseline is y and not 0; contenders: None for all that were not chosen; asks: whether any
     expert is asked, or means alone answer; uses_means: whether these answer for experts that are not asked. Of a call:
     activate: pre-activations [..., M] to hidden states [..., I], without dropout; chunk_tokens: tokens at a time;
-    mean_EO, seen_E: the means, and which experts have one."""
+    mean_EO, seen_E: the means, and which experts have one; ranks: over which the experts are spread."""
 
     subtracts_output: bool
     margin: float
@@ -45,16 +46,17 @@ class Judgement(NamedTuple):
     chunk_tokens: int = 1
     mean_EO: Tensor | None = None
     seen_E: Tensor | None = None
+    ranks: ExpertRanks | None = None
 
 
 class _Asked(NamedTuple):
-    """What the questions of some tokens are about; the experts' weights are in `_Experts`."""
+    """What the questions of some tokens are about, of whom each has at most `most`; the experts' weights are in
+    `_Experts`."""
 
     x_CD: Tensor
     grad_CO: Tensor
-    probs_CE: Tensor
-    selected_CK: Tensor
     contested_CE: Tensor
+    most: int
 
 
 class _Experts(NamedTuple):
@@ -117,15 +119,17 @@ def judge(
     answered_TE = contested_TE
     if how.mean_EO is not None and how.seen_E is not None:
         answered_TE = contested_TE | how.seen_E.expand_as(probs_TE).scatter(1, selected_TK, False)
-    products = _some_products if _asks_few(experts, how) else _all_products
+    if how.asks:
+        most = logits_TE.shape[1] - selected_TK.shape[1] if how.contenders is None else how.contenders
+
+        def values(x_TD: Tensor, grad_TO: Tensor, contested_TE: Tensor) -> Tensor:
+            return _values(_Asked(x_TD, grad_TO, contested_TE, most), experts, how)
+
+        asked = x_TD, grad_TO, contested_TE
+        value_TE = values(*asked) if how.ranks is None else how.ranks.ask(*asked, values)
     for tokens in chunks(len(x_TD), how.chunk_tokens):
         grad_CO = grad_TO[tokens].float()  # sums of products in float32, of a chunk at a time
         value_CE = value_TE[tokens]
-        if how.asks:
-            of_chunk = (x_TD, grad_TO, probs_TE, selected_TK, contested_TE)
-            value_CE.copy_(products(_Asked(*(tensor[tokens] for tensor in of_chunk)), experts, how))
-            if experts.down_bias_EO is not None:
-                value_CE.addmm_(grad_CO, experts.down_bias_EO.float().t())
         if how.mean_EO is not None:
             # `where`, not a product, here and below: rows that were not computed hold anything.
             value_CE.copy_(torch.where(contested_TE[tokens], value_CE, grad_CO @ how.mean_EO.t()))
@@ -133,6 +137,18 @@ def judge(
             value_CE -= (grad_CO * baseline_TO[tokens].float()).sum(-1, keepdim=True)
     value_TE = torch.where(answered_TE, value_TE, 0.0)
     return torch._softmax_backward_data(value_TE, probs_TE, -1, probs_TE.dtype)
+
+
+def _values(asked: _Asked, experts: _Experts, how: Judgement) -> Tensor:
+    """<g, Y_j> of contested experts of `experts`, [T, E] in float32; anything elsewhere."""
+    value_TE = torch.zeros(asked.contested_CE.shape, dtype=torch.float32, device=asked.x_CD.device)
+    products = _some_products if _asks_few(experts, how) else _all_products
+    for tokens in chunks(len(value_TE), how.chunk_tokens):
+        of_chunk = asked.x_CD[tokens], asked.grad_CO[tokens], asked.contested_CE[tokens]
+        value_CE = value_TE[tokens].copy_(products(_Asked(*of_chunk, asked.most), experts, how))
+        if experts.down_bias_EO is not None:
+            value_CE.addmm_(of_chunk[1].float(), experts.down_bias_EO.float().t())
+    return value_TE
 
 
 def contested(probs_TE: Tensor, selected_TK: Tensor, how: Judgement) -> Tensor:
@@ -171,7 +187,7 @@ def _all_products(asked: _Asked, experts: _Experts, how: Judgement) -> Tensor:
     h_CEI = how.activate(all_experts_up(asked.x_CD, experts.up_EMD, experts.up_bias_EM))
     num_experts = experts.down_EOI.shape[0]
     grad_h_CEI = down_input_gradient(asked.grad_CO.expand(num_experts, -1, -1), experts.down_EOI)
-    return (h_CEI * grad_h_CEI).sum(-1, dtype=asked.probs_CE.dtype)
+    return (h_CEI * grad_h_CEI).sum(-1, dtype=torch.float32)
 
 
 def _some_products(asked: _Asked, experts: _Experts, how: Judgement) -> Tensor:
@@ -180,11 +196,10 @@ def _some_products(asked: _Asked, experts: _Experts, how: Judgement) -> Tensor:
     A fixed number of rows, so that nothing waits for the host: those that are not contested go last, beyond the end of
     the last expert's group, and no product reaches them.
     """
-    num_experts, num_chosen = experts.down_EOI.shape[0], asked.selected_CK.shape[1]
-    count = num_experts - num_chosen if how.contenders is None else how.contenders
-    next_Cm = _next_experts(asked.probs_CE, asked.selected_CK, count)
+    num_experts = experts.down_EOI.shape[0]
+    asked_Cm = top_experts(asked.contested_CE.to(torch.uint8), min(asked.most, num_experts))
     # One more expert than there are stands for none; its rows are sorted after all others.
-    key_Cm = next_Cm.masked_fill(~asked.contested_CE.gather(1, next_Cm), num_experts)
+    key_Cm = asked_Cm.masked_fill(~asked.contested_CE.gather(1, asked_Cm), num_experts)
     pairs = Pairs.sort(key_Cm, num_experts + 1)
     ends_E = pairs.ends_E[:num_experts]
     up_EDM, down_EOI = aligned(experts.up_EMD).transpose(1, 2), aligned(experts.down_EOI)
@@ -193,9 +208,9 @@ def _some_products(asked: _Asked, experts: _Experts, how: Judgement) -> Tensor:
         expert_P = pairs.expert_P.int().clamp_(max=num_experts - 1)
         up_PM += experts.up_bias_EM.index_select(0, expert_P)
     grad_h_PI = _linear(asked.grad_CO.index_select(0, pairs.token_P), down_EOI, ends_E)
-    products_P = (how.activate(up_PM) * grad_h_PI).sum(-1, keepdim=True, dtype=asked.probs_CE.dtype)
+    products_P = (how.activate(up_PM) * grad_h_PI).sum(-1, keepdim=True, dtype=torch.float32)
     products_Cm = rows_by_token(products_P, pairs).squeeze(-1)
-    return torch.zeros_like(asked.probs_CE).scatter_(1, next_Cm, products_Cm)
+    return products_Cm.new_zeros(asked.contested_CE.shape).scatter_(1, asked_Cm, products_Cm)
 
 
 def _linear(x_PH: Tensor, weight_EHM: Tensor, ends_E: Tensor) -> Tensor:

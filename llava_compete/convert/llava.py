@@ -66,7 +66,7 @@ def _read(source: Source, options: ImportOptions) -> Import:
         vision_config=tower.model_dump(mode="json"),
         projector_config={"type": projector_type},
         text_config=text,
-        moe=MoeConfig.model_validate(settings).model_dump(mode="json") if any(parts.values()) else None,
+        moe=MoeConfig.model_validate(settings).of_model() if any(parts.values()) else None,
         image_token_id=image_id,
         tie_word_embeddings=bool(text.tie_word_embeddings),
         stage="import",

@@ -33,7 +33,7 @@ def _read(source: Source, options: ImportOptions) -> Import:
         setattr(text, key, getattr(tokenizer, key))
     whole = LlavaCompeteConfig(
         text_config=text,
-        moe=MoeConfig(language=moe).model_dump(mode="json"),
+        moe=MoeConfig(language=moe).of_model(),
         image_token_id=image_id,
         tie_word_embeddings=bool(text.tie_word_embeddings),
         stage="import",

@@ -173,7 +173,7 @@ def build_config(
         vision_config=None if tower is None else tower.model_dump(mode="json"),
         projector_config=None if tower is None else section.projector.model_dump(mode="json"),
         text_config=text_config,
-        moe=None if moe is None else moe.model_dump(mode="json"),
+        moe=None if moe is None else moe.of_model(),
         image_token_id=None if tokenizer is None else add_image_token(tokenizer),
         tie_word_embeddings=bool(text_config.tie_word_embeddings),
     )
@@ -278,7 +278,7 @@ def default_generation_config(tokenizer: Any, config: LlavaCompeteConfig) -> Gen
 def apply_moe_settings(model: LlavaCompeteForConditionalGeneration, moe: MoeConfig) -> None:
     """Lay `moe` over a loaded checkpoint: schedule, coefficients and kernels may change, the architecture may not."""
     check_moe_settings(model.config, moe)
-    model.config.moe = moe.model_dump(mode="json")
+    model.config.moe = moe.of_model()
     for block in moe_blocks(model).values():
         block.config = moe.parts()[block.part]
         block.experts.configure(block.config)
@@ -291,7 +291,7 @@ def check_moe_settings(config: LlavaCompeteConfig, moe: MoeConfig) -> None:
     stored = MoeConfig.model_validate(config.moe)
     if set(stored.parts()) != set(moe.parts()):
         raise UserError(f"moe: found parts {sorted(moe.parts())}, the checkpoint has {sorted(stored.parts())}")
-    refuse_other_architecture(config.moe, moe.model_dump(mode="json"))
+    refuse_other_architecture(config.moe, moe.of_model())
 
 
 def refuse_other_architecture(stored: dict[str, Any], changes: dict[str, Any]) -> None:

@@ -132,7 +132,7 @@ def _warn_of_other_answers(moe: MoeConfig) -> None:
 
 def _new_config(config: LlavaCompeteConfig, moe: MoeConfig) -> LlavaCompeteConfig:
     values = config.to_dict()
-    values.update(moe=moe.model_dump(mode="json"), stage="upcycle", parents=[*config.parents, config.stage])
+    values.update(moe=moe.of_model(), stage="upcycle", parents=[*config.parents, config.stage])
     new_config = LlavaCompeteConfig.from_dict(values)
     new_config.architectures = config.architectures
     return new_config

@@ -377,6 +377,24 @@ class MoeConfig(StrictConfig):
     projector: MoeLayerConfig | None = Field(default=None, description="mixture in the projector")
     language: MoeLayerConfig | None = Field(default=None, description="mixtures in the language model")
     seed: int = Field(default=0, ge=0, description="of the schedule of competitions")
+    expert_parallel: int = Field(
+        default=1,
+        ge=1,
+        description=(
+            "ranks over which each layer's experts are spread in training, to which tokens then travel; with zero1 or "
+            "zero2, for parts that train in full or not at all"
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _check_expert_parallel(self) -> MoeConfig:
+        for name, part in self.parts().items():
+            if part.num_experts % self.expert_parallel:
+                raise ValueError(
+                    f"expert_parallel: found {self.expert_parallel}, expected a divisor of {name}.num_experts "
+                    f"= {part.num_experts}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_warmup(self) -> MoeConfig:
@@ -392,6 +410,10 @@ class MoeConfig(StrictConfig):
         """The parts that have MoE layers, in forward order."""
         parts = {"vision": self.vision, "projector": self.projector, "language": self.language}
         return {name: part for name, part in parts.items() if part is not None}
+
+    def of_model(self) -> dict[str, Any]:
+        """What a checkpoint's config.json holds: nothing of how its experts were spread in training."""
+        return self.model_dump(mode="json", exclude={"expert_parallel"})
 
     def warn_of_moved_starts(self) -> None:
         """Name the parts whose judgement has no baseline: with equal experts it is <g, y> for each one asked, not 0."""

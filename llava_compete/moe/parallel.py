@@ -78,10 +78,10 @@ class ExpertRanks:
         sent_NL = torch.diff(pairs.ends_E, prepend=pairs.ends_E.new_zeros(1)).view(self.size, self.num_local)
         received_NL = torch.empty_like(sent_NL)
         dist.all_to_all_single(received_NL, sent_NL, group=self.group)
-        numbers = torch.stack([sent_NL.sum(1), received_NL.sum(1)]).tolist()
+        sent, received = torch.stack([sent_NL.sum(1), received_NL.sum(1)]).tolist()
         experts_NL = torch.arange(self.num_local, device=selected_TK.device).expand_as(received_NL)
-        expert_R = torch.repeat_interleave(experts_NL.flatten(), received_NL.flatten(), output_size=sum(numbers[1]))
-        return Trip(pairs, *numbers, expert_R)
+        expert_R = torch.repeat_interleave(experts_NL.flatten(), received_NL.flatten(), output_size=sum(received))
+        return Trip(pairs, sent, received, expert_R)
 
     def _there(self, rows_PH: Tensor, trip: Trip) -> Tensor:
         return _Exchange.apply(rows_PH, trip.sent, trip.received, self.group)

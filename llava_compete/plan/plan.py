@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from llava_compete.errors import UserError
 from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.moe.block import competition_layers, moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.moe.experts import PackedExperts
 from llava_compete.parts import PREFIXES
+from llava_compete.plan.cluster import Cluster, Layer, Step, Weights, layers_of, step
 from llava_compete.plan.recipe import Recipe, read_recipe
 from llava_compete.plan.step_cost import StepCost, simulate
 from llava_compete.train import trainable as stage_trainable
@@ -66,6 +69,10 @@ class Plan:
     per_sample: StepCost
     competition_per_sample: StepCost
     largest_micro_batch: dict[int, dict[str, int]]
+    cluster: Cluster
+    weights: Weights
+    layers: list[Layer]
+    num_competing: int
 
     @property
     def total(self) -> PartCount:
@@ -99,6 +106,31 @@ class Plan:
         """What a step adds at most whose loss judges the experts that were not chosen: if it asks all it may."""
         return self.per_sample.asking_flops * self._samples
 
+    def step(self, *, competing: bool = False) -> Step:
+        """What one optimizer step of the recipe sends, and its seconds."""
+        recipe = self.recipe
+        return step(
+            self.cluster,
+            self.weights,
+            self.layers,
+            self.flops_per_step + (self.competition_flops if competing else 0),
+            zero_stage=recipe.zero_stage,
+            spread=recipe.expert_parallel,
+            accumulation=recipe.accumulation,
+            checkpointing=recipe.checkpointing,
+            competing=self.num_competing if competing else 0,
+        )
+
+    def utilisation(self) -> float:
+        """MFU of a router's step: its operations without those that checkpointing repeats, over the devices' peak."""
+        needed = self.per_sample.step_flops(False) * self._samples
+        return needed / (self.step().total * self.cluster.peak * self.num_gpus)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of the language model, over all GPUs."""
+        return self._samples * self.recipe.length
+
     @property
     def _samples(self) -> int:
         return self.recipe.micro_batch * self.recipe.accumulation * self.num_gpus
@@ -130,22 +162,33 @@ class Plan:
             "competition_step_extra_flops": self.competition_flops,
             "asking_flops_at_most": self.asking_flops,
             "largest_micro_batch": {f"zero{stage}": sizes for stage, sizes in self.largest_micro_batch.items()},
+            "cluster": dataclasses.asdict(self.cluster),
+            "expert_parallel": self.recipe.expert_parallel,
+            "steps": {
+                name: dataclasses.asdict(self.step(competing=competing))
+                | {"total": self.step(competing=competing).total}
+                for name, competing in (("router", False), ("competition", True))
+            },
+            "mfu": self.utilisation(),
+            "tokens_per_step": self.tokens_per_step,
         }
 
 
-def plan(path: str | Path, overrides: list[str], num_gpus: int, gpu_memory_gib: float) -> Plan:
-    """Plan the recipe of one YAML (a training stage or an upcycling) on `num_gpus` GPUs."""
-    recipe = read_recipe(Path(path), overrides)
+def plan(path: str | Path, overrides: list[str], cluster: Cluster, gpu_memory_gib: float) -> Plan:
+    """Plan the recipe of one YAML (a training stage or an upcycling) on a cluster."""
+    recipe, num_gpus = read_recipe(Path(path), overrides), cluster.gpus
+    if num_gpus % (spread := recipe.expert_parallel):
+        raise UserError(f"moe.expert_parallel: found {spread}, expected a divisor of the number of ranks, {num_gpus}")
     model = build_on_meta(recipe)
     parameters = count_parameters(model)
-    trainable = sum(part.trainable for part in parameters.values())
-    weights = weight_bytes(model, recipe.quantization)
+    weights = weights_of(model, recipe)
     states = {
         stage: state_memory(
-            weights, trainable, recipe.dtype, stage, num_gpus, recipe.offload if stage == recipe.zero_stage else ()
+            weights, recipe.dtype, stage, num_gpus,
+            recipe.offload if stage == recipe.zero_stage else (), recipe.expert_parallel if stage in (1, 2) else 1,
         )
         for stage in range(4)
-    }
+    }  # fmt: skip
     images = 0 if recipe.config.tower is None else 1
     per_sample = simulate(model, 1, recipe.length, images, frozenset())
     competing = _heaviest_layers(model, recipe.config)
@@ -158,7 +201,10 @@ def plan(path: str | Path, overrides: list[str], num_gpus: int, gpu_memory_gib: 
         }
         for stage, state in states.items()
     }
-    return Plan(num_gpus, parameters, states, recipe, per_sample, heaviest, largest)
+    tokens = {name: count * recipe.micro_batch for name, count in per_sample.layer_tokens.items()}
+    layers = layers_of(model, tokens, recipe.dtype.itemsize)
+    costs = (per_sample, heaviest, largest)
+    return Plan(num_gpus, parameters, states, recipe, *costs, cluster, weights, layers, len(competing))
 
 
 def build_on_meta(recipe: Recipe) -> LlavaCompeteForConditionalGeneration:
@@ -211,20 +257,44 @@ def weight_bytes(model: LlavaCompeteForConditionalGeneration, quantization: str 
     return size
 
 
-def state_memory(
-    weights: int, trainable: int, dtype: torch.dtype, stage: int, num_gpus: int, offload: tuple[str, ...] = ()
-) -> StateMemory:
-    """Weights (given in bytes), gradients and Adam's state on one GPU under DeepSpeed.
+def weights_of(model: LlavaCompeteForConditionalGeneration, recipe: Recipe) -> Weights:
+    """Bytes of a model's weights; of those that train, in the dtype in which DeepSpeed holds them."""
+    experts = [parameter for block in moe_blocks(model).values() for parameter in block.experts.parameters()]
 
-    Adam keeps two float32 numbers a trainable parameter, and DeepSpeed a float32 master copy beside them.
+    def trained(parameters: Iterable[nn.Parameter]) -> int:
+        return sum(parameter.numel() for parameter in parameters if parameter.requires_grad) * recipe.dtype.itemsize
+
+    return Weights(
+        weight_bytes(model, recipe.quantization),
+        trained(model.parameters()),
+        sum(parameter.numel() * parameter.element_size() for parameter in experts),
+        trained(experts),
+    )
+
+
+def state_memory(
+    weights: Weights,
+    dtype: torch.dtype,
+    stage: int,
+    num_gpus: int,
+    offload: tuple[str, ...] = (),
+    expert_parallel: int = 1,
+) -> StateMemory:
+    """Weights, gradients and Adam's state on one GPU under DeepSpeed.
+
+    Adam keeps two float32 numbers a trainable parameter, and DeepSpeed a float32 master copy beside them. Experts that
+    are spread over ranks are fewer on each, and their states are spread over fewer.
     """
     size = dtype.itemsize
-    weights = 0 if "param" in offload else weights // (num_gpus if stage == 3 else 1)
+    elsewhere = 1 - 1 / expert_parallel  # of the experts
+    held = weights.total - round(weights.experts * elsewhere)
+    held = 0 if "param" in offload else held // (num_gpus if stage == 3 else 1)
     if "optimizer" in offload:  # gradients follow the optimizer to the host
-        return StateMemory(weights, 0, 0)
-    gradients = trainable * size // (num_gpus if stage >= 2 else 1)
+        return StateMemory(held, 0, 0)
+    trained = weights.trained - (round(weights.trained_experts * elsewhere) if stage < 2 else 0)
+    gradients = trained // (num_gpus if stage >= 2 else 1)
     master = 4 if size < 4 or stage >= 1 else 0
-    return StateMemory(weights, gradients, trainable * (8 + master) // (num_gpus if stage >= 1 else 1))
+    return StateMemory(held, gradients, weights.trained // size * (8 + master) // (num_gpus if stage >= 1 else 1))
 
 
 def _heaviest_layers(model: LlavaCompeteForConditionalGeneration, config: LlavaCompeteConfig) -> frozenset[str]:

@@ -44,6 +44,7 @@ class Recipe:
     zero_stage: int = 2
     offload: tuple[str, ...] = ()
     quantization: str | None = None
+    expert_parallel: int = 1
 
 
 def read_recipe(path: Path, overrides: list[str]) -> Recipe:
@@ -51,13 +52,14 @@ def read_recipe(path: Path, overrides: list[str]) -> Recipe:
     content = apply_overrides(read_yaml(path), overrides)
     if content.get("stage", "upcycle") == "upcycle":
         upcycling = parse_config(UpcycleConfig, content, source=str(path))
-        return Recipe(_with_moe(architecture(path, upcycling.model), upcycling.moe))
+        spread = upcycling.moe.expert_parallel
+        return Recipe(_with_moe(architecture(path, upcycling.model), upcycling.moe), expert_parallel=spread)
     stage = parse_config(TrainConfig, content, source=str(path))
     config = architecture(path, stage.model)
-    if stage.model.checkpoint is None:
-        config = _with_moe(config, stage.moe) if stage.moe else config
-    elif (moe := moe_in_force(stage, config.moe)) is not None:
-        check_moe_settings(config, moe)
+    moe = (stage.moe or None) if stage.model.checkpoint is None else moe_in_force(stage, config.moe)
+    if moe is not None:
+        if stage.model.checkpoint is not None:
+            check_moe_settings(config, moe)
         config = _with_moe(config, moe)
     training = stage.training
     bf16 = training.bf16 or training.fp16 or stage.model.dtype != "float32"
@@ -77,6 +79,7 @@ def read_recipe(path: Path, overrides: list[str]) -> Recipe:
         zero_stage=zero_stage,
         offload=offload,
         quantization=stage.model.quantization,
+        expert_parallel=1 if moe is None else moe.expert_parallel,
     )
 
 
@@ -112,5 +115,5 @@ def architecture(path: Path, section: ModelSection) -> LlavaCompeteConfig:
 
 def _with_moe(config: LlavaCompeteConfig, moe: MoeConfig) -> LlavaCompeteConfig:
     values = config.to_dict()
-    values["moe"] = moe.model_dump(mode="json")
+    values["moe"] = moe.of_model()
     return LlavaCompeteConfig.from_dict(values)

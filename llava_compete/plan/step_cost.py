@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
+from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.competition import Contest
 from llava_compete.moe.experts import ExpertsOutput, PackedExperts
 from llava_compete.moe.routers import with_shared
@@ -33,6 +34,7 @@ class StepCost:
 
     loss_bytes: the two float32 gradients as large as the logits with which backward begins. asking_flops: beside
     `flops`, of all the experts that the loss may ask (`competition_judge`); how many it does depends on values.
+    layer_tokens: how many tokens come to each mixture, by its name.
     """
 
     layer_bytes: dict[str, int]
@@ -42,6 +44,7 @@ class StepCost:
     flops: int
     layer_forward_flops: int
     asking_flops: int
+    layer_tokens: dict[str, int]
 
     def activations(self, checkpointing: bool) -> int:
         """Bytes at the peak of a step: where backward begins or, with checkpointing, where a layer is recomputed."""
@@ -81,7 +84,7 @@ def simulate(
         side = config.tower.image_size
         pixels = torch.empty(tiles, 3, side, side, device="meta", dtype=model.model.vision_tower_dtype)
     asking = _Asking()
-    with counter, _stand_ins(asking), recorder:
+    with counter, _stand_ins(asking), recorder, _tokens(model) as layer_tokens:
         output = model(
             input_ids=ids,
             attention_mask=mask,
@@ -101,7 +104,23 @@ def simulate(
         flops=counter.get_total_flops(),
         layer_forward_flops=recorder.layer_flops,
         asking_flops=asking.flops,
+        layer_tokens=layer_tokens,
     )
+
+
+@contextlib.contextmanager
+def _tokens(model: LlavaCompeteForConditionalGeneration) -> Iterator[dict[str, int]]:
+    """How many tokens each mixture's router is called with."""
+    found: dict[str, int] = {}
+
+    def count(name: str) -> Any:
+        return lambda _, inputs: found.update({name: len(inputs[0])})
+
+    blocks = moe_blocks(model).items()
+    handles = [block.router.register_forward_pre_hook(count(name)) for name, block in blocks]
+    yield found
+    for handle in handles:
+        handle.remove()
 
 
 class _Recorder:

@@ -37,13 +37,16 @@ _FIXED = (
     "training.fp16",
 )  # fmt: skip
 _FIXED_OF_A_PART = ("mode", "lora_rank")
+# Of the ranks that a checkpoint was written by; absent where each had all experts.
+EXPERT_PARALLEL = "expert_parallel"
 # The same global batch may be shared out to ranks and micro-batches anew.
 SPLIT = ("world_size", "training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 
 
 def settings(config: TrainConfig, moe: MoeConfig | None) -> dict[str, Any]:
     """What the config alone says; `moe` are the settings in force, the checkpoint's with the config's laid over."""
-    content = config.model_dump(exclude={"moe"}) | {"moe": None if moe is None else moe.model_dump()}
+    content = config.model_dump(exclude={"moe"})
+    content["moe"] = None if moe is None else moe.model_dump(exclude={"expert_parallel"})
     found = {key: value for key, value in flat(content, "") if not key.startswith(_WITHOUT_EFFECT)}
     if config.model.checkpoint is not None:
         found["model.checkpoint"] = checkpoint_digest(Path(config.model.checkpoint))
@@ -60,6 +63,7 @@ def identity_of(
         "data": data.digest,
         "world_size": world_size,
         "zero_stage": zero_stage,
+        **({} if moe is None or moe.expert_parallel == 1 else {EXPERT_PARALLEL: moe.expert_parallel}),
     }
 
 

@@ -13,7 +13,7 @@ from transformers import SchedulerType, TrainingArguments
 from llava_compete.errors import UserError
 from llava_compete.train import checkpoints
 from llava_compete.train.extension import Jump, Plan, Schedule, jump
-from llava_compete.train.identity import SPLIT, cannot_be_obeyed, differences
+from llava_compete.train.identity import EXPERT_PARALLEL, SPLIT, cannot_be_obeyed, differences
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,8 @@ class Start(NamedTuple):
     """How a run begins.
 
     checkpoint: None at its very beginning.
-    resharded: whether another number of ranks wrote it.
+    resharded: whether another number of ranks wrote it, or ranks among which experts were spread otherwise.
+    expert_parallel: over how many ranks its experts were spread.
     plan: length, warm-up and competitions.
     changes: what was changed on the way, as (step, what), for the manifest and the next checkpoints.
     """
@@ -31,6 +32,7 @@ class Start(NamedTuple):
     resharded: bool
     plan: Plan
     changes: list[dict[str, Any]]
+    expert_parallel: int = 1
 
 
 def choose(
@@ -68,8 +70,9 @@ def choose(
             )
         logger.info("%s", changed["total_steps"])
     changes = [*mark["changes"], *([{"step": _step(checkpoint), "changed": list(changed.values())}] if changed else [])]
-    resharded = mark["identity"]["world_size"] != identity["world_size"]
-    return Start(checkpoint, resharded, plan, changes)
+    spread_over, now = (where.get(EXPERT_PARALLEL, 1) for where in (mark["identity"], identity))
+    resharded = mark["identity"]["world_size"] != identity["world_size"] or spread_over != now
+    return Start(checkpoint, resharded, plan, changes, spread_over)
 
 
 def _without_jump(newest: Path, older: Iterator[Path], schedule: Schedule, plan: Plan) -> tuple[Path, Jump]:
@@ -100,6 +103,7 @@ def check_identity(
             f"{_weights_only(checkpoint)}"
         )
     changed = differences(saved, identity)
+    changed.pop(EXPERT_PARALLEL, None)  # how the same weights are laid out
     if "zero_stage" in changed:
         raise UserError(
             f"{checkpoint}: written {_engine(saved)}, which a run {_engine(identity)} cannot read: "

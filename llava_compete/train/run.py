@@ -24,7 +24,7 @@ from llava_compete.language.sources import context_of
 from llava_compete.manifest import write_manifest
 from llava_compete.moe.allocator import keep_freed_memory
 from llava_compete.moe.config import MoeConfig
-from llava_compete.train import checkpoints, trainable
+from llava_compete.train import checkpoints, expert_parallel, trainable
 from llava_compete.train import resharding as universal
 from llava_compete.train.adapters import with_adapters
 from llava_compete.train.arguments import build_arguments, check_reports
@@ -35,6 +35,7 @@ from llava_compete.train.callbacks.tensorboard import ResumedTensorBoardCallback
 from llava_compete.train.callbacks.throughput import ThroughputCallback
 from llava_compete.train.config import DEEPSPEED_DIR, TrainConfig
 from llava_compete.train.distributed import Rank, all_or_none, main_first, of_main, process_group, this_rank
+from llava_compete.train.expert_resharding import merge_experts
 from llava_compete.train.finished import has_finished, record, refuse_to_begin_again
 from llava_compete.train.identity import identity_of
 from llava_compete.train.inputs import Feed, build_feed, check_sources
@@ -53,7 +54,7 @@ from llava_compete.train.sharding import (
     whole,
     zero_stage,
 )
-from llava_compete.train.starting_point import start_model
+from llava_compete.train.starting_point import moe_settings, start_model
 from llava_compete.train.stopping import StopOnSignal
 from llava_compete.train.trainer import StageTrainer
 from llava_compete.train.waiting import wait_for_all
@@ -117,7 +118,7 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
     with all_or_none(rank, "data"), main_first(rank):
         check_sources(config.data)
     set_seed(config.seed)
-    model, processor, moe = _prepare_model(config, rank, sharding_of(arguments))
+    model, processor, moe = _prepare_model(config, rank, arguments)
     with all_or_none(rank, "data"), main_first(rank):
         data = build_feed(config, rank, arguments, processor)
         if data.validation is None and (config.sample_steps or arguments.eval_strategy != "no"):
@@ -125,6 +126,7 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
             raise UserError(f"{key}: needs held-out rows; set data.validation_fraction")
     check_same(rank, {"data (digest)": data.digest})
     trainer = _build_trainer(config, arguments, model, processor, data)
+    trainer.expert_ranks = expert_parallel.size_of(moe)
     competition = CompetitionCallback(trainer, moe)
     with whole(sharding_of(arguments)):
         utilisation = _utilisation(trainer, data)
@@ -159,16 +161,19 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
     return True
 
 
-def _prepare_model(config: TrainConfig, rank: Rank, sharding: Any) -> tuple[Any, Any, MoeConfig | None]:
+def _prepare_model(config: TrainConfig, rank: Rank, arguments: Any) -> tuple[Any, Any, MoeConfig | None]:
     """Model with adapters and with what does not train frozen, processor, and the MoE settings in force."""
+    adapted = any(part.mode == "lora" for part in config.trainable.values())
     with all_or_none(rank, "model"), main_first(rank):
-        with whole(sharding):
+        expert_parallel.check(moe_settings(config), rank.world_size, zero_stage(arguments), adapted=adapted)
+        with whole(sharding_of(arguments)):
             model, processor, moe = start_model(config, rank)
         config.data.check_context(context_of(model.config.text_config))
         if isinstance(config.data, DataSection):
             config.data.check_tiles(model.config.tiling)
         model = with_adapters(model, config.trainable)
         trainable.apply(model, config.trainable)
+        expert_parallel.mark(model, expert_parallel.size_of(moe))
     return model, processor, moe
 
 
@@ -190,7 +195,11 @@ def _begin(
             rows = _trainable_rows(config, trainer)
             check_space(config.output_dir, sum(r.parameters for r in rows), sum(r.trainable_parameters for r in rows))
             if start.checkpoint is not None and start.resharded and identity["zero_stage"]:
-                universal.convert(start.checkpoint)
+                if max(start.expert_parallel, trainer.expert_ranks) > 1:
+                    names = expert_parallel.expert_names(trainer.model)
+                    merge_experts(start.checkpoint, names, start.expert_parallel)
+                else:
+                    universal.convert(start.checkpoint)
             trainer.mark = {"identity": identity, "plan": start.plan._asdict(), "changes": start.changes}
             _describe(config, trainer, data, moe)
     start = of_main(start)

@@ -78,7 +78,8 @@ def optimizer_groups(
     weight_decay: float,
     decayed: Collection[str],
 ) -> list[dict[str, Any]]:
-    """Groups for torch optimizers, one for each (part, decayed or not) that has tensors.
+    """Groups for torch optimizers, one for each (part, decayed or not) that has tensors, and further ones for experts
+    that are spread over ranks: DeepSpeed finds theirs by "moe" and by "name", which all of them share.
 
     Args:
         model: parameters already frozen or freed by `apply`.
@@ -86,16 +87,18 @@ def optimizer_groups(
         learning_rate, weight_decay: of the parts that set none.
         decayed: names that weight decay applies to (no biases, no norms).
     """
-    groups: dict[tuple[Part, bool], dict[str, Any]] = {}
+    groups: dict[tuple[Part, bool, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         part, decays = part_of(name), name in decayed
+        spread = not getattr(parameter, "allreduce", True)  # DeepSpeed's word for it
         setting = _setting(trainable, part)
+        label = f"{part}{'/experts' if spread else ''}{'' if decays else '/no_decay'}"
         group = groups.setdefault(
-            (part, decays),
+            (part, decays, spread),
             {
-                "name": f"{part}{'' if decays else '/no_decay'}",
+                **(_of_experts(parameter, label) if spread else {"name": label}),
                 "params": [],
                 "lr": learning_rate if setting.learning_rate is None else setting.learning_rate,
                 "weight_decay": _decay(setting, weight_decay) if decays else 0.0,
@@ -149,6 +152,10 @@ def _setting(trainable: Mapping[Part, PartTraining], part: Part) -> PartTraining
 
 def _decay(setting: PartTraining, default: float) -> float:
     return default if setting.weight_decay is None else setting.weight_decay
+
+
+def _of_experts(parameter: Any, label: str) -> dict[str, Any]:
+    return {"name": parameter.group_name, "moe": True, "label": label}
 
 
 def _numel(parameter: nn.Parameter) -> int:

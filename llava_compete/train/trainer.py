@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
 
 from llava_compete.errors import UserError
 from llava_compete.model.build import save_checkpoint
 from llava_compete.model.lora import TRAINED_WEIGHTS, save_trained
 from llava_compete.moe.block import moe_blocks
-from llava_compete.train import checkpoints, trainable
+from llava_compete.train import checkpoints, expert_parallel, trainable
 from llava_compete.train import resharding as universal
 from llava_compete.train import step_counts as counts
 from llava_compete.train.adapters import save_merged
@@ -78,6 +79,7 @@ class StageTrainer(Trainer):
     Attributes to set before training:
         mark: what a resume compares; saved in each checkpoint.
         plan: the run's length, warm-up and competitions.
+        expert_ranks: over how many the experts are spread.
     """
 
     def __init__(self, *, config: TrainConfig, batch_sampler: Any, **kwargs: Any) -> None:
@@ -89,6 +91,7 @@ class StageTrainer(Trainer):
         self.batch_sampler = batch_sampler
         self.mark: dict[str, Any] = {}
         self.plan = Plan(0, 0, (0,))
+        self.expert_ranks = 1
         self.step_metrics = StepMetrics(self.args.device)
         self.step_counts: counts.StepCounts | None = None
         self.stop_requested = False
@@ -183,6 +186,7 @@ class StageTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; running out of memory, wherever, says what did not fit and which settings to change."""
+        expert_parallel.spread(self.model, self.expert_ranks)
         try:
             return super().train(*args, **kwargs)
         except (RuntimeError, MemoryError) as error:
@@ -244,9 +248,14 @@ class StageTrainer(Trainer):
         return self.model.get_base_model() if _has_adapters(self.model) else self.model
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        if self.deepspeed is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:  # which has loaded its optimizer's state with the weights
+            self._load_schedule(Path(checkpoint))
+        if self.expert_ranks > 1:
+            expert_parallel.refresh(self.deepspeed)
         self.answer_means.load(Path(checkpoint))
         optimizer = self.optimizer if self.deepspeed is None else self.deepspeed.optimizer.optimizer
         rates = set_rates(self.lr_scheduler, [group["lr"] for group in self._group_settings])
@@ -254,6 +263,13 @@ class StageTrainer(Trainer):
             group.update({key: now[key] for key in _OBEYED if key in now}, lr=rate)
         if self.deepspeed is not None and self.deepspeed.load_universal_checkpoint():
             universal.mend_loaded_state(optimizer, self._group_settings, rates)
+
+    def _load_schedule(self, checkpoint: Path) -> None:
+        """Also where experts that were spread over ranks, or are now, make it another number of groups."""
+        state = torch.load(checkpoint / SCHEDULER_NAME, weights_only=True)
+        groups = len(self._group_settings)
+        state["lr_lambdas"] = (state["lr_lambdas"] * groups)[:groups]  # one schedule for all
+        self.lr_scheduler.load_state_dict(state)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         """The step's gradient norm; a non-finite one marks the step as bad and keeps it from the weights."""
@@ -274,7 +290,7 @@ class StageTrainer(Trainer):
         self.record = dict(logs)
         if "loss" in logs:
             metrics = self.step_metrics.collect(self.train_dataset.counters) | self.router_gradients.collect()
-            metrics |= {f"learning_rate/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
+            metrics |= _learning_rates(self.optimizer)
             metrics["memory_gib"] = _peak_memory_gib(self.args.device)
             metrics |= self.take_window()
             self.record |= metrics
@@ -352,6 +368,13 @@ class StageTrainer(Trainer):
             state_dict = {name: tensor for name, tensor in state_dict.items() if name in trained}
             save_merged(base(), self.config.trainable, state_dict, self.processing_class, directory)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; experts that are spread over ranks are put together on rank 0."""
+        if self.expert_ranks == 1:
+            super().save_model(output_dir, _internal_call)
+        else:
+            self._save(output_dir, expert_parallel.whole_state_dict(self.model))
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The self-contained model directory that the next stage reads; rank 0 writes it, the others wait."""
         if self.args.should_save:
@@ -392,6 +415,10 @@ class StageTrainer(Trainer):
 
 def _has_adapters(model: Any) -> bool:
     return isinstance(model, PeftModel)
+
+
+def _learning_rates(optimizer: Any) -> dict[str, float]:
+    return {f"learning_rate/{group.get('label', group['name'])}": group["lr"] for group in optimizer.param_groups}
 
 
 def _peak_memory_gib(device: torch.device) -> float:

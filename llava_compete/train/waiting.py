@@ -7,11 +7,13 @@ wait for it until that stops.
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -22,10 +24,22 @@ BEAT_SECONDS = 10.0
 SILENCE_SECONDS = 300.0
 LONGEST_PAUSE = 1.0
 _GONE = "gone"
+# How gloo and NCCL say that another process is no longer there.
+_LOST_CONTACT = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "NCCL communicator was aborted",
+)
 
 
 class SharedError(UserError):
     """An error that all ranks know of; only rank 0 says it."""
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether a collective failed since another rank is gone, and not by itself."""
+    return any(sign in str(error) for sign in _LOST_CONTACT)
 
 
 def meet(store: dist.Store, rank: int, world_size: int, place: str, limit: timedelta) -> None:
@@ -58,6 +72,15 @@ def company(store: dist.Store, rank: int, world_size: int) -> Iterator[None]:
         yield
         _company.part()
     except SharedError:
+        raise
+    except Exception as error:
+        if is_lost_contact(error):
+            # A launcher tells the others to end as soon as one is gone; who that was is still to be found, and said.
+            told = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            if lost := _company.lost():
+                _company.say_lost(lost, error)
+            signal.signal(signal.SIGTERM, told)
+        _company.failed = True
         raise
     except BaseException:
         _company.failed = True
@@ -118,6 +141,26 @@ class _Company:
         self._arrive("part")
         if self.rank == 0:  # its process may hold the store: it leaves last
             self._wait_for("part")
+
+    def lost(self) -> list[int]:
+        """Ranks that ended without a word, once all others have shown that they live; none where one says its error
+        itself."""
+        others = [number for number in range(self.world_size) if number != self.rank]
+        try:
+            before = {number: self._beat(number) for number in others}
+            silent, begun = others, time.monotonic()
+            while silent and time.monotonic() - begun < 1.5 * BEAT_SECONDS:
+                time.sleep(BEAT_SECONDS / 10)
+                silent = [number for number in silent if self._beat(number) == before[number] != _GONE]
+            return [] if any(self._beat(number) == _GONE for number in others) else silent
+        except (dist.DistError, RuntimeError):
+            return [0] if self.rank else []  # whose process held the store
+
+    def say_lost(self, lost: list[int], error: Exception) -> NoReturn:
+        """Raise what is to be said of lost ranks, by the first that is left."""
+        text = f"{_names(lost)} of {self.world_size} was lost; the same command goes on from the last checkpoint"
+        first = min(number for number in range(self.world_size) if number not in lost)
+        raise (SharedError if self.rank > first or self.rank == 0 else UserError)(text) from error
 
     def _arrive(self, place: str) -> None:
         self.store.set(f"{place}/{self.rank}", "here")

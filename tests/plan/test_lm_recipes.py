@@ -7,6 +7,7 @@ import pytest
 from llava_compete.config import load_config
 from llava_compete.errors import UserError
 from llava_compete.moe.config import ROUTERS
+from llava_compete.plan.cluster import Cluster
 from llava_compete.plan.plan import plan
 from llava_compete.train.config import TrainConfig
 
@@ -15,7 +16,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "lm"
 
 @pytest.mark.parametrize(("name", "total"), [("154m", 154e6), ("660m", 660e6)])
 def test_plan_confirms_the_published_sizes(name, total):
-    result = plan(CONFIGS / f"{name}.yaml", [], 1, 80.0)
+    result = plan(CONFIGS / f"{name}.yaml", [], Cluster(1, 1), 80.0)
     # 660M is published without embeddings and routers (9.4M here).
     assert result.total.total == pytest.approx(total, rel=0.016)
     assert result.recipe.length == 1024
@@ -23,7 +24,7 @@ def test_plan_confirms_the_published_sizes(name, total):
 
 @pytest.mark.parametrize("name", ["tiny", "154m", "660m"])
 def test_the_dense_baseline_has_the_same_active_parameters(name):
-    experts, dense = (plan(CONFIGS / f"{stem}.yaml", [], 1, 80.0) for stem in (name, f"{name}_dense"))
+    experts, dense = (plan(CONFIGS / f"{stem}.yaml", [], Cluster(1, 1), 80.0) for stem in (name, f"{name}_dense"))
     assert dense.total.total == dense.total.active
     assert dense.total.active == pytest.approx(experts.total.active, rel=0.02)  # but for the routers
 

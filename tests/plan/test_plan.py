@@ -24,6 +24,7 @@ from llava_compete.model.section import ModelSection
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.experts import PackedExperts
 from llava_compete.parts import PREFIXES
+from llava_compete.plan.cluster import Cluster, Weights
 from llava_compete.plan.plan import build_on_meta, plan, state_memory, weight_bytes
 from llava_compete.plan.recipe import architecture, read_recipe
 from llava_compete.plan.step_cost import simulate
@@ -182,7 +183,7 @@ def test_model_states_agree_with_an_optimizer_step() -> None:
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     count = sum(parameter.numel() for parameter in model.parameters())
-    state = state_memory(weight_bytes(model, None), count, torch.float32, 0, 1)
+    state = state_memory(Weights(weight_bytes(model, None), 4 * count, 0, 0), torch.float32, 0, 1)
     assert state.weights == sum(parameter.nbytes for parameter in model.parameters())
     assert state.gradients == sum(parameter.grad.nbytes for parameter in model.parameters())
     measured = sum(value.nbytes for entry in optimizer.state.values() for value in entry.values() if value.ndim)
@@ -190,7 +191,7 @@ def test_model_states_agree_with_an_optimizer_step() -> None:
 
 
 def test_demo_recipe_and_missing_checkpoint(tmp_path: Path) -> None:
-    result = plan(CONFIGS / "demo" / "pretrain_align.yaml", [], 2, 8)
+    result = plan(CONFIGS / "demo" / "pretrain_align.yaml", [], Cluster(1, 2), 8)
     assert result.total.total == result.total.trainable
     assert result.recipe.config.text_config.vocab_size == 512  # that of the tokenizer which the stage will train
     assert result.largest_micro_batch[2]["with_checkpointing"] > 0
@@ -219,7 +220,7 @@ def test_mistakes_are_named(arguments: list[str], message: str, capsys: pytest.C
 def test_frozen_parts_are_not_trainable() -> None:
     path = CONFIGS / "vicuna7b_clip336" / "pretrain_align.yaml"
     assert read_yaml(path)["trainable"]["language"] == "frozen"
-    parameters = plan(path, [], 1, 80).parameters
+    parameters = plan(path, [], Cluster(1, 1), 80).parameters
     assert (parameters["vision"].trainable, parameters["language"].trainable) == (0, 0)
     assert parameters["projector"].trainable == parameters["projector"].total
 
@@ -227,9 +228,9 @@ def test_frozen_parts_are_not_trainable() -> None:
 def test_adapters_quantisation_and_offload() -> None:
     lora = ["trainable={language: {mode: lora, lora_rank: 4}}", "model.dtype=bfloat16"]
     path = CONFIGS / "demo" / "sft.yaml"
-    adapted = plan(path, lora, 1, 80)
-    with_bits = plan(path, [*lora, "model.quantization=4bit"], 1, 80)
-    offloaded = plan(path, ["deepspeed=zero2_offload"], 2, 80)
+    adapted = plan(path, lora, Cluster(1, 1), 80)
+    with_bits = plan(path, [*lora, "model.quantization=4bit"], Cluster(1, 1), 80)
+    offloaded = plan(path, ["deepspeed=zero2_offload"], Cluster(1, 2), 80)
     base = build_on_meta(read_recipe(path, []))
     head = base.get_output_embeddings()
     matrices = [(1, m.weight) for m in base.language_model.modules() if isinstance(m, nn.Linear) and m is not head]

@@ -67,6 +67,19 @@ def test_a_rank_that_failed_alone_is_not_waited_for(monkeypatch: pytest.MonkeyPa
     assert errors_of_ranks(work) == ["rank 1 of 2 has left", "row 7 is bad"]
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_rank_that_is_lost_in_a_step_is_named(number: int) -> None:
+    """By one of those that are left, also where the lost one held the store."""
+
+    def work(rank: Rank, store: Any) -> None:
+        if rank.number == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        distributed.dist.all_reduce(distributed.torch.ones(1))
+
+    (said,) = errors_of_ranks(work, answers=[1 - number])
+    assert said == f"rank {number} of 2 was lost; the same command goes on from the last checkpoint"
+
+
 def test_no_rank_leaves_before_the_others_have_ended(tmp_path: Path) -> None:
     """The launcher would end them, and one may be writing."""
 

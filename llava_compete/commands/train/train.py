@@ -18,12 +18,6 @@ from llava_compete.errors import UserError
 logger = logging.getLogger(__name__)
 
 # A rank that only lost contact waits: the launcher ends it as soon as the rank with the true error is gone.
-_LOST_CONTACT = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "NCCL communicator was aborted",
-)
 _GRACE_SECONDS = 10
 
 
@@ -53,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     from llava_compete.train.config import TrainConfig
     from llava_compete.train.distributed import this_rank
     from llava_compete.train.stopping import STOPPED
-    from llava_compete.train.waiting import SharedError
+    from llava_compete.train.waiting import SharedError, is_lost_contact
 
     rank = this_rank()
     alike = True  # until the ranks work on different things, they make the same mistakes
@@ -74,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
             sys.stderr.write(f"error: rank {rank.number}: {error}\n")
         return 2
     except Exception as error:  # the last stop: one line to the user, the traceback to run/console.log
-        if any(sign in str(error) for sign in _LOST_CONTACT):
+        if is_lost_contact(error):
             time.sleep(_GRACE_SECONDS)
         first_line = (str(error).strip().splitlines() or [""])[0]
         logger.error("rank %d: %s: %s", rank.number, type(error).__name__, first_line)

@@ -48,6 +48,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("data", "demo"): ("data.demo", "build the demo data (real digits, rendered scenes) in LLaVA's format"),
     ("data", "check"): ("data.check", "check every row and image of a config's data before training"),
     ("data", "scenes-hard"): ("data.scenes_hard", "build the harder scene benchmark for comparing routers"),
+    ("data", "documents"): ("data.documents", "build pages of small print and questions about them, for tiles"),
     ("data", "emoji"): ("data.emoji", "build questions about emoji of four vendors from the fetched pictures"),
     ("data", "tokenizer"): ("data.tokenizer", "train a byte-level BPE tokenizer on text"),
     ("data", "stdlib-text"): ("data.stdlib_text", "build a text corpus from Python's standard library"),

@@ -21,7 +21,7 @@ from llava_compete.language.chat_encoding import cut_to_length, encode_conversat
 from llava_compete.language.piece_ids import piece_encoder
 from llava_compete.parts import IGNORE_INDEX, IMAGE_TOKEN
 from llava_compete.vision.image_decoder import BadImageError, image_size, open_image
-from llava_compete.vision.tiles import Tiling
+from llava_compete.vision.naflex import SizedPictures
 
 MIN_SIDE, MAX_ASPECT = 8, 50  # a picture below or beyond says nothing once resized
 
@@ -98,7 +98,7 @@ class TextSide(NamedTuple):
 
     tokenizer: Any
     num_image_tokens: int
-    tiling: Tiling | None = None
+    tiling: SizedPictures | None = None
 
     def tokens_per_image(self, source: SourceSection, images: Sequence[str | bytes]) -> int | list[int]:
         """Placeholders of every image, or of each where the picture's size decides; errors as `image_size`."""

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from llava_compete.config import StrictConfig, read_yaml
 from llava_compete.data.source_files import base_folder
 from llava_compete.errors import UserError, and_more
-from llava_compete.vision.tiles import Tiling
+from llava_compete.vision.naflex import SizedPictures
 
 
 class SourceSection(StrictConfig):
@@ -123,14 +123,12 @@ class DataSection(StrictConfig):
             raise ValueError(f"two sources are called {twice[0]!r}: metrics could not keep them apart")
         return self
 
-    def check_tiles(self, tiling: Tiling | None) -> None:
-        """Refuse a limit that one picture in the largest grid of tiles would fill by itself."""
+    def check_tiles(self, tiling: SizedPictures | None) -> None:
+        """Refuse a limit that one picture of the most tokens would fill by itself."""
         if tiling is not None and (tokens := tiling.num_tokens(tiling.largest)) >= self.max_length:
-            height, width = tiling.largest
-            grid = f"{height // tiling.size} x {width // tiling.size}"
             raise UserError(
-                f"data.max_length: found {self.max_length}, but a picture in {grid} tiles makes {tokens} tokens; raise "
-                "it, or lower model.vision_tower.tiles.max, or set model.projector.pool"
+                f"data.max_length: found {self.max_length}, but a picture in {tiling} makes {tokens} tokens; raise "
+                f"it, or lower {tiling.setting}, or set model.projector.pool"
             )
 
     def check_context(self, context: int | None) -> None:

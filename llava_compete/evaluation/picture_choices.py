@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from llava_compete.vision.image_decoder import Size
+from llava_compete.vision.naflex import NativeSizes
 from llava_compete.vision.tiles import Box
 
 
@@ -58,6 +59,8 @@ def token_cells(model: Any, part: str, sizes: Sequence[Size]) -> list[np.ndarray
     """For each picture of these heights and widths int64 [R, C]: which of the part's tokens (of the language model:
     which of the pictures' tokens) looks at each cell, or -1."""
     tower, tiling = model.model.vision_tower, model.model.tiling
+    if isinstance(tiling, NativeSizes):
+        return tiling.token_cells(sizes, part == "vision", tower.kind.num_prefix_tokens)
     rows, columns = tower.grid
     if part == "vision":
         per_tile, before = tower.tokens_per_tile, tower.kind.num_prefix_tokens

@@ -13,29 +13,33 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 
 from llava_compete.errors import UserError
 from llava_compete.model.attention_masks import AttentionInputs, KeepsNothing, without_waiting
 from llava_compete.model.config import LlavaCompeteConfig
+from llava_compete.model.image_features import ImageFeaturesMixin
 from llava_compete.model.losses import attach_losses, own_balance_loss, routing_losses
-from llava_compete.model.place_experts import install_language_experts, install_vision_experts, make_projector
-from llava_compete.model.placeholders import check_counts, place_features, sample_positions, sent
+from llava_compete.model.place_experts import (
+    install_language_experts,
+    install_vision_experts,
+    make_projector,
+    make_tower,
+)
+from llava_compete.model.placeholders import check_counts, place_features, sample_positions
 from llava_compete.model.served import check_served, is_served
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.moe.records import stack_layers
 from llava_compete.moe.state import RoutingState, TokenGroups
 from llava_compete.vision.projector import Projector
-from llava_compete.vision.tiles import Layout
 from llava_compete.vision.tower import VisionTower
 
 
@@ -105,7 +109,7 @@ def _checkpoint(function: Any, routing: RoutingState, *args: Any, **kwargs: Any)
     return function(*args, **contexts, **kwargs)
 
 
-class LlavaCompeteModel(LlavaCompetePreTrainedModel):
+class LlavaCompeteModel(ImageFeaturesMixin, LlavaCompetePreTrainedModel):
     """The forward pass, for B rows of N tokens of width H, and n images of P features of width D:
 
         pixel_values [n, 3, S, S] -> vision_tower [n, P, D] -> multi_modal_projector [n, P, H]
@@ -137,7 +141,7 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
         self.tiling = config.tiling
         moe = MoeConfig() if config.moe is None else MoeConfig.model_validate(config.moe)
         if config.tower is not None:
-            self.vision_tower = VisionTower(config.tower)
+            self.vision_tower = make_tower(config.tower)
             if moe.vision is not None:
                 install_vision_experts(self.vision_tower, moe.vision, self.routing)
             self.multi_modal_projector = make_projector(config, moe.projector, self.routing)
@@ -168,107 +172,6 @@ class LlavaCompeteModel(LlavaCompetePreTrainedModel):
             if "router_logits" in recorded
             else 0
         )
-
-    # --- images ----------------------------------------------------------------------------------------------------
-
-    def image_lengths(self, pixel_values: Tensor | None, image_sizes: Any = None) -> tuple[list[int], list[int]]:
-        """Tiles and features of each image."""
-        if self.tiling is not None and pixel_values is not None:
-            return self._layout(pixel_values, image_sizes)[:2]
-        count = 0 if pixel_values is None else len(pixel_values)
-        return [1] * count, [self.config.num_image_tokens] * count
-
-    def _layout(self, pixel_values: Tensor, image_sizes: Any) -> Layout:
-        """Where the features of images in tiles go. `image_sizes` is best a list or on the host: it is read there."""
-        assert self.tiling is not None
-        if image_sizes is None:
-            raise UserError("image_sizes: missing; a model of tiles needs each picture's height and width beside them")
-        sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
-        layout = self.tiling.layout([(int(height), int(width)) for height, width in sizes])
-        if sum(layout.tiles) != len(pixel_values):
-            raise UserError(
-                f"pixel_values: found {len(pixel_values)} tiles, but {len(layout.tiles)} image(s) of image_sizes make "
-                f"{sum(layout.tiles)}"
-            )
-        return layout
-
-    @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, image_sizes: Any = None, **_: Any) -> BaseModelOutputWithPooling:
-        """The projected features [n, P, H], as `pooler_output`, where transformers has them in all its models; of
-        images in tiles a tuple, [F, H] of each."""
-        features = self._image_features(pixel_values, None, image_sizes)
-        if self.tiling is not None:
-            features = features.split(self.image_lengths(pixel_values, image_sizes)[1])
-        return BaseModelOutputWithPooling(pooler_output=features)
-
-    def _image_features(
-        self,
-        pixel_values: Tensor,
-        num_sequences: dict[str, Any] | None,
-        image_sizes: Any,
-        num_tile_chunks: int | None = None,
-    ) -> Tensor:
-        """Projected features [n, P, H], or [F, H] of images in tiles; each image is one sequence of tower and
-        projector."""
-        assert self.vision_tower is not None
-        assert self.multi_modal_projector is not None
-        counts = num_sequences or {}
-        if self.tiling is not None:
-            return self._tiled_features(pixel_values, counts, self._layout(pixel_values, image_sizes), num_tile_chunks)
-        if self.routing.is_recording:
-            ids = self.vision_tower.tile_image_ids(len(pixel_values), pixel_values.device)
-            self.routing.begin("vision", TokenGroups.from_ids(ids, len(pixel_values), counts.get("vision")))
-        features = self.vision_tower(pixel_values, num_tile_chunks)
-        if self.routing.is_recording:
-            ones = torch.ones(len(features), self.config.num_image_tokens, device=features.device)
-            self.routing.begin("projector", TokenGroups.from_mask(ones, counts.get("projector")))
-        return self.multi_modal_projector(features)
-
-    def _tiled_features(
-        self, pixel_values: Tensor, counts: dict[str, Any], layout: Layout, num_tile_chunks: int | None
-    ) -> Tensor:
-        """All tiles of all images in one call. In the projector, features of black borders are in no statistic."""
-        assert self.vision_tower is not None
-        assert self.multi_modal_projector is not None
-        device, num_images = pixel_values.device, len(layout.tiles)
-        image_of_tile = np.repeat(np.arange(num_images), layout.tiles)
-        if self.routing.is_recording:
-            ids = sent(image_of_tile, device)[:, None].expand(-1, self.vision_tower.tokens_per_tile)
-            self.routing.begin("vision", TokenGroups.from_ids(ids, num_images, counts.get("vision")))
-        features = self.vision_tower(pixel_values, num_tile_chunks)
-        if self.routing.is_recording:
-            per_tile = self.config.num_image_tokens
-            image_of_feature = np.full(len(pixel_values) * per_tile, -1)
-            image_of_feature[layout.sources] = image_of_tile[layout.sources // per_tile]
-            ids = sent(image_of_feature, device)
-            self.routing.begin("projector", TokenGroups.from_ids(ids, num_images, counts.get("projector")))
-        sources, places = sent(layout.sources, device), sent(layout.places, device)
-        return self.multi_modal_projector(features, sources, places, sum(layout.lengths))
-
-    @property
-    def vision_tower_dtype(self) -> torch.dtype:
-        """Precision that the tower's first layer computes in."""
-        assert self.vision_tower is not None
-        return next(parameter.dtype for parameter in self.vision_tower.parameters() if parameter.is_floating_point())
-
-    def _dummy_image_features(self, device: torch.device, num_tile_chunks: int | None) -> Tensor:
-        """The features of one blank image, absent from every statistic, times 0.
-
-        It sends a text-only micro-batch of training through the same modules at the same place, so that all ranks run
-        the same collectives and the tower's parameters have (zero) gradients.
-        """
-        assert self.vision_tower is not None
-        assert self.multi_modal_projector is not None
-        side = self.config.tower.image_size
-        pixels = torch.zeros(1, 3, side, side, device=device, dtype=self.vision_tower_dtype)
-        tiles = sum(scale * scale for scale in self.config.tower.scales)
-        self.routing.begin("vision", TokenGroups.empty(tiles * self.vision_tower.tokens_per_tile, device))
-        features = self.vision_tower(pixels, num_tile_chunks)
-        self.routing.begin("projector", TokenGroups.empty(self.config.num_image_tokens, device))
-        if self.tiling is not None:  # one feature and one newline
-            first = torch.zeros(1, dtype=torch.int64, device=device)
-            return self.multi_modal_projector(features, first, first, 2) * 0
-        return self.multi_modal_projector(features) * 0
 
     def _embed(
         self,

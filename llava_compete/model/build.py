@@ -23,12 +23,13 @@ from llava_compete.language.tokenizer import add_image_token
 from llava_compete.model.checkpoint import load_checkpoint, read_config, save_checkpoint
 from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
-from llava_compete.model.place_experts import make_projector
+from llava_compete.model.place_experts import make_projector, make_tower
 from llava_compete.model.processor import LlavaCompeteProcessor
 from llava_compete.model.section import ModelSection
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.vision.image_processing import LlavaCompeteImageProcessor
+from llava_compete.vision.naflex_tower import NaFlexTower
 from llava_compete.vision.projector import check_pool
 from llava_compete.vision.sources import load_pretrained, resolve_tower
 from llava_compete.vision.tower import VisionTower
@@ -65,6 +66,11 @@ def _set_tile_batch(tower: VisionTower, tile_batch: int) -> None:
             f"model.tile_batch: found {tile_batch}, but the tower has experts (moe.vision), whose routing losses are "
             "of a whole micro-batch; lower training.per_device_train_batch_size in its place"
         )
+    if isinstance(tower, NaFlexTower):
+        raise UserError(
+            f"model.tile_batch: found {tile_batch}, but a NaFlex tower takes all pictures of a micro-batch at once; "
+            "lower model.vision_tower.naflex.max_patches in its place"
+        )
     tower.tile_batch = tile_batch
 
 
@@ -100,7 +106,9 @@ def _make(
 
 def processor_of(config: LlavaCompeteConfig, tokenizer: Any) -> LlavaCompeteProcessor:
     """The processor of a model of this config with this tokenizer."""
-    image_processor = None if config.tower is None else LlavaCompeteImageProcessor.from_tower(config.tower)
+    image_processor = (
+        None if config.tower is None else LlavaCompeteImageProcessor.from_tower(config.tower, config.projector.pool)
+    )
     return LlavaCompeteProcessor(image_processor, tokenizer, num_image_tokens=config.num_image_tokens)
 
 
@@ -219,7 +227,7 @@ def _add_new_eyes(model: LlavaCompeteForConditionalGeneration) -> None:
     """Tower and projector with random weights, where the model has them on the meta device."""
     config = model.config
     if config.tower is not None:
-        model.model.vision_tower = VisionTower(config.tower)
+        model.model.vision_tower = make_tower(config.tower)
         model.model.multi_modal_projector = make_projector(config, None, model.routing)
 
 

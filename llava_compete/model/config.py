@@ -13,6 +13,7 @@ from transformers.configuration_utils import SubConfigSpec
 from llava_compete.model.card import model_card, write_card
 from llava_compete.model.served import AUTO_MAP, declare_experts, write_stub
 from llava_compete.moe.config import MoeConfig
+from llava_compete.vision.naflex import NativeSizes, SizedPictures
 from llava_compete.vision.projector import ProjectorSection
 from llava_compete.vision.tiles import Tiling
 from llava_compete.vision.tower_config import TowerConfig
@@ -71,14 +72,16 @@ class LlavaCompeteConfig(PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Placeholders (= embeddings) for one image, or of tiles for one tile; 0 without a tower."""
+        """Placeholders (= embeddings) for one image, of tiles for one tile, of NaFlex at most; 0 without a tower."""
         tower = self.tower
         return 0 if tower is None else tower.num_tokens // self.projector.pool**2
 
     @property
-    def tiling(self) -> Tiling | None:
-        """How pictures are cut into tiles; None where each is one picture of one size."""
+    def tiling(self) -> SizedPictures | None:
+        """How pictures are cut into tiles or patches; None where each is one picture of one size."""
         tower = self.tower
+        if tower is not None and tower.max_patches is not None:
+            return NativeSizes(tower.image_size, self.projector.pool, tower.max_patches)
         if tower is None or tower.tiles is None:
             return None
         return Tiling(tower.image_size, math.isqrt(self.num_image_tokens), tower.tiles)

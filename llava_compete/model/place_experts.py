@@ -16,9 +16,16 @@ from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.moe.block import SparseMoeBlock
 from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.state import RoutingState
+from llava_compete.vision.feed_forward import block_feed_forward
+from llava_compete.vision.naflex_tower import NaFlexTower
 from llava_compete.vision.projector import Projector
 from llava_compete.vision.tower import VisionTower
-from llava_compete.vision.trunks import block_feed_forward
+from llava_compete.vision.tower_config import TowerConfig
+
+
+def make_tower(config: TowerConfig) -> VisionTower:
+    """The tower, dense."""
+    return VisionTower(config) if config.max_patches is None else NaFlexTower(config)
 
 
 def install_vision_experts(tower: VisionTower, moe: MoeLayerConfig, state: RoutingState) -> None:

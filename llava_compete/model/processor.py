@@ -18,7 +18,7 @@ from llava_compete.language.chat_encoding import encode_conversation, on_lines_o
 from llava_compete.model.served import AUTO_MAP, write_stub
 from llava_compete.parts import IMAGE_TOKEN
 from llava_compete.vision.image_decoder import full_size, open_image
-from llava_compete.vision.tiles import Tiling
+from llava_compete.vision.naflex import SizedPictures
 
 
 class LlavaCompeteProcessor(ProcessorMixin):
@@ -46,8 +46,8 @@ class LlavaCompeteProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     @property
-    def tiling(self) -> Tiling | None:
-        """How pictures are cut into tiles; None where each is one picture of one size, or there are none."""
+    def tiling(self) -> SizedPictures | None:
+        """How pictures are cut into tiles or patches; None where each is one picture of one size, or there are none."""
         if self.image_processor is None:
             return None
         return self.image_processor.tiling(math.isqrt(self.num_image_tokens))

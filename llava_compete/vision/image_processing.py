@@ -22,6 +22,7 @@ from transformers.processing_utils import ImagesKwargs
 from llava_compete.errors import UserError
 from llava_compete.vision.image_decoder import Size, Wanted, full_size
 from llava_compete.vision.image_inputs import load_images
+from llava_compete.vision.naflex import NativeSizes, SizedPictures, patch_pixels
 from llava_compete.vision.resizing import FILTERS, resized
 from llava_compete.vision.tiles import Box, Tiling, tile_pixels
 from llava_compete.vision.tower_config import CLIP_MEAN, CLIP_STD, Interpolation, PixelVersion, ResizeMode, TowerConfig
@@ -38,6 +39,9 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
     their files come here; images that come decoded are taken as they are. These settings belong to the tower:
     transformers' own options (`do_resize`, `image_mean` and the like) are refused, here and in a call, since ignoring
     them would go unnoticed.
+
+    tiles: grids that a picture may be cut into (`tiles`). max_patches, pool: pictures at their own proportions
+    (`naflex`); `size` is then that of a patch.
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values"]
@@ -53,6 +57,8 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
         version: PixelVersion = 1,
         tiles: Sequence[Sequence[int]] | None = None,
         jpeg_draft: bool = False,
+        max_patches: int | None = None,
+        pool: int = 1,
         **kwargs: Any,
     ) -> None:
         _refuse(sorted(kwargs.keys() - set(_NOTES)))
@@ -65,15 +71,22 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
         self.version = version
         self.tiles = None if tiles is None else [list(grid) for grid in tiles]
         self.jpeg_draft = jpeg_draft
+        self.max_patches = max_patches
+        self.pool = pool
 
     @classmethod
-    def from_tower(cls, tower: TowerConfig) -> LlavaCompeteImageProcessor:
-        """The processor that delivers what this tower takes."""
-        tiles = {} if tower.tiles is None else {"tiles": tower.tiles}
-        return cls(**{**tower.preprocess.model_dump(), "size": tower.image_size, **tiles})
+    def from_tower(cls, tower: TowerConfig, pool: int = 1) -> LlavaCompeteImageProcessor:
+        """The processor that delivers what this tower takes, for a projector that pools `pool` x `pool` features."""
+        options: dict[str, Any] = {} if tower.tiles is None else {"tiles": tower.tiles}
+        if tower.max_patches is not None:
+            options = {"max_patches": tower.max_patches, "pool": pool}
+        return cls(**{**tower.preprocess.model_dump(), "size": tower.image_size, **options})
 
-    def tiling(self, side: int) -> Tiling | None:
-        """How pictures are cut whose tiles become `side` x `side` embeddings; None for pictures of one size."""
+    def tiling(self, side: int) -> SizedPictures | None:
+        """How pictures are cut whose tiles become `side` x `side` embeddings, or that keep their own proportions; None
+        for pictures of one size."""
+        if self.max_patches is not None:
+            return NativeSizes(self.size, self.pool, self.max_patches)
         if self.tiles is None:
             return None
         return Tiling(self.size, side, tuple((rows, columns) for rows, columns in self.tiles))
@@ -115,8 +128,10 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
         sizes = [full_size(image) for image in flat]
         return BatchFeature({"pixel_values": tiles, "image_sizes": sizes}, tensor_type=return_tensors)
 
-    def _tiled(self, image: Image.Image, tiling: Tiling) -> list[np.ndarray]:
-        """The whole picture and its tiles."""
+    def _tiled(self, image: Image.Image, tiling: SizedPictures) -> list[np.ndarray]:
+        """The whole picture and its tiles, or its patches."""
+        if isinstance(tiling, NativeSizes):
+            return list(patch_pixels(image, tiling, self.interpolation))
         return [self.pixels(image), *tile_pixels(image, tiling, self.interpolation)]
 
     def pixels(self, image: Image.Image) -> np.ndarray:

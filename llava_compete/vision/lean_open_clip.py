@@ -18,9 +18,11 @@ from open_clip.pretrained import (
 )
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
+from timm.models.naflexvit import NaFlexVit
 
 __all__ = [
     "CLIPVisionCfg",
+    "NaFlexVit",
     "TimmModel",
     "VisionTransformer",
     "_build_vision_tower",

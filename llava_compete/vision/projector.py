@@ -139,6 +139,10 @@ def projector_depth(kind: str) -> int:
 
 def check_pool(section: ProjectorSection, tower: TowerConfig) -> None:
     """Raise a `UserError` where the tower's map cannot be cut into squares of pool x pool features."""
+    if tower.max_patches is not None:
+        if tower.max_patches < section.pool**2:
+            raise UserError(f"projector.pool: {section.pool} needs naflex.max_patches of {section.pool**2} or more")
+        return
     side = math.isqrt(tower.num_tokens)
     if section.pool > 1 and (tower.select != "patch" or side % section.pool):
         found = f"a map of {side} x {side} features" if tower.select == "patch" else f"select: {tower.select}"

@@ -17,6 +17,8 @@ from torch import Tensor
 from llava_compete.config import parse_config
 from llava_compete.errors import UserError, and_more, nearest
 from llava_compete.files import read_json
+from llava_compete.vision.naflex_tower import check_naflex
+from llava_compete.vision.siglip2_weights import is_siglip2, timm_weights
 from llava_compete.vision.tiles import LLAVA_NEXT_GRIDS
 from llava_compete.vision.tower import VisionTower
 from llava_compete.vision.tower_config import (
@@ -28,7 +30,7 @@ from llava_compete.vision.tower_config import (
     TowerConfig,
     VisionTowerSection,
 )
-from llava_compete.vision.trunks import build_trunk, tower_facts
+from llava_compete.vision.trunks import build_trunk, tower_facts, trunk_of
 from llava_compete.weight_files import load_pickled
 
 logger = logging.getLogger(__name__)
@@ -54,34 +56,45 @@ def resolve_tower(section: VisionTowerSection) -> TowerConfig:
         )
     quick_gelu = bool(model_cfg.get("quick_gelu", False))
     facts = tower_facts(embed_dim, vision_cfg, quick_gelu, section.feature_layer, section.select)
+    size, max_patches = facts.image_size, None
+    if section.naflex is not None:
+        size, max_patches = _patch_side(embed_dim, vision_cfg), section.naflex.max_patches
     # LLaVA-NeXT squashes the whole picture, whose proportions its tiles keep.
-    resize_mode = "squash" if section.tiles else preprocess_cfg.get("resize_mode") or "shortest"
+    resize_mode = "squash" if section.tiles or section.naflex else preprocess_cfg.get("resize_mode") or "shortest"
     preprocess = {
-        "size": facts.image_size,
+        "size": size,
         "mean": preprocess_cfg.get("mean") or CLIP_MEAN,
         "std": preprocess_cfg.get("std") or CLIP_STD,
         "interpolation": preprocess_cfg.get("interpolation") or "bicubic",
         "resize_mode": _RESIZE_MODES.get(resize_mode, resize_mode),
-        "version": TILE_PIXELS if section.tiles else LATEST_PIXELS,
+        "version": TILE_PIXELS if section.tiles or section.naflex else LATEST_PIXELS,
     }
     values = {
         **section.model_dump(include={"name", "pretrained", "feature_layer", "select", "scales", "scales_from"}),
         "tiles": None if section.tiles is None else _grids(section.tiles),
+        "max_patches": max_patches,
         "embed_dim": embed_dim,
         "quick_gelu": quick_gelu,
         "vision_cfg": vision_cfg,
         "preprocess": {**preprocess, **section.preprocess.model_dump(exclude_none=True)},
         "width": facts.width,
-        "num_tokens": facts.num_tokens,
+        "num_tokens": max_patches or facts.num_tokens,
         "num_layers": facts.num_layers,
     }
     tower = parse_config(TowerConfig, values, source="vision_tower")
-    if tower.tiles is not None and tower.preprocess.version != TILE_PIXELS:
+    if (tower.tiles or tower.max_patches) is not None and tower.preprocess.version != TILE_PIXELS:
         raise UserError(
             f"vision_tower.preprocess.version: found {tower.preprocess.version}, expected {TILE_PIXELS}, the pixels "
-            "that tiles are made of"
+            "that tiles and patches are made of"
         )
     return tower
+
+
+def _patch_side(embed_dim: int, vision_cfg: dict[str, Any]) -> int:
+    """Of a NaFlex tower."""
+    with torch.device("meta"):
+        trunk = trunk_of(build_trunk(embed_dim, vision_cfg, quick_gelu=False), 0)
+    return check_naflex(trunk, vision_cfg.get("timm_model_name") or type(trunk.module).__name__).patch
 
 
 def _grids(section: TilesSection) -> Sequence[tuple[int, int]]:
@@ -101,9 +114,9 @@ def load_pretrained(tower: VisionTower, section: VisionTowerSection) -> bool:
     if path is None:
         return False
     config = tower.config
-    stored = _read_visual(path)
+    stored, of_transformers = _read_visual(path)
     whole = build_trunk_keys(config)
-    prefix = "trunk." if config.vision_cfg.get("timm_model_name") else ""
+    prefix = "trunk." if config.vision_cfg.get("timm_model_name") and not of_transformers else ""
     if prefix:  # the rest of a timm tower is its projection head
         stored = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
     wanted = tower.trunk.state_dict()
@@ -221,18 +234,22 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _read_visual(path: Path) -> dict[str, Tensor]:
-    """The tensors under `visual.` of a CLIP checkpoint; pickled files only with torch's safe unpickler."""
+def _read_visual(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """The tensors under `visual.` of a CLIP checkpoint, or of transformers' SigLIP 2 by timm's names (True); pickled
+    files only with torch's safe unpickler."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                return {key.removeprefix("visual."): file.get_tensor(key) for key in _visual_keys(file.keys(), path)}
+                if is_siglip2(file.keys()):
+                    return timm_weights({key: file.get_tensor(key) for key in file.keys()}), True  # noqa: SIM118
+                keys = _visual_keys(file.keys(), path)
+                return {key.removeprefix("visual."): file.get_tensor(key) for key in keys}, False
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: truncated or damaged weights ({_line(error)})") from error
     content = load_pickled(path)
     content = content.get("state_dict", content)
     content = {key.removeprefix("module."): value for key, value in content.items()}
-    return {key.removeprefix("visual."): content[key] for key in _visual_keys(content, path)}
+    return {key.removeprefix("visual."): content[key] for key in _visual_keys(content, path)}, False
 
 
 def _visual_keys(keys: Any, path: Path) -> list[str]:

@@ -57,6 +57,7 @@ class Tiling:
     size: int
     side: int
     grids: tuple[Grid, ...]
+    setting = "model.vision_tower.tiles.max"
 
     def grid(self, picture: Size) -> Grid:
         """The grid in which most of the picture's pixels show; of equals the smallest.
@@ -104,6 +105,10 @@ class Tiling:
         order = self.side**2 + np.arange(height * (width + 1)).reshape(height, width + 1)
         found[kept.top : kept.bottom, kept.left : kept.right] = order[:, :-1]  # a newline ends each row
         return found
+
+    def __str__(self) -> str:
+        height, width = self.largest
+        return f"{height // self.size} x {width // self.size} tiles"
 
     def layout(self, pictures: Sequence[Size]) -> Layout:
         """Of a batch, in reading order."""

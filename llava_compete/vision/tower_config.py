@@ -77,6 +77,16 @@ class TilesSection(StrictConfig):
         return self
 
 
+class NaFlexSection(StrictConfig):
+    """Pictures at their own proportions, in as many patches as a budget allows: timm's NaFlex towers (SigLIP 2)."""
+
+    max_patches: int = Field(
+        default=256,
+        gt=0,
+        description="patches of a picture at most, and each is resized to fill them; projector.pool² make a token",
+    )
+
+
 class TowerConfig(StrictConfig):
     """A vision tower with its architecture spelled out."""
 
@@ -109,7 +119,10 @@ class TowerConfig(StrictConfig):
     tiles: tuple[tuple[int, int], ...] | None = Field(
         default=None, description="grids of tiles that a picture may be cut into; none: one picture of one size"
     )
-    preprocess: PreprocessConfig = Field(description="how a picture becomes pixels")
+    max_patches: int | None = Field(
+        default=None, description="patches of a picture at its own proportions (NaFlex); none: pictures of one size"
+    )
+    preprocess: PreprocessConfig = Field(description="how a picture becomes pixels; of NaFlex size is a patch's side")
     # Facts of the built tower: with them a config alone tells the number of image tokens and the projector's width.
     width: int = Field(gt=0, description="of one block's output")
     num_tokens: int = Field(gt=0, description="features of one picture")
@@ -198,6 +211,9 @@ class VisionTowerSection(StrictConfig):
     tiles: TilesSection | None = Field(
         default=None, description="pictures in tiles at their own proportions, for documents and charts (LLaVA-NeXT)"
     )
+    naflex: NaFlexSection | None = Field(
+        default=None, description="pictures at their own proportions and no tiles, for a NaFlex tower of timm"
+    )
     preprocess: PreprocessOverrides = Field(
         default=PreprocessOverrides(), description="what to change in the tower's own preprocessing"
     )
@@ -210,5 +226,10 @@ class VisionTowerSection(StrictConfig):
             raise ValueError(
                 f"tiles: found with scales {list(self.scales)} and select {self.select}, expected scales [1] and "
                 "select patch: tiles stand in for larger scales, and rows of tiles have no class tokens"
+            )
+        if self.naflex is not None and (self.tiles is not None or self.scales != (1,) or self.select != "patch"):
+            raise ValueError(
+                f"naflex: found with {'tiles, ' if self.tiles else ''}scales {list(self.scales)} and select "
+                f"{self.select}, expected neither tiles nor larger scales, and select patch"
             )
         return self

@@ -1,5 +1,5 @@
-"""Three kinds of trunk behind one face: open_clip's own `VisionTransformer`, timm's transformers, and timm's networks
-of feature maps (ConvNeXt, EfficientNet, FastViT, Swin, ...).
+"""Four kinds of trunk behind one face: open_clip's own `VisionTransformer`, timm's transformers, timm's NaFlex
+transformer, and timm's networks of feature maps (ConvNeXt, EfficientNet, FastViT, Swin, ...).
 
 A trunk's module keeps its own parameter names; what differs in how it is read, cut and called is in the class of its
 kind here. A new kind is one more class and one line of `trunk_of`.
@@ -19,16 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from llava_compete.errors import UserError
-from llava_compete.vision.lean_open_clip import CLIPVisionCfg, TimmModel, VisionTransformer, _build_vision_tower
-
-
-class FeedForward(NamedTuple):
-    """Shape of a block's dense MLP, which is what a MoE block must match."""
-
-    hidden_size: int
-    intermediate_size: int
-    activation: str
-    bias: bool
+from llava_compete.vision.lean_open_clip import (
+    CLIPVisionCfg,
+    NaFlexVit,
+    TimmModel,
+    VisionTransformer,
+    _build_vision_tower,
+)
 
 
 class TowerFacts(NamedTuple):
@@ -169,6 +166,48 @@ class TimmTrunk(Trunk):
         return Features(*only) if isinstance(only, tuple) else Features(only, only[:, :0])
 
 
+class NaFlexTrunk(Trunk):
+    """timm's NaFlex transformer (SigLIP 2's), on squares of one size or on pictures of any (`naflex_tower`)."""
+
+    def __init__(self, module: Any, image_size: int) -> None:
+        super().__init__(module)
+        self._image_size = image_size
+
+    @property
+    def blocks(self) -> Any:
+        return self.module.blocks
+
+    @property
+    def patch(self) -> int:
+        """Side of a patch in pixels."""
+        return int(self.module.embeds.patch_size[0])
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = self._image_size // self.patch
+        return side, side
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return int(self.module.num_prefix_tokens)
+
+    @property
+    def has_class_token(self) -> bool:
+        return bool(self.module.has_class_token)
+
+    @property
+    def width(self) -> int:
+        return int(self.module.embed_dim)
+
+    def keep(self, num_layers: int) -> None:
+        self.module.prune_intermediate_layers([num_layers - 1], prune_norm=True, prune_head=True)
+        self._return_layer(num_layers - 1, return_prefix_tokens=self.num_prefix_tokens > 0)
+
+    def features(self, output: Any) -> Features:
+        (only,) = output
+        return Features(*only) if isinstance(only, tuple) else Features(only, only[:, :0])
+
+
 class FeatureMapTrunk(Trunk):
     """A convolutional or hierarchical network of timm: a layer is a stage, of which `feature_info` gives width and
     stride, and the tokens are the chosen stage's map, flattened.
@@ -231,6 +270,8 @@ def trunk_of(module: nn.Module, image_size: int) -> Trunk:
     """The face of a module that `build_trunk` made for pictures of this side in pixels."""
     if isinstance(module, VisionTransformer):
         return OpenClipTrunk(module)
+    if isinstance(module, NaFlexVit):
+        return NaFlexTrunk(module, image_size)
     return TimmTrunk(module) if _is_transformer(module) else FeatureMapTrunk(module, image_size)
 
 
@@ -263,6 +304,9 @@ def build_trunk(embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bool) ->
             if size != trunk.patch_embed.img_size[0]:
                 _check_grid(size, trunk.patch_embed.feat_ratio())
                 trunk.set_input_size(img_size=size)
+            return trunk
+        if isinstance(trunk, NaFlexVit):
+            _check_grid(size, trunk.embeds.feat_ratio())
             return trunk
         if not all(
             hasattr(trunk, part) for part in ("forward_intermediates", "prune_intermediate_layers", "feature_info")
@@ -344,29 +388,6 @@ def _check_map(trunk: FeatureMapTrunk, size: int) -> None:
             f"vision tower {type(trunk.module).__name__}: image size {size} gives a map {tuple(found.shape)}, "
             f"expected {expected}"
         )
-
-
-def block_feed_forward(block: Any) -> FeedForward:
-    """Shape of the dense MLP of a block of either kind of trunk."""
-    mlp = block.mlp
-    up = mlp.c_fc if hasattr(mlp, "c_fc") else mlp.fc1 if hasattr(mlp, "fc1") else None
-    activation = getattr(mlp, "gelu", None) or getattr(mlp, "act", None)
-    norm = mlp.ln if hasattr(mlp, "ln") else getattr(mlp, "norm", nn.Identity())
-    if up is None or activation is None or not isinstance(norm, nn.Identity):
-        raise UserError(f"moe.vision: the tower's MLP {type(mlp).__name__} is not linear, activation, linear")
-    return FeedForward(up.in_features, up.out_features, _activation_name(activation), up.bias is not None)
-
-
-def _activation_name(activation: nn.Module) -> str:
-    """The name in transformers' table of an activation module of open_clip or timm."""
-    kind = type(activation).__name__
-    if kind in ("GELU", "GELUTanh", "GELUQuick"):
-        approximate = "tanh" if kind == "GELUTanh" else getattr(activation, "approximate", "none")
-        return {"none": "gelu", "tanh": "gelu_pytorch_tanh"}[approximate]
-    names = {"QuickGELU": "quick_gelu", "SiLU": "silu", "ReLU": "relu"}
-    if kind not in names:
-        raise UserError(f"moe.vision: the tower's activation {kind} is unknown; add it to {__name__}._activation_name")
-    return names[kind]
 
 
 @contextlib.contextmanager

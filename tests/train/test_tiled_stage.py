@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from in_process_kit import run_stage_here, stop_at_step
 from safetensors.torch import load_file
 from stage_kit import read_metrics, stage_config, tiny_moe
-from tiled_kit import tiled_model, write_tiled_rows
+from tiled_kit import naflex_model, tiled_model, write_tiled_rows
 from tiny import tiny_section, tiny_tokenizer
 
 from llava_compete.errors import UserError
@@ -34,21 +35,30 @@ def stage(data: Path, out: Path, tile_batch: int | None = None, packing: bool = 
     return config
 
 
-def test_any_cut_of_a_batch_is_one_run(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [tiled_model, naflex_model])
+def test_any_cut_of_a_batch_is_one_run(data: Path, tmp_path: Path, kind: Callable[[], dict[str, Any]]) -> None:
+    chunks = 3 if kind is tiled_model else None
+    if kind is naflex_model:
+        pytest.importorskip("timm", minversion="1.0.31")
     evaluated = {"eval_strategy": "steps", "eval_steps": 2}
-    whole = read_metrics(run_stage_here(stage(data, tmp_path / "whole", training=evaluated)))
+    whole = read_metrics(run_stage_here(stage(data, tmp_path / "whole", model=kind(), training=evaluated)))
     small = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "activation_checkpointing": True}
-    cut = read_metrics(run_stage_here(stage(data, tmp_path / "cut", 3, packing=True, training=small)))
+    cut = read_metrics(
+        run_stage_here(stage(data, tmp_path / "cut", chunks, packing=True, model=kind(), training=small))
+    )
     for one, other in zip(whole, cut, strict=True):
         assert one["sample_checksum"] == other["sample_checksum"]
         for key in ("loss", "lm_loss", "grad_norm", "projector/aux_loss", "language/aux_loss"):
             assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-7), key
+    loaded, processor = load_checkpoint(tmp_path / "cut")
+    assert loaded.config.tiling == processor.tiling
+    assert len(loaded.config.tower.tiles or ()) == (8 if kind is tiled_model else 0)
+
+
+def test_towers_with_experts_take_all_tiles_at_once() -> None:
     section = tiny_section().model_copy(update={"tile_batch": 3})
     with pytest.raises(UserError, match=r"model\.tile_batch: found 3, but the tower has experts"):
         build_model(section, MoeConfig.model_validate({"vision": {}}), 0, tiny_tokenizer())
-    loaded, processor = load_checkpoint(tmp_path / "cut")
-    assert loaded.config.tiling == processor.tiling
-    assert len(loaded.config.tower.tiles) == 8
 
 
 def test_lora_on_the_tower_resumes_in_chunks(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Tiles under ZeRO: ranks whose pictures make different numbers of tiles, or none, change the weights as one process.
+"""Tiles and patches under ZeRO: ranks that have different numbers of them, or none, change the weights as one process.
 
 Slow (minutes): launched; what needs no second rank is in test_tiled_stage.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tiled_kit import tiled_model, write_tiled_rows
+from tiled_kit import naflex_model, tiled_model, write_tiled_rows
 from zero_grid import Cell, Grid
 
 from llava_compete.data.sampler import GlobalBatchSampler
@@ -28,6 +28,12 @@ CELLS = {
     "ZeRO-2": Cell("zero2", "full", "full", "full", "dense", 2, False),
     "experts in all parts": Cell("zero3", "full", "full", "full", "competition", 1, True),
     "experts in all parts, ZeRO-2": Cell("zero2", "full", "full", "full", "competition", 2, False),
+}
+
+
+NAFLEX_CELLS = {
+    "a rank without pictures": Cell("zero3", "full", "full", "full", "dense", 1, False),
+    "experts in all parts": Cell("zero3", "full", "full", "full", "competition", 2, True),
 }
 
 
@@ -57,7 +63,10 @@ def test_ranks_have_different_numbers_of_tiles(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_two_ranks_change_the_weights_as_one_process(tmp_path: Path) -> None:
-    results = TiledGrid(tmp_path, tiled_model, write_rows).run(CELLS.values())
-    wrong = {name: results[cell] for name, cell in CELLS.items() if results[cell]["outcome"] != "equal"}
+@pytest.mark.parametrize("kind", ["tiles", "patches"])
+def test_two_ranks_change_the_weights_as_one_process(tmp_path: Path, kind: str) -> None:
+    cells = CELLS if kind == "tiles" else NAFLEX_CELLS
+    grid = TiledGrid(tmp_path, tiled_model, write_rows) if kind == "tiles" else Grid(tmp_path, naflex_model, write_rows)
+    results = grid.run(cells.values())
+    wrong = {name: results[cell] for name, cell in cells.items() if results[cell]["outcome"] != "equal"}
     assert not wrong

@@ -1,4 +1,4 @@
-"""Rows of pictures of many shapes and a tiny model that cuts them into tiles."""
+"""Rows of pictures of many shapes, and tiny models that cut them into tiles or patches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from naflex_kit import TOWER
 from PIL import Image
 from stage_kit import fresh_model
 
@@ -34,3 +35,8 @@ def tiled_model() -> dict[str, Any]:
     model["vision_tower"]["tiles"] = {"max": 4}
     model["projector"]["pool"] = 2
     return model
+
+
+def naflex_model() -> dict[str, Any]:
+    """The `model:` section of a new model with a NaFlex tower."""
+    return fresh_model() | {"vision_tower": {"config": TOWER, "naflex": {"max_patches": 24}}}

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import naflex_kit  # noqa: F401 (timm then knows the tiny tower)
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState

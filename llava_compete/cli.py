@@ -44,6 +44,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
     ("bench", "judge"): ("bench.judge", "rounding of the loss's judgement beside the task's gradient"),
     ("bench", "generate"): ("bench.generate", "generated tokens/s, dense and MoE, against transformers' Llava"),
     ("bench", "data"): ("bench.data", "samples/s of the data path, by step and against a plain loop"),
+    ("bench", "pictures"): ("bench.pictures", "tokens, time and memory a picture as a square, in tiles, in patches"),
     ("bench", "train"): ("bench.train", "tokens/s, memory and overhead of dense, softmax and competition training"),
     ("data", "demo"): ("data.demo", "build the demo data (real digits, rendered scenes) in LLaVA's format"),
     ("data", "check"): ("data.check", "check every row and image of a config's data before training"),

@@ -99,6 +99,12 @@ def eight_rows(folder: Path) -> Path:
     return write_data(folder, rows=8)
 
 
+def read_results(path: Path) -> dict[Cell, dict[str, Any]]:
+    """What came out, by cell; nothing where there is no such file yet."""
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.is_file() else ()
+    return {Cell(*line.pop("cell")): line for line in lines}
+
+
 class Grid:
     """Start checkpoints, one-process references and results below one folder; what is there is not run again.
 
@@ -177,10 +183,7 @@ class Grid:
         return {cell: done[cell] for cell in cells}
 
     def done(self) -> dict[Cell, dict[str, Any]]:
-        if not self.results.is_file():
-            return {}
-        lines = map(json.loads, self.results.read_text(encoding="utf-8").splitlines())
-        return {Cell(*line.pop("cell")): line for line in lines}
+        return read_results(self.results)
 
     def _run_all(self, cells: Sequence[Cell], ranks: int) -> None:
         while left := [cell for cell in cells if cell not in self.done()]:
@@ -232,13 +235,14 @@ class Grid:
 
 HEAD = """# ZeRO grid
 
-`bash scripts/zero_grid.sh`, {date}, commit {commit}: two SGD steps of a tiny model on two CPU ranks, against
+`bash scripts/zero_grid.sh`, {date}, commits {commits}: two SGD steps of a tiny model on two CPU ranks, against
 one process without DeepSpeed. Equal: the change of every tensor differs by less than 1e-3 of its norm (float32 sums in
 another order). Axes: each part frozen, full or LoRA (not all frozen) x dense, experts on a router step, experts on a
 competition step x 1 or 2 micro-batches a step x activation checkpointing off or on.
 
 **{ran} of {total}** cells ran, in this order: the first {pairs} hold every combination of the values of two axes, the
-first {triples} of three, the first {quadruples} of four; then come the rest.
+first {triples} of three, the first {quadruples} of four; then come the rest. `cells.jsonl` has each of them, and the
+same command goes on from there.
 
 """
 
@@ -265,20 +269,26 @@ def report(results: dict[Cell, dict[str, Any]]) -> str:
     return "\n".join([*_rows(results), "", *(odd or ["No cell came out otherwise."])]) + "\n"
 
 
-def main(folder: Path, table: Path) -> None:
-    """All cells that have not run yet; Ctrl-C or TERM leaves the table of those that have."""
+def main(folder: Path, records: Path) -> None:
+    """All cells that have not run yet. Ctrl-C or TERM too leaves cells.jsonl and the table in `records`."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     grid = Grid(folder.resolve())
     grid.folder.mkdir(parents=True, exist_ok=True)
+    cells = records / "cells.jsonl"
+    before = read_results(cells)
     order, sizes = in_order()
+    commit = git_state().get("commit", "?")[:10]
     try:
-        grid.run(order)
+        grid.run([cell for cell in order if cell not in before])
     finally:
-        done = grid.done()
+        done = {cell: {"commit": commit, **result} for cell, result in grid.done().items()} | before
         results = {cell: done[cell] for cell in order if cell in done}
-        facts = {"date": date.today(), "commit": git_state().get("commit", "?")[:10], "ran": f"{len(results):,}"}
+        lines = (json.dumps({"cell": cell, **result}) + "\n" for cell, result in results.items())
+        cells.write_text("".join(lines), encoding="utf-8")
+        commits = ", ".join(sorted({result["commit"] for result in results.values()}))
+        facts = {"date": date.today(), "commits": commits, "ran": f"{len(results):,}"}
         facts |= {"total": f"{len(order):,}"} | dict(zip(("pairs", "triples", "quadruples"), sizes, strict=True))
-        table.write_text(HEAD.format(**facts) + report(results), encoding="utf-8")
+        (records / "README.md").write_text(HEAD.format(**facts) + report(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

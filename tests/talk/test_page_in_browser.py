@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import shutil
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,15 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from page_kit import chromium, chromium_path, served
 from PIL import Image
 from tiny import tiny_model
 
 from llava_compete.moe.block import moe_blocks
+from llava_compete.talk.examples import scene_examples
 from llava_compete.talk.limits import Limits
 from llava_compete.talk.talker import Talker
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(120)]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 MOE = {"vision": EXPERTS, "projector": EXPERTS, "language": EXPERTS}
 WAIT_MS = 60_000
@@ -29,15 +27,12 @@ WAIT_MS = 60_000
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    path = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    path = chromium_path()
     if path is None:
         pytest.skip("needs a Chromium on PATH (Debian: apt-get install chromium)")
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install playwright)")
-    with playwright.sync_playwright() as running:
-        # A container's root has no sandbox.
-        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+    pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install playwright)")
+    with chromium(path) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -53,21 +48,11 @@ def talkers() -> dict[str, Talker]:
 
 @pytest.fixture(scope="module")
 def address(browser: Any, talkers: dict[str, Talker], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The page of both models, served as the command serves it."""
+    """The page of both models."""
     pytest.importorskip("gradio")
-    uvicorn = importlib.import_module("uvicorn")
-    page = importlib.import_module("llava_compete.talk.page")
-    listening_at = importlib.import_module("llava_compete.talk.listening")
-    examples = importlib.import_module("llava_compete.talk.examples").scene_examples(tmp_path_factory.mktemp("scenes"))
     limits = Limits(max_new_tokens=200, images=2, image_mib=0.1, megapixels=0.1)
-    app = page.mount(page.build_page(talkers, limits, examples), limits)
-    listening = listening_at.listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    yield "http://{}:{}".format(*listening.getsockname())
-    server.should_exit = True
-    thread.join(20)
+    with served(talkers, limits, scene_examples(tmp_path_factory.mktemp("scenes"))) as address:
+        yield address
 
 
 @pytest.fixture

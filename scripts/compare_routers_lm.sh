@@ -38,7 +38,7 @@ run_one() {
     dense) config=configs/lm/tiny_dense.yaml moe=() ;;
     competition) ;;
     *)
-      moe+=(moe.language.router="$method")
+      mapfile -t -O "${#moe[@]}" moe < <(study_rule "$method" | sed "s/^/moe.language./")
       for term in distillation winner_distillation diversity; do moe+=("moe.language.${term}_coef=null"); done
       ;;
   esac

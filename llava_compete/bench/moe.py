@@ -37,7 +37,9 @@ JUDGED: dict[str, dict[str, Any]] = {
     "judged_step_next": {"competition_contenders": 1},
     "judged_step_means": {"competition_answers": "mean"},
 }
-CASES = ("dense_k", "dense_e", *ROUTERS, COMPETITION, RECOMPUTED, PRE_ACTIVATIONS, TAUGHT, *JUDGED)
+# The softmax router with the expert-router coupling loss, which any other may have.
+COUPLED = "coupled_step"
+CASES = ("dense_k", "dense_e", *ROUTERS, COUPLED, COMPETITION, RECOMPUTED, PRE_ACTIVATIONS, TAUGHT, *JUDGED)
 # Tokens of a chunk: on a CPU a cache holds few, on a GPU more chunks cost more launches.
 CHUNK_TOKENS = {"cpu": 256, "cuda": 4096}
 STEPS_IN_A_ROW = 5
@@ -246,6 +248,8 @@ def _build(shape: Shape, case: str, device: torch.device) -> nn.Module:
     state.competition_enabled, state.competing = competes, frozenset({NAME} if competes else ())
     config: dict[str, Any] = {"num_experts": shape.E, "num_experts_per_tok": shape.K}
     config["router"] = "competition" if competes or case in JUDGED else case
+    if case == COUPLED:
+        config |= {"router": "softmax", "coupling_coef": 1.0}
     if case in (RECOMPUTED, PRE_ACTIVATIONS):
         config["competition_keeps"] = "input" if case == RECOMPUTED else "pre_activations"
         config["competition_chunk_tokens"] = CHUNK_TOKENS[device.type]

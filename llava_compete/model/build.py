@@ -288,8 +288,7 @@ def apply_moe_settings(model: LlavaCompeteForConditionalGeneration, moe: MoeConf
     check_moe_settings(model.config, moe)
     model.config.moe = moe.of_model()
     for block in moe_blocks(model).values():
-        block.config = moe.parts()[block.part]
-        block.experts.configure(block.config)
+        block.configure(moe.parts()[block.part])
 
 
 def check_moe_settings(config: LlavaCompeteConfig, moe: MoeConfig) -> None:

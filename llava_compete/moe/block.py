@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_compete.moe.config import MoeLayerConfig
+from llava_compete.moe.coupling import proxies
 from llava_compete.moe.experts import ExpertsOutput, PackedExperts
 from llava_compete.moe.gradients import SOURCES
 from llava_compete.moe.records import RoutingRecord
@@ -74,9 +75,15 @@ class SparseMoeBlock(nn.Module):
             hidden_dropout=hidden_dropout,
             slots=self.router.slots,
         )
+        self.configure(config)
         # After the weighted sum, as a dense block drops its output: it commutes with the sum over experts.
         self.output_dropout = nn.Dropout(output_dropout) if output_dropout else nn.Identity()
         self.reset_parameters()
+
+    def configure(self, config: MoeLayerConfig) -> None:
+        """Take what of `config` is no part of the architecture: coefficients, losses, kernels."""
+        self.config, self.router.couples = config, config.couples
+        self.experts.configure(config)
 
     @property
     def num_slots(self) -> int:
@@ -123,16 +130,25 @@ class SparseMoeBlock(nn.Module):
                 options["teaches"] = True
             else:
                 chosen = ()
+        if routing.rows_RD is not None:
+            options["proxies_RD"] = proxies(routing.rows_RD, self.state.noise.get(self.name))
         # A tensor from our experts too, where there is nothing else: servers put experts of their own here.
         result: Tensor | ExpertsOutput = self.experts(x_TD, *chosen, **options)
-        output_TO, contest, answers = (result, None, None) if isinstance(result, Tensor) else result
+        output_TO, contest, answers, coupling = (result, None, None, None) if isinstance(result, Tensor) else result
         if self.router.free_experts is not None:
             output_TO = output_TO + self.router.free_experts(x_TD, spoken.choices_TC, spoken.weights_TC).to(output_TO)
         if answers is not None:
             self.state.answers[self.name] = answers
         if groups is not None:
             self.state.records[self.name] = RoutingRecord(
-                learners.balanced, contest, groups, self.config, learners.taught_TR, self.router.slots, judgement
+                learners.balanced,
+                contest,
+                groups,
+                self.config,
+                learners.taught_TR,
+                self.router.slots,
+                judgement,
+                coupling,
             )
         return self.output_dropout(output_TO).view(*hidden_states.shape[:-1], output_TO.shape[-1])
 

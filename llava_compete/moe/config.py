@@ -93,6 +93,18 @@ class MoeLayerConfig(StrictConfig):
     router_z_coef: float | None = Field(
         default=None, description="of the mean square of the router's logsumexp; default 0.001 (the paper's)"
     )
+    coupling_coef: float | None = Field(
+        default=None,
+        description=(
+            "of the expert-router coupling loss (arXiv 2512.23447, which has it at 1), with any router that has rows; "
+            "default none"
+        ),
+    )
+    coupling_alpha: float | None = Field(
+        default=None,
+        ge=0,
+        description="how strong an answer may be beside an expert's own before the coupling loss counts it; default 1",
+    )
     null_reward_coef: float | None = Field(
         default=None,
         description="tc_moe: of the reward for choices that run no expert, their probability; default 1e-5 (LibMoE's)",
@@ -199,6 +211,8 @@ class MoeLayerConfig(StrictConfig):
             if router != "competition" and data.get("affinity") == "softplus":
                 # Checkpoints of earlier versions hold it for every router.
                 data = {key: value for key, value in data.items() if key != "affinity"}
+        if data.get("coupling_coef") is not None:
+            defaults |= {"coupling_alpha": 1.0}
         config = handler({**data, **{key: value for key, value in defaults.items() if data.get(key) is None}})
         config.model_fields_set.intersection_update(data)
         return config
@@ -210,7 +224,7 @@ class MoeLayerConfig(StrictConfig):
             raise ValueError(f"found {value!r}, expected one of {', '.join(ROUTERS)}{did_you_mean(value, ROUTERS)}")
         return value
 
-    @field_validator(*ROUTER_COEFS, *EXTRA_COEFS, *COMPETITION_COEFS)
+    @field_validator(*ROUTER_COEFS, *EXTRA_COEFS, *COMPETITION_COEFS, "coupling_coef")
     @classmethod
     def _check_coef(cls, value: float | None) -> float | None:
         if value is not None and not (math.isfinite(value) and value >= 0):
@@ -247,6 +261,7 @@ class MoeLayerConfig(StrictConfig):
             unused += ["competition_judge"] if self.competition_judge != "response" else []
             if unused:
                 raise ValueError(f"{unused[0]}: router {self.router!r} has no such term, only 'competition' has")
+        self._check_coupling()
         for key in EXTRA_COEFS:
             if key not in ROUTER_CLASSES[self.router].extra_coefs and getattr(self, key) is not None:
                 owners = [name for name, router in ROUTER_CLASSES.items() if key in router.extra_coefs]
@@ -258,6 +273,13 @@ class MoeLayerConfig(StrictConfig):
                 "'input', since chunks are for what is computed again"
             )
         return self
+
+    def _check_coupling(self) -> None:
+        if self.coupling_coef is None:
+            if self.coupling_alpha is not None:
+                raise ValueError(f"coupling_alpha: found {self.coupling_alpha} without coupling_coef, which it is of")
+        elif self.num_experts - ROUTER_CLASSES[self.router].num_shared < 2:
+            raise ValueError("coupling_coef: found with one routed expert, expected two or more to tell apart")
 
     def _check_judge(self) -> None:
         judged = self.competition_judge == "loss"
@@ -298,6 +320,11 @@ class MoeLayerConfig(StrictConfig):
         return self.router == "competition" and self.competition_judge == "response"
 
     @property
+    def couples(self) -> bool:
+        """Whether it has the coupling loss."""
+        return bool(self.coupling_coef)
+
+    @property
     def competition_kept(self) -> KeptActivations:
         """`competition_keeps`, or its default."""
         return self.competition_keeps or ("everything" if self.competition_chunk_tokens is None else "input")
@@ -318,20 +345,25 @@ class MoeLayerConfig(StrictConfig):
     def loss_coefs(self, competing: bool) -> dict[str, float]:
         """Loss term -> the factor it enters the auxiliary loss with, on a competition step or on a router step."""
         of_router = {"balance_loss": _set(self.balance_coef), "router_z_loss": _set(self.router_z_coef)}
+        coupled = {"coupling_loss": _set(self.coupling_coef)} if self.couples else {}
         if not competing:
-            extra = ROUTER_CLASSES[self.router].extra_coefs
-            return of_router | {f"{key.removesuffix('_coef')}_loss": _set(getattr(self, key)) for key in extra}
+            extra = {key: _set(getattr(self, key)) for key in ROUTER_CLASSES[self.router].extra_coefs}
+            return of_router | coupled | {f"{key.removesuffix('_coef')}_loss": coef for key, coef in extra.items()}
         distillation = _set(self.distillation_coef)
         taught = {
             "distillation_loss": distillation,
             "winner_distillation_loss": distillation * _set(self.winner_distillation_coef),
         }
         if self.competition_output == "router":
-            return taught | of_router
-        return taught | {
-            "diversity_loss": _set(self.diversity_coef),
-            "balance_loss": _set(self.competition_balance_coef),
-        }
+            return taught | of_router | coupled
+        return (
+            taught
+            | coupled
+            | {
+                "diversity_loss": _set(self.diversity_coef),
+                "balance_loss": _set(self.competition_balance_coef),
+            }
+        )
 
 
 def _competition_defaults(data: dict[str, Any]) -> dict[str, Any]:
@@ -389,6 +421,11 @@ class MoeConfig(StrictConfig):
     @model_validator(mode="after")
     def _check_expert_parallel(self) -> MoeConfig:
         for name, part in self.parts().items():
+            if part.couples and self.expert_parallel > 1:
+                raise ValueError(
+                    f"expert_parallel: found {self.expert_parallel} beside {name}.coupling_coef, expected 1, for that "
+                    "loss reads the weights of all experts of a layer"
+                )
             if part.num_experts % self.expert_parallel:
                 raise ValueError(
                     f"expert_parallel: found {self.expert_parallel}, expected a divisor of {name}.num_experts "

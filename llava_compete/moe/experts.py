@@ -19,6 +19,7 @@ from llava_compete.moe.all_experts import AllExpertsDown, AllExpertsUp, all_expe
 from llava_compete.moe.answers import AnswerMeans, answer_sums
 from llava_compete.moe.competition import Contest, Picked, PickWinners, Responses, mix_winners, respond
 from llava_compete.moe.config import MoeLayerConfig
+from llava_compete.moe.coupling import coupling_loss
 from llava_compete.moe.implementations import ExpertWeights, choose
 from llava_compete.moe.judged import JudgedOutput, Judgement
 from llava_compete.moe.parallel import ExpertRanks
@@ -41,11 +42,12 @@ def activation_function(name: str) -> nn.Module:
 
 class ExpertsOutput(NamedTuple):
     """output_TO: the weighted sum [T, O]; contest: what a competition found, None without one; answers:
-    where the call asks for them, sums of what each chosen expert said (`answer_sums`)."""
+    where the call asks for them, sums of what each chosen expert said (`answer_sums`); coupling: the coupling loss."""
 
     output_TO: Tensor
     contest: Contest | Responses | None
     answers: Tensor | None = None
+    coupling: Tensor | None = None
 
 
 class PackedExperts(nn.Module):
@@ -96,6 +98,7 @@ class PackedExperts(nn.Module):
         self.kept = config.competition_kept
         self.judgement = _judgement(config)
         self.implementation = config.experts_implementation
+        self.coupling_alpha = 1.0 if config.coupling_alpha is None else config.coupling_alpha
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Each expert as nn.Linear would: uniform within 1/sqrt(fan in)."""
@@ -131,6 +134,7 @@ class PackedExperts(nn.Module):
         heard_T: Tensor | None = None,
         shared_weight: float = 0.0,
         teaches: bool = False,
+        proxies_RD: Tensor | None = None,
     ) -> Tensor | ExpertsOutput:
         """The weighted sum [T, O] of the chosen experts' outputs; with none given, a competition of them all.
 
@@ -138,20 +142,28 @@ class PackedExperts(nn.Module):
         `heard_T`: 1 for each token of which the answers' sums are wanted, else 0.
         `shared_weight`: where not 0, the last expert's weight in each token's output; the chosen ones have the rest.
         `teaches`: every expert also responds, for the losses alone.
+        `proxies_RD`: of the first R experts, for the coupling loss.
         Done here because ZeRO-3 gathers the parameters for this module's call and for its backward.
         """
         weights = self._weights(_compute_dtype(x_TD, self.down_proj))
         with without_autocast(x_TD.device.type):
+            coupling = None if proxies_RD is None else self.coupling(proxies_RD, weights.up)
             x_TD = x_TD.to(weights.down.dtype)
             if choices_TC is None or weights_TC is None:
-                return self._compete(weights, x_TD)
+                return self._compete(weights, x_TD)._replace(coupling=coupling)
             run = self._run if self.ranks is None else self._run_across
             output_TO, answers = run(weights, x_TD, choices_TC, weights_TC, shared_weight, heard_T)
             if judged_logits_TE is not None and self._has_answers:
                 output_TO = self._judged(weights, output_TO, judged_logits_TE, x_TD, choices_TC)
-            if answers is None and not teaches:
+            if answers is None and coupling is None and not teaches:
                 return output_TO
-            return ExpertsOutput(output_TO, self._responses(weights, x_TD) if teaches else None, answers)
+            contest = self._responses(weights, x_TD) if teaches else None
+            return ExpertsOutput(output_TO, contest, answers, coupling)
+
+    def coupling(self, proxies_RD: Tensor, up_EMD: Tensor) -> Tensor:
+        """The coupling loss of the first projection, a gate's where there is one."""
+        num_read = up_EMD.shape[1] // (2 if self.has_gate else 1)
+        return coupling_loss(proxies_RD, up_EMD, num_read, self.coupling_alpha)
 
     def _run(
         self,

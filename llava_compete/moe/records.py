@@ -43,7 +43,7 @@ class RoutingObservation(NamedTuple):
 @dataclass(frozen=True)
 class RoutingRecord:
     """One layer's forward; `contest`: of a competition step; `taught_TR`: the router's logits, for the distillation;
-    `judgement`: where this step's loss judges.
+    `judgement`: where this step's loss judges; `coupling`: the coupling loss, of parameters alone.
 
     `aux_loss`, with gradient, is the sum of `losses` (unscaled, without gradient) times their coefficients.
     """
@@ -55,6 +55,7 @@ class RoutingRecord:
     taught_TR: Tensor
     slots: Slots
     judgement: Judgement | None = None
+    coupling: Tensor | None = None
 
     @cached_property
     def _alone(self) -> LayerStack:
@@ -127,6 +128,10 @@ class LayerStack:
                     terms = losses.router_losses(*routed, self.groups, coefs)._asdict()
                     extra = self.router.extra_losses(self.slots, scores_TLR)
                     self._add(terms, {name: losses.token_mean(of_T, self.groups) for name, of_T in extra.items()})
+            if self.records[0].coupling is not None:
+                # Of no token: each micro-batch and rank has its share of it, which is that of its sequences.
+                losses_L = torch.stack([record.coupling for record in self.records if record.coupling is not None])
+                self._add(terms, {"coupling_loss": losses_L * self.groups.token_weights_T.sum()})
         return terms.pop("aux_loss"), terms
 
     def _add(self, terms: dict[str, Tensor], more: dict[str, Tensor]) -> None:

@@ -31,6 +31,7 @@ class Routing(NamedTuple):
 
     scores_TR: what `probs_TR` is the softmax of. choices_TC: routed experts, best first. weights_TC: theirs, sum 1.
     shared_weight: 0, or how much expert R, which every token runs, weighs in the output; the choices weigh the rest.
+    rows_RD: with the coupling loss, in training, each routed expert's row in the space of tokens.
     """
 
     logits_TR: Tensor
@@ -38,6 +39,7 @@ class Routing(NamedTuple):
     choices_TC: Tensor
     weights_TC: Tensor
     shared_weight: float = 0.0
+    rows_RD: Tensor | None = None
 
     @property
     def selected_experts_TK(self) -> Tensor:
@@ -148,6 +150,7 @@ class Router(nn.Module):
         self.num_routed = self.slots.total - self.num_shared
         self.num_choices = num_experts_per_tok - self.num_shared
         self.free_experts: nn.Module | None = None
+        self.couples = False
         self.make_parameters(hidden_size)
 
     @classmethod
@@ -165,7 +168,22 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Routing:
         with without_autocast(x_TD.device.type):
-            return self.route(self.logits(x_TD.float()))
+            return self.with_rows(self.route(self.logits(x_TD.float())))
+
+    def with_rows(self, routing: Routing) -> Routing:
+        """With what the coupling loss reads: ZeRO-3 gathers parameters for this call. In a recomputation too."""
+        if not (self.couples and self.training and torch.is_grad_enabled()):
+            return routing
+        return routing._replace(rows_RD=self.rows())
+
+    @property
+    def num_proxies(self) -> int:
+        """Experts that have a row."""
+        return self.slots.num_experts - self.num_shared
+
+    def rows(self) -> Tensor:
+        """[R, D] float32: what a token is multiplied with to give each routed expert's logit."""
+        return self.weight.float()[: self.num_proxies]
 
     def logits(self, x_TD: Tensor) -> Tensor:
         return F.linear(x_TD, self.weight.float())
@@ -225,6 +243,11 @@ class XMoeRouter(Router):
         # The published code rescales the stored rows in place: the scale takes no part in the gradient.
         embeddings_ER = self.expert_embeddings.float()
         return F.linear(reduced_TR, embeddings_ER * self.row_scale(embeddings_ER.detach()))
+
+    def rows(self) -> Tensor:
+        """Through the reduction; the length of a token is apart."""
+        embeddings_ER = self.expert_embeddings.float()
+        return (embeddings_ER * self.row_scale(embeddings_ER.detach())) @ self.inp_reduction.float()
 
     def direction(self, reduced_TR: Tensor) -> Tensor:
         return _Direction.apply(reduced_TR, XMOE_EPS, 0.0)

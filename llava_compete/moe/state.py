@@ -77,6 +77,8 @@ class RoutingState:
         # A layer's router may read the logits of the layer before it in its part.
         self._before: dict[str, str] = {}
         self.logits: dict[str, Tensor] = {}
+        # Of the layers with the coupling loss: what moves their proxies in this optimizer step, none without a trainer.
+        self.noise: dict[str, Tensor] = {}
         self.records: dict[str, RoutingRecord] = {}
         # The same by layers that took the same kind of step, once a model's forward has put them side by side.
         self.stacks: dict[tuple[str, ...], LayerStack] = {}

@@ -77,7 +77,7 @@ class ZeroComputationRouter(SoftmaxRouter):
             logits_TR = self.logits(x_TD.float())
             before_TR = torch.zeros_like(logits_TR) if before_TR is None else before_TR.to(logits_TR.device)
             # For the first layer too: a parameter that some forward leaves out has no gradient to reduce.
-            return self.route(torch.addmm(logits_TR, before_TR, self.residual.float().t()))
+            return self.with_rows(self.route(torch.addmm(logits_TR, before_TR, self.residual.float().t())))
 
     @classmethod
     def balance_of(cls, slots: Slots, scores_TLR: Tensor, shares_SLR: Tensor) -> tuple[Tensor, Tensor]:

@@ -199,7 +199,7 @@ class _Asking:
 
     def products(self, experts: PackedExperts, x_TD: Tensor, *chosen: Any, **options: Any) -> ExpertsOutput:
         """`_expert_products`, with the judgement of its output."""
-        output_TO, contest, _ = _expert_products(experts, x_TD, *chosen[:2], **options)
+        output_TO, contest, *_ = _expert_products(experts, x_TD, *chosen[:2], **options)
         logits_TE = chosen[2] if len(chosen) > 2 else None
         how = experts.judgement
         if logits_TE is not None and how is not None:
@@ -210,7 +210,9 @@ class _Asking:
             if how.asks:
                 products = experts.up[0].numel() + experts.down_proj[0].numel()
                 self.flops += 2 * x_TD[..., 0].numel() * most * products
-        return ExpertsOutput(output_TO, contest)
+        proxies_RD = options.get("proxies_RD")
+        coupling = None if proxies_RD is None else experts.coupling(proxies_RD, experts.up)
+        return ExpertsOutput(output_TO, contest, coupling=coupling)
 
 
 @contextlib.contextmanager

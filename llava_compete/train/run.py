@@ -29,6 +29,7 @@ from llava_compete.train import resharding as universal
 from llava_compete.train.adapters import with_adapters
 from llava_compete.train.arguments import build_arguments, check_reports
 from llava_compete.train.callbacks.competition import CompetitionCallback
+from llava_compete.train.callbacks.coupling_noise import CouplingNoiseCallback
 from llava_compete.train.callbacks.progress import AnswersCallback, WatchCallback
 from llava_compete.train.callbacks.router_loads import RouterLoadsCallback
 from llava_compete.train.callbacks.tensorboard import ResumedTensorBoardCallback
@@ -133,7 +134,14 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
     steps = ThroughputCallback(trainer, competition, utilisation)
     watch = WatchCallback(trainer, config.output_dir / "run" / "metrics.jsonl")
     answers = AnswersCallback(trainer, config.output_dir / "run" / "answers.jsonl")
-    for callback in (competition, RouterLoadsCallback(trainer), steps, watch, answers):
+    for callback in (
+        competition,
+        RouterLoadsCallback(trainer),
+        CouplingNoiseCallback(trainer, moe),
+        steps,
+        watch,
+        answers,
+    ):
         trainer.add_callback(callback)
     checkpoint = _begin(config, rank, trainer, data, moe, allow_changed)
     started = time.perf_counter()

@@ -2,8 +2,8 @@
 # What the router studies share: every method with every seed, some at a time, and the comparison of their results.
 # The caller defines `run_one METHOD SEED SLOT`, which writes OUT/METHOD/seedSEED/eval and returns at once if it is there.
 
-# The first is the baseline: the router without competition.
-METHODS=(softmax dense sigmoid xmoe perturbed_cosine shared_softmax shared_sigmoid bias_balanced tc_moe moe_plus_plus competition)
+# The first is the baseline: the router without competition. `coupled` is that router with the coupling loss.
+METHODS=(softmax dense sigmoid xmoe perturbed_cosine shared_softmax shared_sigmoid bias_balanced tc_moe moe_plus_plus coupled competition)
 
 # Competitions of one router, instead of all routers.
 # shellcheck disable=SC2034 # for scripts that read this file
@@ -15,6 +15,7 @@ study_rule() {
     distil_only) printf '%s\n' router=competition competition_output=router ;;
     judged) printf '%s\n' router=competition competition_judge=loss ;;
     judged_means) printf '%s\n' router=competition competition_judge=loss competition_answers=mean ;;
+    coupled) printf '%s\n' router=softmax coupling_coef=1 ;;
     *) echo "router=$1" ;;
   esac
 }

@@ -94,6 +94,11 @@ def test_nor_does_one_that_only_teaches() -> None:
     check_gradients(_step("competition", competing=True, competition_output="router"))
 
 
+@pytest.mark.parametrize("router", ["xmoe", "competition"])
+def test_nor_does_the_coupling_loss(router: str) -> None:
+    check_gradients(_step(router, competing=router == "competition", coupling_coef=1.0))
+
+
 def test_nor_do_dense_products() -> None:
     check_gradients(_step("softmax", experts_implementation="dense"))
 

@@ -55,7 +55,9 @@ def test_every_router_and_part_equals_dense(
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("demo/upcycle_*.yaml")), ids=lambda path: path.stem)
 def test_recipes_of_routers_name_theirs(path: Path) -> None:
     config = load_config(UpcycleConfig, path)
-    assert [part.router for part in config.moe.parts().values()] == [path.stem.removeprefix("upcycle_")]
+    name = path.stem.removeprefix("upcycle_")
+    assert [part.router for part in config.moe.parts().values()] == ["softmax" if name == "coupled" else name]
+    assert all(part.couples == (name == "coupled") for part in config.moe.parts().values())
 
 
 @pytest.mark.parametrize("part", ["vision", "projector", "language"])

@@ -69,7 +69,7 @@ def having(commands, *words):
 
 def test_all_routers_and_dense_from_one_parent_a_seed(study):
     status, commands, _ = study("--seeds", "2", "training.max_steps=7")
-    methods = len(ROUTER_CLASSES) + 1  # and dense
+    methods = len(ROUTER_CLASSES) + 2  # and dense, and softmax with the coupling loss
     assert status == 0
     trained = having(commands, "train configs/demo/sft.yaml")
     assert len(trained) == 2 * methods
@@ -86,7 +86,8 @@ def test_all_routers_and_dense_from_one_parent_a_seed(study):
     # One of them is the shared expert of shared_*, whose router would learn nothing with two.
     assert len(having(upcycled, "moe.language.num_experts_per_tok=3 ")) == 2 * methods - 2
     for router in ROUTER_CLASSES:
-        assert len(having(upcycled, f"moe.language.router={router} ")) == 2
+        assert len(having(upcycled, f"moe.language.router={router} ")) == (4 if router == "softmax" else 2)
+    assert len(having(upcycled, "moe.language.coupling_coef=1 ")) == 2
     assert len(having(commands, "eval --config", "suite=demo", "limit=null")) == 2 * methods
     compared = having(commands, "compare ")[0].split()
     directory = "outputs/compare_routers"
@@ -147,8 +148,8 @@ def test_on_real_parts_each_seed_has_its_parent(study, tmp_path, monkeypatch):
 def test_quick_is_one_seed(study):
     status, commands, _ = study("--quick")
     assert status == 0
-    assert len(having(commands, "train ")) == len(ROUTER_CLASSES) + 1
-    assert len(having(commands, "eval ", "limit=200")) == len(ROUTER_CLASSES) + 1
+    assert len(having(commands, "train ")) == len(ROUTER_CLASSES) + 2
+    assert len(having(commands, "eval ", "limit=200")) == len(ROUTER_CLASSES) + 2
 
 
 def test_a_failure_stops_the_study_and_the_next_run_goes_on(study):

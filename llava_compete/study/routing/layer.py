@@ -21,6 +21,7 @@ from llava_compete.study.routing.draws import generator_of, normal, uniform
 from llava_compete.study.routing.mixture import Mixture, Question
 from llava_compete.study.routing.operators import RouterAux
 from llava_compete.study.routing.routers import Routers, random_choice
+from llava_compete.study.routing.routers import uniform as uniform_rows
 from llava_compete.study.routing.rules import COMPETITION, Rule
 from llava_compete.study.routing.slotted import free_answers
 
@@ -150,6 +151,8 @@ class MoeLayer:
             output = output + torch.bmm(choice.weights_RTE * (~choice.chosen_RTE & self.seen), self.means)
         if training:
             self.aux_R = self._aux(choice, sequences)
+            if rule.coupling_coef:
+                self.aux_R = self.aux_R + rule.coupling_coef * self._coupling()
             self._count(choice, question)
             self._end_step(hidden, choice)
         if rule.response is not None and competing_R is not None:
@@ -175,6 +178,21 @@ class MoeLayer:
         first = (first.view(shape) * (first.shape[1] / sequences / counted)).view_as(first)
         reward = TernaryRouter.extra_coefs["null_reward_coef"] * choice.null_RT.mean(1)
         return RouterAux.apply(choice.logits_RTE, scores, first, sequences, coefs) - reward
+
+    def _coupling(self) -> Tensor:
+        """The coupling loss (moe/coupling.py) with alpha 1, [R]."""
+        rows = self.router.weights["weight"]
+        shape = (rows.shape[0], rows.shape[1], rows.shape[2])
+        self.noise_RED = 2 * uniform_rows(shape, self.router.generators, self.device) - 1
+        with torch.no_grad():
+            apart = torch.cdist(rows, rows).diagonal_scatter(torch.full(rows.shape[:2], torch.inf), 0, 1, 2)
+            reach = apart.amin(-1, keepdim=True) / (2 * rows.norm(dim=-1, keepdim=True))
+        moved = rows * (1 + reach * self.noise_RED)
+        norms = torch.einsum("red,rfid->refi", moved, self.up).norm(dim=-1)
+        own = norms.diagonal(dim1=1, dim2=2)
+        # Each expert beside itself adds nothing.
+        excess = (norms - own.unsqueeze(2)).relu() + (norms - own.unsqueeze(1)).relu()
+        return excess.mean((1, 2))
 
     def _question(self, choice: Choice, competing_R: Tensor | None) -> Question | None:
         judge = self.rule.judge

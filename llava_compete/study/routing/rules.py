@@ -48,6 +48,7 @@ class Rule:
     response: Response | None = None
     judge: Judge | None = None
     dense: Literal["", "active", "all"] = ""
+    coupling_coef: float = 0.0
 
     @property
     def has_router(self) -> bool:
@@ -104,6 +105,7 @@ _ALL = (
         for name in ROUTER_CLASSES
         if name not in ("softmax", "competition")
     ),
+    Rule("coupled", "softmax with expert-router coupling (arXiv 2512.23447)", coupling_coef=1.0),
     Rule("default_moe", "Default MoE (arXiv 2504.12463)", router="default_moe"),
     Rule("remoe", "ReMoE (arXiv 2412.14711)", router="remoe"),
     Rule("sparsemixer", "SparseMixer-v2, GRIN (arXiv 2409.12136)", router="sparsemixer"),

@@ -2,6 +2,8 @@
 
 glibc gives each large tensor fresh pages and returns them at once, so a step pays a page fault for every 4 KiB it
 touches: on a small virtual machine that is half the time of a mixture of experts. Called before training or measuring.
+Only the largest tensors (embeddings, their gradients, logits) still come and go with pages of their own: kept, they
+leave holes that small ones break up, and the process grows with each new length of rows.
 """
 
 from __future__ import annotations
@@ -9,8 +11,9 @@ from __future__ import annotations
 import ctypes
 import sys
 
-# From malloc.h: how much free memory the heap's top may hold, and how many blocks may have pages of their own.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+# From malloc.h: how much free memory the heap's top may hold, and from which size on a block has pages of its own.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGE = 32 * 2**20  # malloc's own limit for this setting
 
 
 def keep_freed_memory() -> bool:
@@ -21,4 +24,4 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # musl
         return False
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGE)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))

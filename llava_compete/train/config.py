@@ -19,6 +19,7 @@ from llava_compete.model.section import ModelSection
 from llava_compete.moe.config import MoeConfig
 from llava_compete.parts import Part
 from llava_compete.train.training_section import TrainingSection
+from llava_compete.train.word_start import WordStart
 
 DEEPSPEED_DIR = shipped.folder("configs") / "deepspeed"
 
@@ -98,6 +99,13 @@ class TrainConfig(StrictConfig):
     deepspeed: str | None = Field(default="zero2", description="a file of configs/deepspeed by name, or null for none")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of new weights and of the order of rows")
     guards: Guards = Field(default=Guards(), description="when a run stops or warns by itself")
+    word_start: WordStart | None = Field(
+        default=None,
+        description=(
+            "pretrain_align: before its first step the projector learns, on cached features, to make a picture look "
+            "like the words of its answer; null: it does not"
+        ),
+    )
     sample_steps: int = Field(
         default=0, ge=0, description="write a few greedy answers on held-out rows every this many steps; 0 writes none"
     )
@@ -144,6 +152,19 @@ class TrainConfig(StrictConfig):
             )
         return self
 
+    def _check_word_start(self) -> None:
+        if self.stage != "pretrain_align" or self._mode("projector") != "full":
+            raise ValueError(
+                f"word_start: stage {self.stage} with trainable.projector {self._mode('projector')}, expected "
+                "pretrain_align and full"
+            )
+        if self.deepspeed and self.deepspeed.startswith("zero3"):
+            raise ValueError(f"word_start: needs whole weights, which {self.deepspeed} shards; use zero2")
+        if self.model.vision_tower is not None and self.model.vision_tower.tiles is not None:
+            raise ValueError(
+                "word_start: pictures in tiles (model.vision_tower.tiles) have no fixed number of features"
+            )
+
     @model_validator(mode="after")
     def _something_trains(self) -> TrainConfig:
         if all(part.mode == "frozen" for part in self.trainable.values()):
@@ -152,6 +173,8 @@ class TrainConfig(StrictConfig):
             raise ValueError(f"model.quantization: trainable.language is {language}, expected lora")
         if self.model.quantization and self.deepspeed and self.deepspeed.startswith("zero3"):
             raise ValueError(f"model.quantization: quantised weights cannot be sharded by {self.deepspeed}; use zero2")
+        if self.word_start is not None:
+            self._check_word_start()
         if self.sample_steps and self.stage == "pretrain_lm":
             raise ValueError("sample_steps: running text has no questions to answer; set 0")
         return self

@@ -59,6 +59,7 @@ from llava_compete.train.starting_point import moe_settings, start_model
 from llava_compete.train.stopping import StopOnSignal
 from llava_compete.train.trainer import StageTrainer
 from llava_compete.train.waiting import wait_for_all
+from llava_compete.train.word_start import start_projector
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,9 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
     ):
         trainer.add_callback(callback)
     checkpoint = _begin(config, rank, trainer, data, moe, allow_changed)
+    if config.word_start is not None and checkpoint is None:
+        with all_or_none(rank, "word_start"):
+            start_projector(trainer.core_model, data.train, config.word_start, config.seed)
     started = time.perf_counter()
     with StopOnSignal(trainer), closing(watch):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

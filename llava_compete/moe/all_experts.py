@@ -28,6 +28,8 @@ def all_experts_down(h_TEI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None) 
 
 def down_input_gradient(grad_ETO: Tensor, weight_EOI: Tensor) -> Tensor:
     """[T, E, I], the layout that the activation and the up projection read: [E, T, I] would be copied to it."""
+    if torch.compiler.is_compiling():  # which has no `out=` of such strides, and chooses layouts itself
+        return torch.bmm(grad_ETO, weight_EOI).transpose(0, 1)
     num_experts, num_tokens, _ = grad_ETO.shape
     grad_h_TEI = grad_ETO.new_empty(num_tokens, num_experts, weight_EOI.shape[2])
     torch.bmm(grad_ETO, weight_EOI, out=grad_h_TEI.transpose(0, 1))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.coupling import proxies
-from llava_compete.moe.experts import ExpertsOutput, PackedExperts
+from llava_compete.moe.experts import ExpertsOutput, PackedExperts, judgement_of
 from llava_compete.moe.gradients import SOURCES
 from llava_compete.moe.records import RoutingRecord
 from llava_compete.moe.router_table import ROUTER_CLASSES
@@ -119,7 +119,7 @@ class SparseMoeBlock(nn.Module):
         else:
             chosen = (spoken.choices_TC, spoken.weights_TC)
             options |= {"shared_weight": routing.shared_weight} if routing.shared_weight else {}
-        judgement = self.experts.judgement if self._asks(routing) else None
+        judgement = judgement_of(self.config) if self._asks(routing) else None  # experts may have adapters around
         if self.config.competition_judge == "loss":
             chosen += () if judgement is None else (learners.judged_TR,)
             if groups is not None and self._listens():

@@ -96,7 +96,7 @@ class PackedExperts(nn.Module):
         self.affinity: Any = config.affinity  # None where the loss judges, and nothing asks for it
         self.chunk_tokens = config.competition_chunk_tokens
         self.kept = config.competition_kept
-        self.judgement = _judgement(config)
+        self.judgement = judgement_of(config)
         self.implementation = config.experts_implementation
         self.coupling_alpha = 1.0 if config.coupling_alpha is None else config.coupling_alpha
 
@@ -327,7 +327,7 @@ def _compute_dtype(x_TD: Tensor, parameter: Tensor) -> torch.dtype:
     return parameter.dtype
 
 
-def _judgement(config: MoeLayerConfig) -> Judgement | None:
+def judgement_of(config: MoeLayerConfig) -> Judgement | None:
     """What the configuration says of the loss's judgement; the call adds the rest."""
     if config.competition_judge != "loss":
         return None

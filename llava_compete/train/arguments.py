@@ -26,6 +26,8 @@ def build_arguments(
 
     _check_machine(training, on_gpu)
     values = {"dataloader_pin_memory": on_gpu, **training.model_dump(exclude_none=True)}
+    if training.torch_compile == "layers":  # done by `compile_layers`
+        values = {name: value for name, value in values.items() if not name.startswith("torch_compile")}
     if training.activation_checkpointing:
         kwargs = training.activation_checkpointing_kwargs or {}
         values["activation_checkpointing_kwargs"] = {**kwargs, "use_reentrant": False}

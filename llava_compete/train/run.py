@@ -34,6 +34,7 @@ from llava_compete.train.callbacks.progress import AnswersCallback, WatchCallbac
 from llava_compete.train.callbacks.router_loads import RouterLoadsCallback
 from llava_compete.train.callbacks.tensorboard import ResumedTensorBoardCallback
 from llava_compete.train.callbacks.throughput import ThroughputCallback
+from llava_compete.train.compiled_layers import compile_layers, refuse_zero_3
 from llava_compete.train.config import DEEPSPEED_DIR, TrainConfig
 from llava_compete.train.distributed import Rank, all_or_none, main_first, of_main, process_group, this_rank
 from llava_compete.train.expert_resharding import merge_experts
@@ -115,6 +116,8 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
             deepspeed=DEEPSPEED_DIR / f"{config.deepspeed}.json" if config.deepspeed else None,
             on_gpu=rank.on_gpu,
         )
+        if config.training.torch_compile == "layers":
+            refuse_zero_3(zero_stage(arguments))
         if rank.is_main:
             check_reports(arguments)
     with all_or_none(rank, "data"), main_first(rank):
@@ -148,6 +151,9 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
     if config.word_start is not None and checkpoint is None:
         with all_or_none(rank, "word_start"):
             start_projector(trainer.core_model, data.train, config.word_start, config.seed)
+    if config.training.torch_compile == "layers":
+        how = config.training
+        compile_layers(model, how.torch_compile_backend, how.torch_compile_mode)
     started = time.perf_counter()
     with StopOnSignal(trainer), closing(watch):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

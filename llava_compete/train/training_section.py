@@ -116,7 +116,10 @@ class TrainingSection(StrictConfig):
         validation_alias=_both("activation_checkpointing_kwargs"),
         description="of torch.utils.checkpoint; use_reentrant must be false",
     )
-    torch_compile: bool = Field(default=False, description="compile the model")
+    torch_compile: bool | Literal["layers"] = Field(
+        default=False,
+        description="compile the model as a whole (true), or each of its layers by itself (layers; not under ZeRO-3)",
+    )
     torch_compile_backend: str | None = Field(default=None, description="of torch.compile")
     torch_compile_mode: str | None = Field(default=None, description="of torch.compile")
     torch_empty_cache_steps: PositiveInt | None = Field(

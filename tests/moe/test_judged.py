@@ -86,6 +86,18 @@ def test_every_implementation_is_judged_alike(name: str) -> None:
     assert largest_error(doubles(run_step(block, X, MASK).grads), slow_gradients(block, X, MASK)) < 2e-5
 
 
+def test_a_compiled_layer_is_judged_alike() -> None:
+    """The judgement stands outside the graphs, whose gradients must still reach it."""
+    torch._dynamo.reset()
+    block = judged_block(competition_margin=0.7, competition_answers="both")
+    block.experts.answer_means.end_step(torch.randn(5, 13).abs())
+    compiled = torch.compile(block, backend="eager")
+    exact = run_step(block, X, MASK)
+    step = run_step(block, X, MASK, through=lambda _, x: compiled(x))
+    torch.testing.assert_close(step.output, exact.output)
+    assert largest_error(step.grads, exact.grads) < 1e-5
+
+
 def test_a_margin_asks_some_and_not_all() -> None:
     """Or the tests above would not tell a margin from none."""
     block = judged_block()

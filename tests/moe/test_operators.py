@@ -10,8 +10,11 @@ import torch
 from block_kit import make_block
 from fake_gpu import fake_gpu, move_to_fake_gpu
 from operator_counts import count as count_launches
-from operator_kit import Operators, RepeatedRowsError
+from operator_kit import OperatorCounts, Operators, RepeatedRowsError
+from tiny import tiny_model
 from torch import Tensor
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from llava_compete.moe.config import ROUTERS
 from llava_compete.moe.state import TokenGroups
@@ -80,6 +83,44 @@ def test_inference_computes_nothing_for_statistics() -> None:
             block(x)
         assert operators.total <= most, operators.counts
         assert operators.counts["sort"] == (1 if tokens == 1 else 2), "the router's, and the tokens' by expert"
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_decoding_takes_no_more_operators_than_transformers_mixtral_block(tokens: int) -> None:
+    """Beside its grouped implementation, as ours is without gradients; its loop over experts takes 42 and more."""
+    config = MixtralConfig(hidden_size=16, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2)
+    config._experts_implementation = "grouped_mm"
+    theirs, x = MixtralSparseMoeBlock(config).eval(), torch.randn(tokens, 1, 16)
+    torch.nn.init.normal_(theirs.gate.weight)
+    gated = {**SIZES, "gated": True, "bias": False, "activation": "silu"}
+    ours = make_block(router="softmax", sizes=gated).eval()
+    counts = []
+    for block in (ours, theirs):
+        with torch.no_grad(), OperatorCounts() as operators:
+            block(x)
+        counts.append(operators.total)
+    assert counts[0] <= counts[1] - 4
+
+
+def test_a_decoded_token_costs_a_mixtures_model_nothing_outside_its_blocks() -> None:
+    """Records, losses and statistics are for training: the models differ by what stands in their layers alone."""
+    dense, _ = tiny_model(None, tower=None)
+    mixture, _ = tiny_model({"language": {"num_experts": 4, "num_experts_per_tok": 2}}, tower=None)
+    assert _operators_between_mlps(dense.eval()) == _operators_between_mlps(mixture.eval())
+
+
+def _operators_between_mlps(model: Any) -> int:
+    """Of a decoding step."""
+    token, operators, inside = torch.ones(1, 1, dtype=torch.int64), OperatorCounts(), []
+    for layer in model.language_model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: inside.append(-operators.total))
+        layer.mlp.register_forward_hook(lambda *_: inside.append(operators.total))
+    with torch.no_grad():
+        cache = model(input_ids=token.expand(1, 5), use_cache=True).past_key_values
+        with operators:
+            model(input_ids=token, past_key_values=cache, use_cache=True)
+    assert sum(inside) > 0
+    return operators.total - sum(inside)
 
 
 @pytest.mark.parametrize("experts", [4, 64])

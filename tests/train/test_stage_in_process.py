@@ -419,9 +419,10 @@ def test_out_of_memory_says_what_did_not_fit(
 
 
 @pytest.mark.slow
-def test_a_compiled_model_trains_alike(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [True, "layers"])
+def test_a_compiled_model_trains_alike(how: Any, data: Path, tmp_path: Path) -> None:
     plain = run_stage_here(stage_config("sft", data, tmp_path / "plain", **FRESH))
-    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    compiled = {"torch_compile": how, "torch_compile_backend": "aot_eager"}
     _assert_same_curve(
         plain, run_stage_here(stage_config("sft", data, tmp_path / "compiled", training=compiled, **FRESH))
     )

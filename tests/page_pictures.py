@@ -22,14 +22,14 @@ from llava_compete.talk.limits import Limits
 from llava_compete.talk.talker import load_talker
 
 WIDTH = 1000  # pixels
-COLORS = 128  # of the palette: a tenth of the bytes
+COLORS = 256  # of the palette: a third of the bytes
 
 
 def save(content: bytes, file: Path) -> None:
     picture = Image.open(io.BytesIO(content)).convert("RGB")
     if picture.width > WIDTH:
         picture = picture.resize((WIDTH, round(picture.height * WIDTH / picture.width)), Image.Resampling.LANCZOS)
-    picture.quantize(COLORS).save(file, optimize=True)
+    picture.quantize(COLORS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(file, optimize=True)
     print(f"{file}: {picture.width} x {picture.height}, {file.stat().st_size:,} bytes")
 
 

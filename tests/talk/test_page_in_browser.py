@@ -211,3 +211,25 @@ def test_what_a_model_writes_is_no_markup(page: Any, talkers: dict[str, Talker],
     assert text in page.locator("#chat0 .user.message").last.inner_text()
     assert page.locator("#chat0 .message img").count() == 0
     assert page.title() != "run"
+
+
+def test_two_visitors_are_answered_one_after_the_other(
+    page: Any, browser: Any, address: str, talkers: dict[str, Talker]
+) -> None:
+    """Each has a conversation of their own."""
+    slow = [t.model.lm_head.register_forward_hook(lambda *_: time.sleep(0.03)) for t in talkers.values()]
+    second = browser.new_page()
+    try:
+        second.goto(address)
+        second.wait_for_selector("#question textarea")
+        ask(page, "how many ?", length=80)
+        page.wait_for_selector("#chat0 .bot.message")
+        ask(second, "what ?", length=4)
+        second.wait_for_selector("#chat0 .bot.message", timeout=WAIT_MS)
+        assert "80 tokens: the limit]" in page.locator("#chat1 .bot.message").last.inner_text()
+        answered(second)
+        assert second.locator("#chat0 .user.message").all_inner_texts() == ["what ?"]
+    finally:
+        for handle in slow:
+            handle.remove()
+        second.close()

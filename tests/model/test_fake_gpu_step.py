@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fake_gpu import HostReadError, backward, fake_gpu, move_to_fake_gpu
+from naflex_kit import TOWER
 from tiny import tiny_model
 from torch import Tensor, nn
 
@@ -24,10 +25,17 @@ def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
 
 
-def _step(router: str, competing: bool = False, packed: bool = False, images: bool = True, **config: Any) -> nn.Module:
-    """The model after forward and backward of a micro-batch."""
+def _step(
+    router: str,
+    competing: bool = False,
+    packed: bool = False,
+    images: bool = True,
+    section: dict[str, Any] | None = None,
+    **config: Any,
+) -> nn.Module:
+    """The model after forward and backward of a micro-batch; `section`: of a tower for pictures of any size."""
     moe = {key: {"num_experts": 4, "num_experts_per_tok": 2, "router": router, **config} for key in PARTS}
-    model, _ = tiny_model(moe)
+    model, processor = tiny_model(moe, **(section or {}))
     model = model.to(torch.bfloat16)
     with fake_gpu():
         move_to_fake_gpu(model)
@@ -39,8 +47,13 @@ def _step(router: str, competing: bool = False, packed: bool = False, images: bo
             inputs |= {"sequence_ids": torch.zeros_like(ids), "num_local_sequences": 3}
         else:
             inputs["attention_mask"] = torch.ones_like(ids)
-        if images:
+        if images and section is None:
             inputs["pixel_values"] = torch.zeros(ROWS, 3, 28, 28, device="cuda")
+        elif images:
+            inputs["image_sizes"] = [(28, 56), (30, 20)]
+            count = sum(map(processor.tiling.num_tiles, inputs["image_sizes"]))
+            side = model.config.tower.image_size
+            inputs["pixel_values"] = torch.zeros(count, 3, side, side, dtype=torch.uint8, device="cuda")
         if competing:
             model.routing.competing = frozenset(f"{part}.0" for part in PARTS)
         backward(model(**inputs).loss)
@@ -101,6 +114,16 @@ def test_nor_does_the_coupling_loss(router: str) -> None:
 
 def test_nor_do_dense_products() -> None:
     check_gradients(_step("softmax", experts_implementation="dense"))
+
+
+@pytest.mark.parametrize("images", [True, False], ids=["images", "text"])
+@pytest.mark.parametrize(
+    "section", [{"tiles": {"max": 2}}, {"tower": TOWER, "naflex": {"max_patches": 24}}], ids=["tiles", "naflex"]
+)
+def test_nor_do_pictures_of_any_size(section: dict[str, Any], images: bool) -> None:
+    if "naflex" in section:
+        pytest.importorskip("timm", minversion="1.0.31")
+    check_gradients(_step("softmax", images=images, section=section))
 
 
 def test_a_read_on_the_host_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:

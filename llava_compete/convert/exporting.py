@@ -94,6 +94,8 @@ def _config(config: LlavaCompeteConfig, source: str) -> Whole:
     tower = config.tower
     if tower is None:
         raise UserError(f"{source}: a text-only model, and llava-hf is for models with a vision tower")
+    if tower.max_patches is not None:
+        raise UserError(f"{source}: pictures at their own proportions (vision_tower.naflex), which Llava has not")
     moe = MoeConfig() if config.moe is None else MoeConfig.model_validate(config.moe)
     for part in ("vision", "projector"):
         if getattr(moe, part) is not None:

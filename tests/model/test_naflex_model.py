@@ -13,6 +13,7 @@ from naflex_kit import TOWER
 from PIL import Image
 from tiny import tiny_model, tiny_section, tiny_tokenizer
 
+from llava_compete.convert.exporting import export_checkpoint
 from llava_compete.errors import UserError
 from llava_compete.evaluation.answerer import Answerer, Prompt
 from llava_compete.evaluation.generation_settings import GenerationSettings
@@ -87,6 +88,13 @@ def test_a_step_is_planned_without_weights() -> None:
     with torch.device("meta"):
         model, _ = tiny_model(moe={"vision": LAYER}, pool=2, **NAFLEX)
     assert simulate(model, rows=2, length=40, images=2, competing=frozenset()).flops > 0
+
+
+def test_no_llava_of_transformers_takes_its_place(tmp_path: Path) -> None:
+    model, processor = tiny_model(**NAFLEX)
+    save_checkpoint(model, processor, tmp_path / "ours")
+    with pytest.raises(UserError, match=r"own proportions \(vision_tower\.naflex\), which Llava has not"):
+        export_checkpoint(tmp_path / "ours", tmp_path / "theirs")
 
 
 def test_chunks_are_refused() -> None:

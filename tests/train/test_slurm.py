@@ -75,6 +75,17 @@ def test_a_cancelled_job_waits_for_its_step(tmp_path: Path) -> None:
     assert not _queued_again(tmp_path)
 
 
+@pytest.mark.parametrize(("value", "said"), [("", ""), ("node", "moe.expert_parallel=4"), ("job", None)])
+def test_experts_over_the_gpus_of_a_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, said: str | None
+) -> None:
+    monkeypatch.setenv("EXPERT_PARALLEL", value)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    process = _start(tmp_path, "stage.sbatch", 'echo "${@: -1}"')
+    found = process.communicate(timeout=30)[0].strip()
+    assert (process.returncode, found) == ((2, "") if said is None else (0, said or "seed=1"))
+
+
 def test_each_machine_gets_its_number_and_all_the_cores(tmp_path: Path) -> None:
     process = _start(
         tmp_path, "stage.sbatch", 'printf "%s\\n" "$@" $NNODES $MASTER_ADDR $MASTER_PORT $SRUN_CPUS_PER_TASK'

@@ -126,7 +126,7 @@ def build(case: str, shape: Shape, device: torch.device) -> LlavaCompeteForCondi
     moe, widening = None, CHOSEN if case == "dense" else 1
     if case != "dense":
         layer = {"num_experts": EXPERTS, "num_experts_per_tok": CHOSEN, "router": case}
-        moe = MoeConfig.model_validate(dict.fromkeys(shape.expert_parts, layer)).model_dump(mode="json")
+        moe = MoeConfig.model_validate(dict.fromkeys(shape.expert_parts, layer)).of_model()
     text_config = AutoConfig.for_model(
         "llama",
         hidden_size=shape.hidden,

@@ -33,11 +33,11 @@ class PlannedTensor(NamedTuple):
 
 def write_shards(directory: Path, tensors: Mapping[str, PlannedTensor], shard_bytes: int, title: str) -> int:
     """Write `tensors` as safetensors of at most `shard_bytes` (a larger tensor is alone), with an index if there are
-    several; returns how many. `title` stands before the progress bar."""
+    several; returns how many. `title` stands before the progress bar; without one there is none."""
     sizes = {key: tensor.size for key, tensor in tensors.items()}
     shards = list(_group(sizes, shard_bytes))
     weight_map = {}
-    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=title, leave=False) as bar:
+    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=title, leave=False, disable=not title) as bar:
         for number, keys in enumerate(shards, 1):
             name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             shard = {}

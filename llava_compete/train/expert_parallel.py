@@ -1,4 +1,4 @@
-"""Expert parallelism in a stage (`moe.expert_parallel`): whom DeepSpeed must tell apart, and the experts put together.
+"""Expert parallelism in a stage (`moe.expert_parallel`): what is refused, and what DeepSpeed must be told.
 
 DeepSpeed's groups: N neighbouring ranks hold all experts between them, and the ranks of one place in these hold copies,
 over which ZeRO-1 and 2 reduce the experts' gradients and spread their optimizer's states. It divides both kinds of
@@ -8,16 +8,12 @@ else. Between `mark` and `spread` models are whole: what counts, plans and descr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
-import torch
-import torch.distributed as dist
-from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
-from torch import Tensor, nn
+from torch import nn
 
 from llava_compete.errors import UserError
 from llava_compete.moe.config import MoeConfig
@@ -102,34 +98,6 @@ def expert_names(model: nn.Module) -> dict[str, int]:
         for path, experts in _packed(model).items()
         for name, _ in experts.named_parameters(recurse=False)
     }
-
-
-def gathered(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
-    """The experts' parameters by name, one after another: whole and on the CPU on rank 0, None on the others. All ranks
-    run through it."""
-    for path, experts in _packed(model).items():
-        if experts.ranks is None:
-            continue
-        for name, parameter in experts.named_parameters(recurse=False):
-            yield f"{path}.{name}", _on_first(parameter.detach().contiguous(), experts.ranks)
-
-
-def _on_first(here: Tensor, ranks: ExpertRanks) -> Tensor | None:
-    if dist.get_global_rank(ranks.group, 0) != 0:  # these ranks hold copies
-        return None
-    parts = [torch.empty_like(here) for _ in range(ranks.size)] if ranks.rank == 0 else None
-    dist.gather(here, parts, dst=0, group=ranks.group)
-    return None if parts is None else torch.cat([part.cpu() for part in parts])
-
-
-def whole_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
-    """All tensors on rank 0, None on the others; all ranks call it."""
-    experts = dict(gathered(model))
-    if dist.get_rank() != 0:
-        return None
-    # ZeRO keeps parameters in flat buffers, which a file would hold whole for each.
-    others = clone_tensors_for_torch_save(model.state_dict())
-    return {**others, **{name: tensor for name, tensor in experts.items() if tensor is not None}}
 
 
 def refresh(engine: Any) -> None:

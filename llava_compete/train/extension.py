@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainingArguments, get_scheduler
 
+SCHEDULER = "scheduler.pt"
 # Relative; rates are computed in another order after a resume.
 _SAME = 1e-9
 
@@ -71,7 +72,7 @@ class Jump(NamedTuple):
 
 def jump(checkpoint: Path, step: int, schedule: Schedule, plan: Plan) -> Jump:
     """What going on from `checkpoint` (written after `step` steps) by `plan` does to the learning rates."""
-    before = torch.load(checkpoint / "scheduler.pt", weights_only=True)["_last_lr"]
+    before = torch.load(checkpoint / SCHEDULER, weights_only=True)["_last_lr"]
     return Jump(step, list(before), rates_at(step, schedule, plan))
 
 
@@ -86,6 +87,14 @@ def rates_at(step: int, schedule: Schedule, plan: Plan) -> list[float]:
         scheduler_specific_kwargs=dict(schedule.arguments.lr_scheduler_kwargs or {}),
     )
     return [base * shape(step) for base, shape in zip(schedule.base_rates, scheduler.lr_lambdas, strict=True)]
+
+
+def load_schedule(scheduler: Any, checkpoint: Path, groups: int) -> None:
+    """The schedule's state of a checkpoint, also where experts that were spread over ranks, or are now, make it another
+    number of groups; their rates are set anew (`set_rates`)."""
+    state = torch.load(checkpoint / SCHEDULER, weights_only=True)
+    state["lr_lambdas"] = (state["lr_lambdas"] * groups)[:groups]  # one schedule for all
+    scheduler.load_state_dict(state)
 
 
 def set_rates(scheduler: Any, base_rates: Sequence[float]) -> list[float]:

@@ -6,6 +6,7 @@ the global batch. Routing metrics are additive sums too. `StepMetrics.collect` i
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -139,3 +140,15 @@ def expert_loads(metrics: Mapping[str, Any]) -> Iterable[tuple[str, list[float]]
     for key, value in metrics.items():
         if key.startswith("expert_load/"):
             yield key.removeprefix("expert_load/"), value
+
+
+def learning_rates(optimizer: Any) -> dict[str, float]:
+    """By group; spread experts' groups have DeepSpeed's name for one and their own for a label (`trainable.py`)."""
+    return {f"learning_rate/{group.get('label', group['name'])}": group["lr"] for group in optimizer.param_groups}
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak of this process: on the GPU what torch held there, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

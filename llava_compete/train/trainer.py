@@ -9,7 +9,6 @@ split into ranks and micro-batches.
 from __future__ import annotations
 
 import logging
-import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer import SCHEDULER_NAME
 
 from llava_compete.errors import UserError
 from llava_compete.model.build import save_checkpoint
@@ -39,10 +37,12 @@ from llava_compete.train.callbacks.bad_steps import BadStepsCallback
 from llava_compete.train.callbacks.router_gradients import RouterGradientsCallback
 from llava_compete.train.config import TrainConfig
 from llava_compete.train.distributed import wait_for_all
-from llava_compete.train.extension import Plan, Schedule, set_rates
+from llava_compete.train.extension import Plan, Schedule, load_schedule, set_rates
 from llava_compete.train.held_out import validation_loss
-from llava_compete.train.metrics import StepMetrics, scalars
+from llava_compete.train.metrics import StepMetrics, learning_rates, peak_memory_gib, scalars
+from llava_compete.train.sharding import zero_stage
 from llava_compete.train.stopping import deaf_children
+from llava_compete.train.streaming import partitioned, stream_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -253,7 +253,7 @@ class StageTrainer(Trainer):
         if self.deepspeed is None:
             super()._load_optimizer_and_scheduler(checkpoint)
         else:  # which has loaded its optimizer's state with the weights
-            self._load_schedule(Path(checkpoint))
+            load_schedule(self.lr_scheduler, Path(checkpoint), len(self._group_settings))
         if self.expert_ranks > 1:
             expert_parallel.refresh(self.deepspeed)
         self.answer_means.load(Path(checkpoint))
@@ -263,13 +263,6 @@ class StageTrainer(Trainer):
             group.update({key: now[key] for key in _OBEYED if key in now}, lr=rate)
         if self.deepspeed is not None and self.deepspeed.load_universal_checkpoint():
             universal.mend_loaded_state(optimizer, self._group_settings, rates)
-
-    def _load_schedule(self, checkpoint: Path) -> None:
-        """Also where experts that were spread over ranks, or are now, make it another number of groups."""
-        state = torch.load(checkpoint / SCHEDULER_NAME, weights_only=True)
-        groups = len(self._group_settings)
-        state["lr_lambdas"] = (state["lr_lambdas"] * groups)[:groups]  # one schedule for all
-        self.lr_scheduler.load_state_dict(state)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         """The step's gradient norm; a non-finite one marks the step as bad and keeps it from the weights."""
@@ -290,8 +283,8 @@ class StageTrainer(Trainer):
         self.record = dict(logs)
         if "loss" in logs:
             metrics = self.step_metrics.collect(self.train_dataset.counters) | self.router_gradients.collect()
-            metrics |= _learning_rates(self.optimizer)
-            metrics["memory_gib"] = _peak_memory_gib(self.args.device)
+            metrics |= learning_rates(self.optimizer)
+            metrics["memory_gib"] = peak_memory_gib(self.args.device)
             metrics |= self.take_window()
             self.record |= metrics
             logs = {**logs, **scalars(metrics)}
@@ -369,11 +362,18 @@ class StageTrainer(Trainer):
             save_merged(base(), self.config.trainable, state_dict, self.processing_class, directory)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's; experts that are spread over ranks are put together on rank 0."""
-        if self.expert_ranks == 1:
+        """As the Trainer's; weights that no rank holds whole are written as they are gathered."""
+        stage = zero_stage(self.args)
+        is_sharded = self.expert_ranks > 1 or stage == 3
+        if self.deepspeed is None or _has_adapters(self.model) or not is_sharded:
             super().save_model(output_dir, _internal_call)
-        else:
-            self._save(output_dir, expert_parallel.whole_state_dict(self.model))
+            return
+        directory = Path(output_dir or self.args.output_dir)
+        with partitioned(self.deepspeed, stage):
+            stream_checkpoint(self.model, self.processing_class, directory)
+        if self.args.should_save and self._saving:
+            self.answer_means.save(directory)
+        wait_for_all()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The self-contained model directory that the next stage reads; rank 0 writes it, the others wait."""
@@ -415,14 +415,3 @@ class StageTrainer(Trainer):
 
 def _has_adapters(model: Any) -> bool:
     return isinstance(model, PeftModel)
-
-
-def _learning_rates(optimizer: Any) -> dict[str, float]:
-    return {f"learning_rate/{group.get('label', group['name'])}": group["lr"] for group in optimizer.param_groups}
-
-
-def _peak_memory_gib(device: torch.device) -> float:
-    """Peak of this process: on the GPU what torch held there, else resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -146,8 +146,8 @@ class Soak:
         if out not in self.references.values():
             shutil.rmtree(out, ignore_errors=True)
             out.with_suffix(".log").unlink(missing_ok=True)
-            if self.run(Setting(setting.deepspeed, "torchrun", 0), out) != 0:
-                sys.exit(f"error: the run that was to be left alone failed: {out.with_suffix('.log')}")
+            if status := self.run(Setting(setting.deepspeed, "torchrun", 0), out):
+                sys.exit(f"error: the run that was to be left alone ended with {status}: {out.with_suffix('.log')}")
             self.references[setting.deepspeed] = out
         return out
 

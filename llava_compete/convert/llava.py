@@ -86,7 +86,9 @@ def _language(source: Source, found: Gathered) -> tuple[PreTrainedConfig, MoeLay
         raise UserError(f"{directory}: model_type: found {model_type!r}, of whose language model nothing is known here")
     config_class = CONFIG_MAPPING[text_type]
     known = {*config_class().to_dict(), *config_class.attribute_map, "rope_theta", "rope_scaling", "head_dim"}
-    text = config_class(**{key: value for key, value in config.items() if key in known - {"model_type"}})
+    # CuMo's `num_experts` are the tower's, beside Mixtral's own `num_local_experts`, which it would be another name of.
+    aliases = {alias for alias, name in config_class.attribute_map.items() if alias in config and name in config}
+    text = config_class(**{key: config[key] for key in known - {"model_type"} - aliases if key in config})
     refuse_unusable(text, str(directory))
     names = [name for name in found.tensors if name.startswith(("model.language_model.", "lm_head."))]
     names = [name for name in names if name not in found.unused and ".lora_" not in name]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from llava_hf_kit import randomize
+from llava_hf_kit import pictures, randomize
 from llava_kit import (
     E,
     Llava,
@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from llava_compete.cli import main
 from llava_compete.convert.importing import import_checkpoint
 from llava_compete.convert.layout import ImportOptions
-from llava_compete.model.checkpoint import load_checkpoint, read_config
+from llava_compete.model.checkpoint import load_checkpoint, read_config, save_checkpoint
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 
@@ -85,11 +85,51 @@ def test_lora_with_its_base(tmp_path: Path) -> None:
     assert_same_logits(tmp_path / "ours", Llava(theirs))
 
 
+def goes_on(checkpoint: Path) -> None:
+    """A step of training that reaches every router, saved and loaded."""
+    model, processor = load_checkpoint(checkpoint)
+    inputs = processor(text=["a <image> red circle"], images=pictures(1), return_tensors="pt")
+    loss = model.train()(**inputs, labels=inputs["input_ids"]).loss
+    loss.backward()
+    for name, block in moe_blocks(model).items():
+        assert any(parameter.grad.any() for parameter in block.router.parameters()), name
+        assert block.experts.down_proj.grad.any(), name
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+    save_checkpoint(model, processor, checkpoint.with_name("trained"))
+    again, _ = load_checkpoint(checkpoint.with_name("trained"))
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model.eval()(**inputs).logits)
+
+
 LIBMOE = ["competesmoe", "xmoe", "smoe_share"]
 LIBMOE += [
     pytest.param(name, marks=pytest.mark.slow)
     for name in ("smoe", "smoe_perturbed", "smoe_sigmoidgating", "smoe_sharev3")
 ]
+
+
+def beside(directory: Path, prefix: str) -> None:
+    """Take tower and projector out of the weights into `clip.bin`, whose names are the tower's own, and
+    `mm_projector.bin`."""
+    stored = load_file(directory / "model.safetensors")
+    inside = [name for name in stored if ".vision_tower." in name]
+    clip = {prefix + name.split(".vision_tower.vision_model.")[1]: stored.pop(name) for name in inside}
+    projector = {name: stored.pop(name) for name in list(stored) if ".mm_projector." in name}
+    assert any(".moelayer.experts." in name for name in (*clip, *projector))
+    torch.save(clip, directory / "clip.bin")
+    torch.save(projector, directory / "mm_projector.bin")
+    save_file(stored, directory / "model.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["vision_model.", "vision_tower.vision_model."])
+def test_tower_and_projector_in_files_of_their_own(prefix: str, tmp_path: Path) -> None:
+    test_libmoe("competesmoe", tmp_path)
+    beside(tmp_path / "libmoe", prefix)
+    report = import_checkpoint(tmp_path / "libmoe", tmp_path / "split")
+    assert "LibMoE's schedule, which ours computes" in report.unused.values()
+    ours, split = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "split"))
+    assert ours.keys() == split.keys()
+    assert all(torch.equal(ours[name], split[name]) for name in ours)
 
 
 @pytest.mark.parametrize("name", LIBMOE)
@@ -121,6 +161,7 @@ def test_libmoe(name: str, tmp_path: Path) -> None:
     report = import_checkpoint(tmp_path / "libmoe", tmp_path / "ours")
     assert ("LibMoE's schedule, which ours computes" in report.unused.values()) == (name == "competesmoe")
     assert_same_logits(tmp_path / "ours", slow)
+    goes_on(tmp_path / "ours")
     moe = MoeConfig.model_validate(read_config(tmp_path / "ours").moe)
     assert moe.competition_rate == 0.07
     assert moe.vision is not None
@@ -142,6 +183,31 @@ def test_cumo(tmp_path: Path) -> None:
     save(tmp_path / "cumo", llava_config(theirs, tower, scales=[1, 3], **settings), tensors, tokenizer)
     import_checkpoint(tmp_path / "cumo", tmp_path / "ours", ImportOptions(chat_template="vicuna_v1"))
     assert_same_logits(tmp_path / "ours", slow)
+    goes_on(tmp_path / "ours")
+
+
+def test_cumo_on_mixtral(tmp_path: Path) -> None:
+    """Experts in tower, projector and language model; the last as Mixtral's own files name them."""
+    theirs, tokenizer = make(text={"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2})
+    tower = tower_directory(tmp_path / "clip", theirs)
+    slow, projector = with_mixtures(theirs, "smoe", (1, 3))
+    theirs.model.language_model.save_pretrained(tmp_path / "language")
+    stored = load_file(tmp_path / "language" / "model.safetensors")
+    assert "layers.0.block_sparse_moe.experts.2.w3.weight" in stored
+    tensors = {f"model.{name}": tensor for name, tensor in stored.items()}
+    tensors["lm_head.weight"] = theirs.lm_head.weight.detach()
+    for name, tensor in theirs.model.vision_tower.state_dict().items():
+        beside = re.sub(r"(layers\.\d+)\.mlp\.(gate|experts)\.", r"\1.\2.", name)
+        tensors[f"model.vision_tower.vision_model.{beside}"] = tensor
+    tensors |= {f"model.mm_projector.{key}": tensor for key, tensor in projector.state_dict().items()}
+    settings = {"model_type": "llava_mixtral", "mm_projector_type": "smoe_mlp", "num_experts": E, "num_selected": 2}
+    save(tmp_path / "cumo", llava_config(theirs, tower, scales=[1, 3], **settings), tensors, tokenizer)
+    import_checkpoint(tmp_path / "cumo", tmp_path / "ours", ImportOptions(chat_template="vicuna_v1"))
+    assert_same_logits(tmp_path / "ours", slow)
+    model, _ = load_checkpoint(tmp_path / "ours")
+    counts = {name.split(".")[0]: block.config.num_experts for name, block in moe_blocks(model).items()}
+    assert counts == {"vision": E, "projector": E, "language": 3}
+    goes_on(tmp_path / "ours")
 
 
 def test_moe_llava(tmp_path: Path) -> None:
@@ -165,6 +231,7 @@ def test_moe_llava(tmp_path: Path) -> None:
     assert_same_logits(tmp_path / "ours", Llava(theirs))
     model, _ = load_checkpoint(tmp_path / "ours")
     assert list(moe_blocks(model)) == ["language.1"]
+    goes_on(tmp_path / "ours")
 
 
 def refused(directory: Path, tmp_path: Path, capsys: Any, *options: str) -> str:

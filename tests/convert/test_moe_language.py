@@ -51,6 +51,13 @@ def test_logits_are_transformers(family: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = theirs(**inputs).logits
         torch.testing.assert_close(model(**inputs).logits[..., : expected.shape[-1]], expected, rtol=0, atol=2e-5)
+    model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(block.router.weight.grad.any() for block in moe_blocks(model).values())
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+    save_checkpoint(model, processor, tmp_path / "again")
+    again, _ = load_checkpoint(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model.eval()(**inputs).logits)
 
 
 def test_it_starts_a_model_with_a_tower(tmp_path: Path) -> None:

@@ -47,6 +47,9 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]
         "judged behind a frozen front",
         "judged, routers only",
         "judged by means",
+        "tc_moe",
+        "moe_plus_plus",
+        "coupled",
     ],
 )
 @pytest.mark.parametrize("micro_batches", [1, 2])
@@ -61,6 +64,6 @@ def test_gradients_equal_one_process(
 
 def test_ranks_used_disjoint_experts(cases: list[list[dict[str, Any]]]) -> None:
     for first, second in zip(*cases, strict=True):
-        assert first["load"][2:] == [0, 0], first
+        assert first["load"][2:4] == [0, 0], first
         assert second["load"][:2] == [0, 0], second
         assert sum(first["load"]) == sum(second["load"]) > 0

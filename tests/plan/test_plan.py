@@ -115,6 +115,30 @@ def test_memory_and_flops_agree_with_a_real_step(moe: Any, competing: frozenset[
     assert cost.step_flops(checkpointing) == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [{"router": "tc_moe"}, {"router": "moe_plus_plus"}, {"router": "softmax", "coupling_coef": 1.0, "num_experts": 16}],
+    ids=["tc_moe", "moe_plus_plus", "coupled"],
+)
+def test_other_routers_agree_with_a_real_step(layer: dict[str, Any]) -> None:
+    """MoE++ runs fewer experts than are planned for: how many run nothing depends on values."""
+    model, planned = tiny("cpu", {"language": layer}), tiny("meta", {"language": layer})
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    ids, pixels = token_ids(model), torch.randn(2, 3, 28, 28)
+    states = [tensor for parameter in model.parameters() for tensor in (parameter, parameter.grad)]
+    with LiveBytes(states) as live, FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, pixel_values=pixels, labels=ids).loss.backward()
+    cost = simulate(planned, 2, 256, 2, frozenset())
+    assert cost.activations(checkpointing=False) == pytest.approx(live.peak, rel=0.2)
+    assert cost.flops == pytest.approx(counter.get_total_flops(), rel=0.15)
+    if "coupling_coef" in layer:  # which takes three products of 16 proxies with 16 experts' gates in each layer
+        plain = simulate(tiny("meta", {"language": {**layer, "coupling_coef": None}}), 2, 256, 2, frozenset())
+        block = next(iter(moe_blocks(model).values()))
+        products = 2 * 16 * 16 * block.experts.down_proj.shape[2] * block.hidden_size
+        assert cost.flops - plain.flops == 3 * products * len(moe_blocks(model))
+
+
 @pytest.mark.parametrize("rule", [{"competition_margin": 0.0}, {"competition_answers": "mean"}], ids=["full", "mean"])
 def test_what_the_losss_judgement_keeps_and_costs_agrees_with_a_real_step(rule: dict[str, Any]) -> None:
     moe = {"language": {"competition_judge": "loss", **rule}}

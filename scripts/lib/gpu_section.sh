@@ -25,7 +25,7 @@ demo_stage() {
   shift 4
   "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node 1 --module llava_compete.cli train \
     "configs/demo/$stage.yaml" --stage "$stage" output_dir="$scratch/$run" deepspeed="$zero" training.bf16=true \
-    training.max_steps=6 training.logging_steps=1 training.save_strategy=no training.report_to=none \
+    training.max_steps=3 training.logging_steps=1 training.save_strategy=no training.report_to=none \
     data.cache_dir="$scratch/cache-$run" "data.sources=[{name: demo, path: $scratch/data/$source, image_folder: $scratch/data/images}]" "$@"
   mkdir -p "$results/demo"
   cp "$scratch/$run/run/metrics.jsonl" "$results/demo/$run.jsonl"
@@ -42,9 +42,9 @@ case $name in
     cp "$scratch/routing/routing.json" "$results/routing.json"
     ;;
   demo)
-    llava data demo --out "$scratch/data"
+    "$PYTHON" scripts/lib/few_scenes.py "$scratch/data"
     demo_stage pretrain_align-zero2 pretrain_align zero2 pretrain.json
-    # Competitions from the first step, so that six steps have some.
+    # Competitions from the first step, so that three steps have some.
     llava upcycle --config configs/demo/upcycle.yaml model.checkpoint="$scratch/pretrain_align-zero2" \
       output_dir="$scratch/upcycle" moe.competition_warmup_ratio=0 moe.competition_rate=0.5
     pids=()

@@ -160,10 +160,10 @@ class TrainConfig(StrictConfig):
             )
         if self.deepspeed and self.deepspeed.startswith("zero3"):
             raise ValueError(f"word_start: needs whole weights, which {self.deepspeed} shards; use zero2")
-        if self.model.vision_tower is not None and self.model.vision_tower.tiles is not None:
-            raise ValueError(
-                "word_start: pictures in tiles (model.vision_tower.tiles) have no fixed number of features"
-            )
+        tower = self.model.vision_tower
+        for key in ("tiles", "naflex"):
+            if tower is not None and getattr(tower, key) is not None:
+                raise ValueError(f"word_start: found vision_tower.{key}, by which pictures differ in their tokens")
 
     @model_validator(mode="after")
     def _something_trains(self) -> TrainConfig:

@@ -69,12 +69,13 @@ def test_data_without_single_pictures_is_one_line() -> None:
         ({"stage": "pft"}, "word_start: stage pft with trainable.projector full, expected pretrain_align and full"),
         ({"trainable": {"language": "full"}}, "trainable.projector frozen"),
         ({"deepspeed": "zero3"}, "needs whole weights, which zero3 shards"),
-        ({"tiles": {"max": 2}}, r"pictures in tiles \(model.vision_tower.tiles\)"),
+        ({"tower": {"tiles": {"max": 2}}}, r"found vision_tower\.tiles, by which pictures differ"),
+        ({"tower": {"naflex": {}}}, r"found vision_tower\.naflex"),
     ],
 )
 def test_where_it_cannot_be_is_named(changes: dict[str, Any], message: str) -> None:
     content = stage_config("pretrain_align", Path("d.json"), Path("out"))
-    tiles = changes.pop("tiles", None)
-    content["model"]["vision_tower"] |= {} if tiles is None else {"tiles": tiles}
+    content["model"]["vision_tower"] |= changes.get("tower", {})
+    changes = {key: value for key, value in changes.items() if key != "tower"}
     with pytest.raises(UserError, match=message):
         parse_config(TrainConfig, {**content, "word_start": {"steps": 1}, **changes}, source="x.yaml")

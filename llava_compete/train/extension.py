@@ -60,8 +60,6 @@ class Jump(NamedTuple):
         """Whether any rate is another."""
         if len(self.before) != len(self.after):  # other parts train, which is refused for itself
             return True
-        if len(self.before) != len(self.after):  # other parts train, which is refused for itself
-            return True
         pairs = zip(self.before, self.after, strict=True)
         return any(abs(one - other) > _SAME * max(abs(one), abs(other)) for one, other in pairs)
 

@@ -6,7 +6,6 @@ The pictures of a call are padded to the longest; attention sees no padding, and
 from __future__ import annotations
 
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -81,8 +80,6 @@ def check_naflex(trunk: Trunk, name: Any) -> NaFlexTrunk:
             "naflexvit_base_patch16_siglip"
         )
     embeds = trunk.module.embeds
-    if not hasattr(embeds, "pos_embed_antialias"):
-        raise UserError(f"vision_tower.naflex: found timm {version('timm')}, expected 1.0.31 or newer")
     if embeds.pos_embed_type != "learned" or trunk.module.rope is not None or embeds.pos_embed_use_grid_sample:
         kind = "rotary" if trunk.module.rope is not None else embeds.pos_embed_type
         raise UserError(f"vision_tower.naflex: {name} has {kind} position embeddings, expected a learned grid")

@@ -16,7 +16,6 @@ from llava_compete.cli import main
 def test_tiles_cost_more_than_a_square(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("timm", minversion="1.0.31")
     vit, naflex = TIMM["vision_cfg"], naflex_kit.TOWER["vision_cfg"]
     shown = {"square": (vit, {}), "tiles": (vit, {"tiles": {"max": 4}}), "naflex": (naflex, {"naflex": {}})}
     monkeypatch.setattr(pictures, "SHOWN", shown)

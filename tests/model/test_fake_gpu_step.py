@@ -121,8 +121,6 @@ def test_nor_do_dense_products() -> None:
     "section", [{"tiles": {"max": 2}}, {"tower": TOWER, "naflex": {"max_patches": 24}}], ids=["tiles", "naflex"]
 )
 def test_nor_do_pictures_of_any_size(section: dict[str, Any], images: bool) -> None:
-    if "naflex" in section:
-        pytest.importorskip("timm", minversion="1.0.31")
     check_gradients(_step("softmax", images=images, section=section))
 
 

@@ -24,7 +24,6 @@ from llava_compete.moe.config import MoeConfig
 from llava_compete.plan.step_cost import simulate
 from llava_compete.vision.naflex import NativeSizes
 
-pytest.importorskip("timm", minversion="1.0.31")
 LAYER = {"num_experts": 3, "num_experts_per_tok": 2}
 NAFLEX: dict[str, Any] = {"tower": TOWER, "naflex": {"max_patches": 24}}
 SIZES = [(40, 90), (28, 28), (150, 61)]

@@ -38,8 +38,6 @@ def stage(data: Path, out: Path, tile_batch: int | None = None, packing: bool = 
 @pytest.mark.parametrize("kind", [tiled_model, naflex_model])
 def test_any_cut_of_a_batch_is_one_run(data: Path, tmp_path: Path, kind: Callable[[], dict[str, Any]]) -> None:
     chunks = 3 if kind is tiled_model else None
-    if kind is naflex_model:
-        pytest.importorskip("timm", minversion="1.0.31")
     evaluated = {"eval_strategy": "steps", "eval_steps": 2}
     whole = read_metrics(run_stage_here(stage(data, tmp_path / "whole", model=kind(), training=evaluated)))
     small = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "activation_checkpointing": True}

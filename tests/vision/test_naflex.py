@@ -28,7 +28,6 @@ from llava_compete.vision.projector import ProjectorSection, check_pool
 from llava_compete.vision.sources import load_pretrained, resolve_tower
 from llava_compete.vision.tower_config import VisionTowerSection
 
-pytest.importorskip("timm", minversion="1.0.31")
 BUDGET = 40
 SIZES = [(20, 61), (61, 20), (32, 32), (200, 131), (3, 5), (1, 2000)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,3 +62,9 @@ def test_no_arrow_points_upward(room: str) -> None:
         if LEVEL[other] > LEVEL[room]
     }
     assert not upward
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """They are imported by it, without packages: the second would not be collected."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, count in names.items() if count > 1]

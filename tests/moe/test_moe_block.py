@@ -79,10 +79,10 @@ def test_permuting_experts_changes_nothing_else(competing: bool) -> None:
 
 def test_competition_of_all_experts_is_the_dense_mixture() -> None:
     block = make_block(num_experts_per_tok=4)
-    output, contest, _ = block.experts(X.flatten(0, 1))
+    found = block.experts(X.flatten(0, 1))
     everyone = torch.arange(4).expand(21, 4)
-    weights = contest.affinity_TE / contest.affinity_TE.sum(-1, keepdim=True)
-    torch.testing.assert_close(output, block.experts(X.flatten(0, 1), everyone, weights))
+    weights = found.contest.affinity_TE / found.contest.affinity_TE.sum(-1, keepdim=True)
+    torch.testing.assert_close(found.output_TO, block.experts(X.flatten(0, 1), everyone, weights))
 
 
 @pytest.mark.parametrize("competing", [False, True])

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -117,9 +117,26 @@ def below(pid: int) -> list[psutil.Process]:
         return []
 
 
+def words_of(process: psutil.Process) -> list[str]:
+    """Its command line; empty where it has ended meanwhile."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def rank_of(process: psutil.Process) -> int | None:
+    """None where it is no rank, or has ended meanwhile."""
+    try:
+        rank = process.environ().get("RANK")
+    except psutil.NoSuchProcess:
+        return None
+    return None if rank is None else int(rank)
+
+
 def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    found: Iterator[psutil.Process] = (child for child in below(process.pid) if "RANK" in child.environ())
-    return sorted(found, key=lambda child: int(child.environ()["RANK"]))
+    found = {child: rank for child in below(process.pid) if (rank := rank_of(child)) is not None}
+    return sorted(found, key=found.__getitem__)
 
 
 def wait_for_step(process: subprocess.Popen[bytes], output_dir: Path, step: int) -> None:

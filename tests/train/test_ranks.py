@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launch_kit import below, running
+from launch_kit import below, running, words_of
 from launcher_kit import environment_of, make_venv
 from stage_kit import ROOT
 
@@ -110,7 +110,7 @@ def test_ranks_whose_launcher_is_killed_save_and_end(
     with _running(venv, tmp_path, **launcher) as process:
         _wait_until(lambda: _both(tmp_path, "up"))
         everything = below(process.pid)
-        (killed,) = [one for one in everything if one.cmdline()[-1] == word or one.cmdline()[3:4] == [word]]
+        (killed,) = [one for one in everything if word in (words_of(one)[-1:] + words_of(one)[3:4])]
         killed.kill()
         assert process.wait(timeout=30) == 137
         assert _both(tmp_path, "saved")
@@ -131,7 +131,7 @@ def test_ranks_of_another_stage_are_left_alone(venv: Path, tmp_path: Path) -> No
 
 def test_a_stage_without_ranks_yet_leaves_at_once(venv: Path, tmp_path: Path) -> None:
     with _running(venv, tmp_path, INNER="import time; time.sleep(60)") as process:
-        _wait_until(lambda: any("inner" in one.cmdline() for one in below(process.pid)))
+        _wait_until(lambda: any("inner" in words_of(one) for one in below(process.pid)))
         everything = below(process.pid)
         process.terminate()
         assert process.wait(timeout=10) == 143

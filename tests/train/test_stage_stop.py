@@ -15,7 +15,18 @@ from typing import Any
 
 import psutil
 import pytest
-from launch_kit import below, hear_signals, launch_config, ranks_of, running, started, wait_for_step, wait_until
+from launch_kit import (
+    below,
+    hear_signals,
+    launch_config,
+    rank_of,
+    ranks_of,
+    running,
+    started,
+    wait_for_step,
+    wait_until,
+    words_of,
+)
 from stage_kit import ROOT, stage_environment
 
 from llava_compete.config import dump_yaml
@@ -67,7 +78,7 @@ def test_a_stage_that_is_told_before_it_trains_leaves_at_once(data: Path, tmp_pa
 
 
 def _named(processes: Sequence[psutil.Process], word: str) -> psutil.Process:
-    (found,) = [one for one in processes if any(word in part for part in one.cmdline()) and "RANK" not in one.environ()]
+    (found,) = [one for one in processes if any(word in part for part in words_of(one)) and rank_of(one) is None]
     return found
 
 

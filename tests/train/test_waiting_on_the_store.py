@@ -72,6 +72,7 @@ def test_a_rank_that_is_lost_in_a_step_is_named(number: int) -> None:
     """By one of those that are left, also where the lost one held the store."""
 
     def work(rank: Rank, store: Any) -> None:
+        distributed.dist.all_reduce(distributed.torch.ones(1))  # both have met
         if rank.number == number:
             os.kill(os.getpid(), signal.SIGKILL)
         distributed.dist.all_reduce(distributed.torch.ones(1))

@@ -166,16 +166,12 @@ class TimmTrunk(Trunk):
         return Features(*only) if isinstance(only, tuple) else Features(only, only[:, :0])
 
 
-class NaFlexTrunk(Trunk):
+class NaFlexTrunk(TimmTrunk):
     """timm's NaFlex transformer (SigLIP 2's), on squares of one size or on pictures of any (`naflex_tower`)."""
 
     def __init__(self, module: Any, image_size: int) -> None:
         super().__init__(module)
         self._image_size = image_size
-
-    @property
-    def blocks(self) -> Any:
-        return self.module.blocks
 
     @property
     def patch(self) -> int:
@@ -188,24 +184,8 @@ class NaFlexTrunk(Trunk):
         return side, side
 
     @property
-    def num_prefix_tokens(self) -> int:
-        return int(self.module.num_prefix_tokens)
-
-    @property
     def has_class_token(self) -> bool:
         return bool(self.module.has_class_token)
-
-    @property
-    def width(self) -> int:
-        return int(self.module.embed_dim)
-
-    def keep(self, num_layers: int) -> None:
-        self.module.prune_intermediate_layers([num_layers - 1], prune_norm=True, prune_head=True)
-        self._return_layer(num_layers - 1, return_prefix_tokens=self.num_prefix_tokens > 0)
-
-    def features(self, output: Any) -> Features:
-        (only,) = output
-        return Features(*only) if isinstance(only, tuple) else Features(only, only[:, :0])
 
 
 class FeatureMapTrunk(Trunk):

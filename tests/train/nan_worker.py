@@ -25,7 +25,8 @@ def poisoned(self: Any, *arguments: Any) -> Any:
     if in_time and self.args.process_index == self.args.world_size - 1:
         for batch in batches:
             if "pixel_values" in batch:
-                batch["pixel_values"] = torch.full_like(batch["pixel_values"], torch.nan)
+                # Not bytes, which the model would normalise and which cannot be NaN.
+                batch["pixel_values"] = torch.full_like(batch["pixel_values"], torch.nan, dtype=torch.float32)
     return batches, count
 
 

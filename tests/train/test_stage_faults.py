@@ -95,7 +95,7 @@ def test_non_finite_steps_of_one_rank_are_skipped(
     stopped = run("stopped", last=6, allowed=1)
     assert stopped.returncode != 0
     (error,) = error_lines(stopped)
-    layer = "vision.0" if stage == "sft" else r"vision_tower\.\S+"
+    layer = "vision.0" if stage == "sft" else r"model\.vision_tower\.\S+"
     assert re.search(rf"step \d: not finite: layer {layer}, .*lm_loss.*; stopped after 2 such steps in a row", error)
     for checkpoint in (*checkpoints.list_complete(tmp_path / "stopped"), tmp_path / "skipped"):
         assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())

@@ -18,9 +18,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llava_compete.moe.block import SparseMoeBlock
-from llava_compete.moe.config import COMPETITION_COEFS, ROUTER_COEFS, MoeLayerConfig
+from llava_compete.moe.layer_config import MoeLayerConfig
 from llava_compete.moe.router_table import ROUTER_CLASSES
 from llava_compete.moe.state import RoutingState, TokenGroups
+from llava_compete.moe.terms import COMPETITION_COEFS, ROUTER_COEFS
 
 LIMIT = 1e-5
 # With a shared expert and K = 2 the router's gradient is rounding noise of the reference beside the auxiliary loss'.

@@ -20,8 +20,8 @@ from torch import Tensor
 from llava_compete import files
 from llava_compete.bench.moe import NAME, Shape
 from llava_compete.moe.block import SparseMoeBlock
-from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.gradients import RouterGradients
+from llava_compete.moe.layer_config import MoeLayerConfig
 from llava_compete.moe.state import RoutingState, TokenGroups
 
 # How far experts have moved from the dense MLP that they were copies of: noise as a share of its weights' spread.

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from llava_compete import files
 from llava_compete.bench.memory import LiveBytes
 from llava_compete.moe.block import SparseMoeBlock
-from llava_compete.moe.config import ROUTERS, MoeLayerConfig
+from llava_compete.moe.layer_config import MoeLayerConfig
 from llava_compete.moe.state import RoutingState, TokenGroups
+from llava_compete.moe.terms import ROUTERS
 
 NAME = "language.0"
 COMPETITION = "competition_step"

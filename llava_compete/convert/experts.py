@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from llava_compete.convert.recipes import Recipe, stacked
 from llava_compete.errors import UserError
-from llava_compete.moe.config import MoeLayerConfig
+from llava_compete.moe.layer_config import MoeLayerConfig
 
 # Routers that, at inference, are a softmax over all experts and the K largest renormalised.
 _SOFTMAX = ("softmax", "competition")

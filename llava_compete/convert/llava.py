@@ -24,7 +24,8 @@ from llava_compete.language.interface import refuse_unusable
 from llava_compete.language.sources import read_tokenizer
 from llava_compete.language.tokenizer import add_image_token
 from llava_compete.model.config import LlavaCompeteConfig
-from llava_compete.moe.config import MoeConfig, MoeLayerConfig
+from llava_compete.moe.config import MoeConfig
+from llava_compete.moe.layer_config import MoeLayerConfig
 from llava_compete.vision.projector import projector_depth
 from llava_compete.vision.tower_config import ResizeMode, TowerConfig
 

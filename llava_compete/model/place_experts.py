@@ -14,7 +14,7 @@ from llava_compete.errors import UserError
 from llava_compete.language.families import decoder_layers, family_of, feed_forward_options
 from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.moe.block import SparseMoeBlock
-from llava_compete.moe.config import MoeLayerConfig
+from llava_compete.moe.layer_config import MoeLayerConfig
 from llava_compete.moe.state import RoutingState
 from llava_compete.vision.feed_forward import block_feed_forward
 from llava_compete.vision.naflex_tower import NaFlexTower

@@ -16,8 +16,8 @@ from torch import nn
 from llava_compete.errors import UserError
 from llava_compete.files import write_text
 from llava_compete.language.families import feed_forward_options
-from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.experts import PackedExperts
+from llava_compete.moe.layer_config import MoeLayerConfig
 
 if TYPE_CHECKING:
     from llava_compete.model.config import LlavaCompeteConfig

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.coupling import proxies
 from llava_compete.moe.experts import ExpertsOutput, PackedExperts, judgement_of
 from llava_compete.moe.gradients import SOURCES
+from llava_compete.moe.layer_config import MoeLayerConfig
 from llava_compete.moe.records import RoutingRecord
 from llava_compete.moe.router_table import ROUTER_CLASSES
 from llava_compete.moe.routers import Routing

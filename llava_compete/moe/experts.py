@@ -18,10 +18,10 @@ from llava_compete.errors import UserError
 from llava_compete.moe.all_experts import AllExpertsDown, AllExpertsUp, all_experts_down, all_experts_up
 from llava_compete.moe.answers import AnswerMeans, answer_sums
 from llava_compete.moe.competition import Contest, Picked, PickWinners, Responses, mix_winners, respond
-from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.coupling import coupling_loss
 from llava_compete.moe.implementations import ExpertWeights, choose
 from llava_compete.moe.judged import JudgedOutput, Judgement
+from llava_compete.moe.layer_config import MoeLayerConfig
 from llava_compete.moe.parallel import ExpertRanks
 from llava_compete.moe.precision import without_autocast
 from llava_compete.moe.recomputed import Recomputation, RecomputedContest, chunks

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from llava_compete.moe import losses
 from llava_compete.moe.competition import Contest, Responses
-from llava_compete.moe.config import MoeLayerConfig
 from llava_compete.moe.judged import Judgement, contested
+from llava_compete.moe.layer_config import MoeLayerConfig
 from llava_compete.moe.metrics import RoutingMetrics
 from llava_compete.moe.precision import without_autocast
 from llava_compete.moe.router_table import ROUTER_CLASSES

@@ -20,7 +20,8 @@ from llava_compete.language.sources import missing_control_tokens
 from llava_compete.language.tokenizer import train_byte_level_bpe
 from llava_compete.model.build import build_model, refuse_other_architecture
 from llava_compete.model.checkpoint import read_config
-from llava_compete.moe.config import MoeConfig, still_used
+from llava_compete.moe.config import MoeConfig
+from llava_compete.moe.terms import still_used
 from llava_compete.train.config import TrainConfig
 
 if TYPE_CHECKING:  # `plan` reads recipes with this module where DeepSpeed is not installed

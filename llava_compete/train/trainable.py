@@ -14,7 +14,7 @@ from torch import nn
 from llava_compete import parts
 from llava_compete.errors import UserError
 from llava_compete.moe.block import SparseMoeBlock, moe_blocks
-from llava_compete.moe.config import COMPETITION_COEFS, ROUTER_COEFS
+from llava_compete.moe.terms import COMPETITION_COEFS, ROUTER_COEFS
 from llava_compete.parts import Part
 from llava_compete.train.config import PartTraining
 

@@ -1,4 +1,4 @@
-"""A thin Hugging Face `Trainer`: global counts for the loss, named loss terms, per-part groups, whole checkpoints.
+"""A thin Hugging Face `Trainer`: global counts for the loss, named loss terms, groups by part.
 
 Losses are normalised by counts of the whole optimizer step (all micro-batches, all ranks), gathered in one small
 all-reduce before its first forward. The loss is multiplied by the number of processes, and DDP and DeepSpeed divide
@@ -8,49 +8,29 @@ split into ranks and micro-batches.
 
 from __future__ import annotations
 
-import logging
-import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils.data import DataLoader
-from transformers import Trainer
 
 from llava_compete.errors import UserError
-from llava_compete.model.build import save_checkpoint
-from llava_compete.model.lora import TRAINED_WEIGHTS, save_trained
-from llava_compete.moe.block import moe_blocks
-from llava_compete.train import checkpoints, expert_parallel, trainable
+from llava_compete.train import expert_parallel, trainable
 from llava_compete.train import resharding as universal
 from llava_compete.train import step_counts as counts
-from llava_compete.train.adapters import save_merged
 from llava_compete.train.callbacks.answer_means import AnswerMeansCallback
 from llava_compete.train.callbacks.bad_steps import BadStepsCallback
 from llava_compete.train.callbacks.router_gradients import RouterGradientsCallback
 from llava_compete.train.config import TrainConfig
-from llava_compete.train.distributed import wait_for_all
 from llava_compete.train.extension import Plan, Schedule, load_schedule, set_rates
 from llava_compete.train.held_out import validation_loss
 from llava_compete.train.metrics import StepMetrics, learning_rates, peak_memory_gib, scalars
-from llava_compete.train.sharding import zero_stage
+from llava_compete.train.saving import SavingTrainer, has_adapters
 from llava_compete.train.stopping import deaf_children
-from llava_compete.train.streaming import partitioned, stream_checkpoint
 
-logger = logging.getLogger(__name__)
-
-# Seconds that `deepspeed` and `torchrun` wait for their ranks once they are told to stop; both have no setting for it.
-LAUNCHERS_PATIENCE = 30
-# With less than this left, a failed write is taken for a full disk.
-FULL_DISK_BYTES = 64 * 2**20
-# What a checkpoint of a LoRA stage holds beside peft's adapter: parts that train in full.
 # Settings of an optimizer's groups that a resume with --allow-changed obeys; the rest is the optimizer's own state.
 _OBEYED = ("weight_decay", "betas", "eps")
 # torch's kinds of running out of memory that are plain RuntimeErrors.
@@ -69,29 +49,24 @@ class StageLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
-class StageTrainer(Trainer):
+class StageTrainer(SavingTrainer):
     """One stage's training loop; takes the keyword arguments of `Trainer` and those below.
 
     Args:
         config: the stage.
         batch_sampler: yields this rank's micro-batches of row numbers, with `set_epoch`.
 
-    Attributes to set before training:
-        mark: what a resume compares; saved in each checkpoint.
+    Attributes to set before training, beside those of `SavingTrainer`:
         plan: the run's length, warm-up and competitions.
-        expert_ranks: over how many the experts are spread.
     """
 
     def __init__(self, *, config: TrainConfig, batch_sampler: Any, **kwargs: Any) -> None:
         self.optimizer: Any = None
         self.control: Any = None
-        self._saving = False  # a training checkpoint, and not the stage's result
         super().__init__(**kwargs)
         self.config = config
         self.batch_sampler = batch_sampler
-        self.mark: dict[str, Any] = {}
         self.plan = Plan(0, 0, (0,))
-        self.expert_ranks = 1
         self.step_metrics = StepMetrics(self.args.device)
         self.step_counts: counts.StepCounts | None = None
         self.stop_requested = False
@@ -105,7 +80,6 @@ class StageTrainer(Trainer):
         # Throughput and times since its last call; the step callback, which measures them, sets it.
         self.take_window: Callable[[], dict[str, Any]] = dict
         self._micro_batch = "before the first step"
-        self._longest_save = 0.0
 
     # ---- data: the sampler already shares rows out to ranks, so accelerate must not do it again ----
 
@@ -245,7 +219,7 @@ class StageTrainer(Trainer):
     @property
     def core_model(self) -> Any:
         """The LlavaCompete model inside peft's wrapper."""
-        return self.model.get_base_model() if _has_adapters(self.model) else self.model
+        return self.model.get_base_model() if has_adapters(self.model) else self.model
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -305,113 +279,3 @@ class StageTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    # ---- checkpoints: written beside, then renamed ----
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(Path(self.args.output_dir) / checkpoints.STAGING) if self._saving else self.args.output_dir
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        began = time.perf_counter()
-        self._saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            # torch and safetensors hide the system's error in their own kinds.
-            free = shutil.disk_usage(self.args.output_dir).free
-            if free > FULL_DISK_BYTES:
-                raise
-            raise UserError(
-                f"{self.args.output_dir}: the disk is full ({free / 2**20:.0f} MiB free), checkpoint-"
-                f"{self.state.global_step} was not written; make room and run the same command again, it goes on from "
-                "the last complete checkpoint"
-            ) from error
-        finally:
-            self._saving = False
-        wait_for_all()
-        if self.args.should_save:
-            output_dir = Path(self.args.output_dir)
-            checkpoints.publish(output_dir, f"checkpoint-{self.state.global_step}", self.mark)
-            checkpoints.rotate(output_dir, self.args.save_total_limit)
-        wait_for_all()
-        self._tell_save_time(time.perf_counter() - began)
-
-    def _tell_save_time(self, seconds: float) -> None:
-        """Once, and again where a save grows too long for a run that is told to stop."""
-        if seconds > max(self._longest_save, LAUNCHERS_PATIENCE) or not self._longest_save:
-            too_long = seconds > LAUNCHERS_PATIENCE
-            logger.log(
-                logging.WARNING if too_long else logging.INFO,
-                "checkpoint-%d: saved in %.1f s%s; deepspeed and torchrun by themselves kill their ranks %d s after "
-                "they are told to stop, the stage scripts wait",
-                *(self.state.global_step, seconds, ", too long for some launchers" if too_long else ""),
-                LAUNCHERS_PATIENCE,
-            )
-        self._longest_save = max(self._longest_save, seconds)
-
-    def save_merged(self, directory: Path, base: Any) -> None:
-        """The stage's result: the trained model, or `base()` with the trained adapters merged into it."""
-        if not _has_adapters(self.model):
-            self.save_model(str(directory))
-            return
-        engine = self.model_wrapped if self.is_deepspeed_enabled else self.model
-        state_dict = self.accelerator.get_state_dict(engine)
-        if self.args.should_save:
-            trained = self._trained()
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name in trained}
-            save_merged(base(), self.config.trainable, state_dict, self.processing_class, directory)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's; weights that no rank holds whole are written as they are gathered."""
-        stage = zero_stage(self.args)
-        is_sharded = self.expert_ranks > 1 or stage == 3
-        if self.deepspeed is None or _has_adapters(self.model) or not is_sharded:
-            super().save_model(output_dir, _internal_call)
-            return
-        directory = Path(output_dir or self.args.output_dir)
-        with partitioned(self.deepspeed, stage):
-            stream_checkpoint(self.model, self.processing_class, directory)
-        if self.args.should_save and self._saving:
-            self.answer_means.save(directory)
-        wait_for_all()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The self-contained model directory that the next stage reads; rank 0 writes it, the others wait."""
-        if self.args.should_save:
-            directory = Path(output_dir or self.args.output_dir)
-            self._write(directory, state_dict)
-            if self._saving:
-                self.answer_means.save(directory)
-        wait_for_all()
-
-    def _write(self, directory: Path, state_dict: dict[str, Tensor] | None) -> None:
-        if not _has_adapters(self.model):
-            save_checkpoint(self.model, self.processing_class, directory, state_dict)
-            return
-        self.model.save_pretrained(directory, state_dict=state_dict)
-        state_dict = self.model.state_dict() if state_dict is None else state_dict
-        save_trained(directory, {name: state_dict[name] for name in self._trained()})
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The weights of a checkpoint without DeepSpeed: peft's loading would leave out parts that train in full."""
-        if not _has_adapters(self.model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        weights = load_file(Path(resume_from_checkpoint) / TRAINED_WEIGHTS)
-        result = self.model.load_state_dict(weights, strict=False)
-        lost = self._trained() - weights.keys()
-        if lost or result.unexpected_keys:
-            raise UserError(
-                f"{resume_from_checkpoint}/{TRAINED_WEIGHTS}: does not fit the `trainable` map: "
-                f"{sorted(lost)[:2] + result.unexpected_keys[:2]}"
-            )
-
-    def _trained(self) -> set[str]:
-        """Names of what changes: trainable parameters, and buffers of routers, which some of these set each step."""
-        routers = {id(buffer) for block in moe_blocks(self.model).values() for buffer in block.router.buffers()}
-        buffers = {name for name, buffer in self.model.named_buffers() if id(buffer) in routers}
-        return buffers | {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-
-
-def _has_adapters(model: Any) -> bool:
-    return isinstance(model, PeftModel)

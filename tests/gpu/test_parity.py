@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from llava_compete.moe.block import SparseMoeBlock
-from llava_compete.moe.config import ROUTERS
 from llava_compete.moe.state import TokenGroups
+from llava_compete.moe.terms import ROUTERS
 
 pytestmark = pytest.mark.gpu
 

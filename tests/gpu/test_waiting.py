@@ -12,7 +12,7 @@ import torch
 from tiny import tiny_model
 
 from llava_compete.data.collator import label_positions
-from llava_compete.moe.config import ROUTERS
+from llava_compete.moe.terms import ROUTERS
 from llava_compete.parts import IGNORE_INDEX
 
 pytestmark = pytest.mark.gpu

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llava_compete.model import backbone
 from llava_compete.moe.block import SparseMoeBlock
-from llava_compete.moe.config import ROUTERS
+from llava_compete.moe.terms import ROUTERS
 
 ROWS, LENGTH = 2, 64
 PARTS = ("vision", "projector", "language")

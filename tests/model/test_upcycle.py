@@ -21,8 +21,9 @@ from llava_compete.errors import UserError
 from llava_compete.model.build import load_checkpoint, save_checkpoint
 from llava_compete.model.upcycle import UpcycleConfig, upcycle
 from llava_compete.moe.block import moe_blocks
-from llava_compete.moe.config import ROUTERS, MoeConfig
+from llava_compete.moe.config import MoeConfig
 from llava_compete.moe.router_table import ROUTER_CLASSES
+from llava_compete.moe.terms import ROUTERS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llava_compete.moe.block import SparseMoeBlock
-from llava_compete.moe.config import MoeLayerConfig
+from llava_compete.moe.layer_config import MoeLayerConfig
 from llava_compete.moe.records import RoutingRecord
 from llava_compete.moe.state import RoutingState, TokenGroups
 

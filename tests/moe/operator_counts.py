@@ -23,9 +23,10 @@ from operator_kit import OperatorCounts
 
 from llava_compete.model.losses import routing_losses
 from llava_compete.moe.block import SparseMoeBlock
-from llava_compete.moe.config import ROUTERS, MoeLayerConfig
+from llava_compete.moe.layer_config import MoeLayerConfig
 from llava_compete.moe.records import stack_layers
 from llava_compete.moe.state import RoutingState, TokenGroups
+from llava_compete.moe.terms import ROUTERS
 from llava_compete.train.metrics import StepMetrics
 
 LAYERS = 24

@@ -12,7 +12,8 @@ from tiny import tiny_model
 from llava_compete.model.checkpoint import load_checkpoint, save_checkpoint
 from llava_compete.model.upcycle import upcycle
 from llava_compete.moe.block import moe_blocks
-from llava_compete.moe.config import MoeConfig, MoeLayerConfig
+from llava_compete.moe.config import MoeConfig
+from llava_compete.moe.layer_config import MoeLayerConfig
 
 ROUTER = "bias_balanced"
 

@@ -11,9 +11,11 @@ from operator_kit import Operators
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from llava_compete.moe.config import ROUTERS, MoeConfig, MoeLayerConfig
+from llava_compete.moe.config import MoeConfig
 from llava_compete.moe.coupling import coupling_loss, proxies
+from llava_compete.moe.layer_config import MoeLayerConfig
 from llava_compete.moe.state import TokenGroups
+from llava_compete.moe.terms import ROUTERS
 
 X = torch.randn(4, 5, 12, generator=torch.Generator().manual_seed(4))
 NOISE = 2 * torch.rand(4, 12, generator=torch.Generator().manual_seed(6)) - 1

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llava_compete.moe.block import SparseMoeBlock
-from llava_compete.moe.config import MoeLayerConfig
+from llava_compete.moe.layer_config import MoeLayerConfig
 from llava_compete.moe.state import RoutingState, TokenGroups
 
 X = torch.randn(2, 2, 5, 12, generator=torch.Generator().manual_seed(2))

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from llava_compete.moe.block import SparseMoeBlock
-from llava_compete.moe.config import ROUTERS
 from llava_compete.moe.gradients import RouterGradients
+from llava_compete.moe.terms import ROUTERS
 
 # One sequence of orthonormal tokens: the squares of the gradient at W x add up to those of the gradient at W.
 X = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(3))).Q[None]

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from llava_compete.moe.block import SparseMoeBlock
-from llava_compete.moe.config import MoeConfig, MoeLayerConfig
+from llava_compete.moe.config import MoeConfig
 from llava_compete.moe.judged import Judgement
+from llava_compete.moe.layer_config import MoeLayerConfig
 from llava_compete.train.callbacks.competition import schedules
 from llava_compete.train.starting_point import moe_in_force
 

@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llava_compete.errors import UserError
 from llava_compete.moe.competition import affinity
-from llava_compete.moe.config import ROUTERS
 from llava_compete.moe.losses import balance_loss
 from llava_compete.moe.metrics import RoutingMetrics
 from llava_compete.moe.state import TokenGroups
+from llava_compete.moe.terms import ROUTERS
 
 X = torch.randn(3, 7, 12, generator=torch.Generator().manual_seed(5))
 MASK = torch.ones(3, 7)

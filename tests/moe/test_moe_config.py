@@ -8,7 +8,9 @@ import pytest
 
 from llava_compete.config import parse_config
 from llava_compete.errors import UserError
-from llava_compete.moe.config import ROUTERS, MoeConfig, MoeLayerConfig
+from llava_compete.moe.config import MoeConfig
+from llava_compete.moe.layer_config import MoeLayerConfig
+from llava_compete.moe.terms import ROUTERS
 
 JUDGED = {"competition_judge": "loss"}
 TAUGHT = {"competition_output": "router"}

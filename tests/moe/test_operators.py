@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from llava_compete.moe.config import ROUTERS
 from llava_compete.moe.state import TokenGroups
+from llava_compete.moe.terms import ROUTERS
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32}
 # Of a step in float32 with biases; a launch costs a GPU's host 5 to 15 microseconds.

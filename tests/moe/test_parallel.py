@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from llava_compete.moe.block import SparseMoeBlock
-from llava_compete.moe.config import ROUTERS
 from llava_compete.moe.parallel import ExpertRanks
 from llava_compete.moe.state import TokenGroups
+from llava_compete.moe.terms import ROUTERS
 
 LENGTH, WIDTH = 5, 12
 JUDGED = {"competition_judge": "loss", "competition_margin": 0.0}

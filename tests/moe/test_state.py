@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from llava_compete.moe.block import SparseMoeBlock
-from llava_compete.moe.config import ROUTERS
 from llava_compete.moe.losses import balance_loss, router_z_loss
 from llava_compete.moe.state import TokenGroups
+from llava_compete.moe.terms import ROUTERS
 
 MASKS = torch.tensor([[[1, 1, 1, 0], [1, 0, 0, 0]], [[1, 1, 1, 1], [1, 1, 0, 0]]])
 

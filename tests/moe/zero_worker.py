@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llava_compete.moe.block import SparseMoeBlock, competition_layers
-from llava_compete.moe.config import MoeLayerConfig
+from llava_compete.moe.layer_config import MoeLayerConfig
 from llava_compete.moe.state import RoutingState, TokenGroups
 
 WIDTH, EXPERTS, SEQUENCES, LENGTH = 8, 4, 8, 6

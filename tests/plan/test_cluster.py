@@ -14,7 +14,7 @@ import torch.distributed as dist
 from llava_compete.cli import main
 from llava_compete.moe import parallel
 from llava_compete.moe.block import SparseMoeBlock
-from llava_compete.moe.config import MoeLayerConfig
+from llava_compete.moe.layer_config import MoeLayerConfig
 from llava_compete.moe.parallel import ExpertRanks
 from llava_compete.moe.state import RoutingState, TokenGroups
 from llava_compete.plan.cluster import (

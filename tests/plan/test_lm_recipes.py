@@ -6,7 +6,7 @@ import pytest
 
 from llava_compete.config import load_config
 from llava_compete.errors import UserError
-from llava_compete.moe.config import ROUTERS
+from llava_compete.moe.terms import ROUTERS
 from llava_compete.plan.cluster import Cluster
 from llava_compete.plan.plan import plan
 from llava_compete.train.config import TrainConfig

@@ -12,7 +12,8 @@ from torch import nn
 
 from llava_compete.errors import UserError
 from llava_compete.moe.block import SparseMoeBlock
-from llava_compete.moe.config import MoeConfig, MoeLayerConfig
+from llava_compete.moe.config import MoeConfig
+from llava_compete.moe.layer_config import MoeLayerConfig
 from llava_compete.moe.parallel import ExpertRanks
 from llava_compete.moe.state import RoutingState
 from llava_compete.train import expert_parallel

@@ -27,7 +27,7 @@ from llava_compete.model.lora import merge_adapters
 from llava_compete.model.upcycle import upcycle
 from llava_compete.moe.config import MoeConfig
 from llava_compete.parts import part_of
-from llava_compete.train import checkpoints, run, trainer
+from llava_compete.train import checkpoints, run, saving, trainer
 from llava_compete.train.callbacks import progress as watch
 from llava_compete.train.config import TrainConfig
 
@@ -347,7 +347,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(data: Path, tmp_path: Path, monk
 
     def no_room(self: Any, directory: str) -> None:
         if self.state.global_step == 4:
-            monkeypatch.setattr(trainer, "FULL_DISK_BYTES", 2**62)
+            monkeypatch.setattr(saving, "FULL_DISK_BYTES", 2**62)
             raise OSError(28, "No space left on device")
         real(self, directory)
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from stage_kit import fresh_model, stage_config, tiny_moe, write_data
 
 from llava_compete.manifest import git_state
-from llava_compete.moe.config import COMPETITION_COEFS, ROUTER_COEFS
+from llava_compete.moe.terms import COMPETITION_COEFS, ROUTER_COEFS
 
 WORKER = Path(__file__).with_name("zero_grid_worker.py")
 # Of a tensor's change, in norm, against the one-process run: float32 sums in another order.

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from llava_compete.moe.config import COMPETITION_COEFS, ROUTER_COEFS
 from llava_compete.moe.router_table import ROUTER_CLASSES
+from llava_compete.moe.terms import COMPETITION_COEFS, ROUTER_COEFS
 
 Controls = ("random", "fixed", "dense")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava_compete.moe.block import SparseMoeBlock
-from llava_compete.moe.config import MoeLayerConfig
+from llava_compete.moe.layer_config import MoeLayerConfig
 from llava_compete.moe.state import RoutingState, TokenGroups
 from llava_compete.study.routing.layer import MoeLayer, Widths
 from llava_compete.study.routing.rules import RULES, Judge, Response

@@ -45,4 +45,4 @@ for model in pretrain_align pft sft; do
   stage "perplexity_$model" "$(sum "$RECIPE/perplexity.yaml")" perplexity "$model"
 done
 llava-compete realistic-report "$OUT" "$DATA"/eval/*_test.parquet
-llava-compete report "$OUT/sft" --data "$DATA/eval/emoji_vendor_test.parquet" --eval "$OUT/eval_sft" --rows 64
+llava-compete report "$OUT/sft" --data "$DATA/eval/emoji_vendor_test.parquet" --rows 64

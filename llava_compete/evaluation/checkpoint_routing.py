@@ -61,6 +61,7 @@ class CheckpointRouting:
     settings: dict[str, Any]  # by layer: router, experts, chosen
     examples: list[Example]
     num_rows: int
+    num_compared: int  # rows of controls, worth, and choices
     tokenizer: Any
     sums: RoutingSums | None = None
     controls: dict[str, Score] | None = None
@@ -92,6 +93,7 @@ def measure_checkpoint(
         },
         examples=list(_examples(model, processor, rows, options.examples)),
         num_rows=len(rows),
+        num_compared=min(options.compared_rows, len(rows)),
         tokenizer=processor.tokenizer,
     )
     if not blocks:

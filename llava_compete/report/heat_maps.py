@@ -26,6 +26,8 @@ MOST_NUMBERS = 12  # columns up to which cells hold their number
 LONGEST = 14.0  # inches
 # Purple and orange are told apart by the colour-blind, where red and green are not.
 AROUND = "PuOr"
+UPWARDS = "cividis"
+MOST_STEPS = 60  # columns of a map over steps
 
 
 def load_maps(loads: Mapping[str, Mapping[str, Sequence[float]]]) -> plt.Figure:
@@ -110,6 +112,42 @@ def step_lines(series: Mapping[str, tuple[Sequence[int], Sequence[float]]], labe
     axis.set_ylabel(label)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def step_maps(series: Mapping[str, tuple[Sequence[int], Sequence[float]]], label: str) -> plt.Figure:
+    """Values over training steps of more layers than lines can show: a row a layer, a panel a part, one scale.
+
+    Args:
+        series: by layer steps and values. A cell is the mean of the values in its span of steps, blank without any.
+    """
+    steps = sorted({step for at, _ in series.values() for step in at})
+    spans = np.array_split(steps, min(len(steps), MOST_STEPS))
+    starts = [span[0] for span in spans]
+    parts: dict[str, list[str]] = {}
+    for name in series:
+        parts.setdefault(name.partition(".")[0], []).append(name)
+    cells = {name: np.full(len(spans), np.nan) for name in series}
+    for name, (at, values) in series.items():
+        columns = np.searchsorted(starts, at, side="right") - 1
+        counts = np.bincount(columns, minlength=len(spans))
+        met = counts > 0
+        cells[name][met] = np.bincount(columns, values, minlength=len(spans))[met] / counts[met]
+    finite = np.concatenate(list(cells.values()))
+    low, high = np.nanmin(finite), np.nanmax(finite)
+    heights = [1.0 + 0.16 * len(names) for names in parts.values()]
+    figure, axes = plt.subplots(
+        len(parts), 1, figsize=(9, min(LONGEST, sum(heights))), height_ratios=heights, squeeze=False,
+        layout="constrained", sharex=True,
+    )  # fmt: skip
+    for axis, (part, names) in zip(axes[:, 0], parts.items(), strict=True):
+        grid = np.stack([cells[name] for name in names])
+        image = axis.imshow(grid, cmap=UPWARDS, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+        _sparse_ticks(axis.set_yticks, [name.partition(".")[2] for name in names], 16)
+        axis.set_ylabel(f"{part} layer")
+    _sparse_ticks(axes[-1][0].set_xticks, [str(start) for start in starts], 10)
+    axes[-1][0].set_xlabel("step")
+    figure.colorbar(image, ax=axes[:, 0].tolist()).set_label(label)
     return figure
 
 

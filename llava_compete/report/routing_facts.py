@@ -25,6 +25,7 @@ def routing_facts(found: CheckpointRouting) -> dict[str, Any]:
     return {
         "path": found.path,
         "rows": found.num_rows,
+        "compared_rows": found.num_compared,
         "sources": sums.sources,
         "layers": {name: {**found.settings[name], **_layer(found, sums, name)} for name in sums.layers},
         "controls": {name: _rounded(score._asdict()) for name, score in (found.controls or {}).items()},

@@ -6,25 +6,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava_compete.config import read_yaml
 from llava_compete.errors import UserError
 from llava_compete.evaluation.checkpoint_facts import checkpoint_config
 from llava_compete.evaluation.unit_scores import Unit, read_units, standard_error, weighted_mean
 from llava_compete.files import read_json, read_json_lines
 
+_MOST_STAGES = 16  # between a mixture and its dense parent
+
 
 @dataclass
 class RunFacts:
     """name: how the report calls it; checkpoint: None for a run without a finished model; steps: lines of metrics.jsonl
-    with a loss; evaluation: summary.json; units: by task."""
+    with a loss; evaluation: summary.json; units: by task; dense_parent: of a mixture, the model that was upcycled, as
+    far as the run's own record leads to it."""
 
     name: str
     path: Path
     checkpoint: Path | None
     stage: str | None = None
     steps: list[dict[str, Any]] = field(default_factory=list)
-    manifest: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] | None = None
     units: dict[str, list[Unit]] = field(default_factory=dict)
+    dense_parent: RunFacts | None = None
 
 
 def find_runs(paths: list[Path], evaluations: list[Path]) -> list[RunFacts]:
@@ -36,11 +40,17 @@ def find_runs(paths: list[Path], evaluations: list[Path]) -> list[RunFacts]:
     """
     runs = [_run(path) for path in paths]
     _name_apart(runs)
+    given = [run.path.resolve() for run in runs]
+    for run in runs:
+        parent = _dense_parent(run.path)
+        if parent is not None and parent.resolve() not in given:
+            run.dense_parent = _run(parent)
+    known = [*runs, *(run.dense_parent for run in runs if run.dense_parent is not None)]
     for directory in evaluations:
         checkpoint = _summary(directory)["checkpoint"]["path"]
-        of = [run for run in runs if run.checkpoint is not None and _is_same(run.checkpoint, Path(checkpoint))]
+        of = [run for run in known if run.checkpoint is not None and _is_same(run.checkpoint, Path(checkpoint))]
         if not of:
-            raise UserError(f"{directory}: evaluates {checkpoint}, which is none of the runs given")
+            raise UserError(f"{directory}: evaluates {checkpoint}, which is none of the runs given or their parents")
         for run in of:
             _add_evaluation(run, directory)
     return runs
@@ -60,14 +70,38 @@ def _run(path: Path) -> RunFacts:
         run.stage = checkpoint_config(path).get("stage")
     if log.is_file():
         run.steps = [line for line in read_json_lines(log, may_break_off=True) if "loss" in line and "step" in line]
-    if (path / "run" / "manifest.json").is_file():
-        run.manifest = read_json(path / "run" / "manifest.json")
-    for directory in (path / "eval", path.parent / "eval"):
-        if has_model and (directory / "summary.json").is_file():
-            if _is_same(path, Path(_summary(directory)["checkpoint"]["path"])):
-                _add_evaluation(run, directory)
+    for directory in (path / "eval", path.parent / "eval", path.parent / f"eval_{path.name}"):
+        if (
+            has_model
+            and (directory / "summary.json").is_file()
+            and _is_same(path, Path(_summary(directory)["checkpoint"]["path"]))
+        ):
+            _add_evaluation(run, directory)
             break
     return run
+
+
+def with_checkpoints(path: Path) -> list[Path]:
+    """The whole checkpoints that a stage has kept, oldest first, and its result."""
+    kept = [child for child in path.glob("checkpoint-*") if (child / "config.json").is_file()]
+    if not kept:
+        raise UserError(f"{path}: no checkpoint-* with a whole model (a stage of adapters keeps only these)")
+    return [*sorted(kept, key=lambda child: int(child.name.rpartition("-")[2])), path]
+
+
+def _dense_parent(path: Path) -> Path | None:
+    """The model that a mixture was upcycled from, by the records of the stages between; None where one is not there."""
+    if not (path / "config.json").is_file() or checkpoint_config(path).get("moe") is None:
+        return None
+    for _ in range(_MOST_STAGES):
+        record = path / "run" / "config.yaml"
+        start = (read_yaml(record).get("model") or {}).get("checkpoint") if record.is_file() else None
+        if start is None or not (Path(start) / "config.json").is_file():
+            break
+        path = Path(start)
+        if checkpoint_config(path).get("moe") is None:
+            return path
+    return None
 
 
 def _last_stage(path: Path) -> Path:

@@ -6,6 +6,7 @@ Each part is left out where a run has nothing for it, with a line that says so.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from llava_compete.evaluation.checkpoint_routing import CheckpointRouting, Example
 from llava_compete.evaluation.routing_data import TOKEN_CLASSES
 from llava_compete.evaluation.spreading import spread
-from llava_compete.evaluation.token_choices import Patch, overlap
+from llava_compete.evaluation.token_choices import Patch
 from llava_compete.files import write_json
 from llava_compete.parts import PARTS
 from llava_compete.report.choice_maps import map_of_layers, token_table
@@ -23,8 +24,8 @@ from llava_compete.report.heat_maps import (
     load_maps,
     png_of,
     square_maps,
-    step_lines,
 )
+from llava_compete.report.over_steps import checkpoints_section, training_section
 from llava_compete.report.page import Page, table_html
 from llava_compete.report.routing_facts import KINDS, routing_facts
 from llava_compete.report.run_facts import RunFacts, scores_by_type
@@ -55,11 +56,11 @@ def write_run_report(
     page.html(f"<pre>{escape(command)}</pre>")
     facts = {name: routing_facts(found) for name, found in routing.items()}
     _overview(page, runs, facts)
-    _saturation(page, routing)
+    checkpoints_section(page, routing, facts)
     _scores(page, runs)
     for run in runs:
         title = run.name if len(runs) > 1 else "Routing"
-        _training(page, run)
+        training_section(page, run)
         if facts.get(run.name, {}).get("layers"):
             page.heading(f"Routing of {title}" if len(runs) > 1 else title)
             _routing(page, run.name, facts[run.name], routing[run.name])
@@ -73,7 +74,10 @@ def write_run_report(
                 "name": run.name,
                 "path": str(run.path),
                 "stage": run.stage,
-                "scores": {task: [score.__dict__ for score in scores_by_type(u)] for task, u in run.units.items()},
+                "scores": _type_scores(run),
+                "dense_parent": None
+                if run.dense_parent is None
+                else {"path": str(run.dense_parent.path), "scores": _type_scores(run.dense_parent)},
                 "routing": facts.get(run.name),
             }
             for run in runs
@@ -83,12 +87,17 @@ def write_run_report(
     return [page.write(), directory / "report.json"]
 
 
+def _type_scores(run: RunFacts) -> dict[str, Any]:
+    return {task: [score.__dict__ for score in scores_by_type(units)] for task, units in run.units.items()}
+
+
 def _overview(page: Page, runs: Sequence[RunFacts], facts: Mapping[str, dict[str, Any]]) -> None:
     page.heading("Overview")
     header = ["", *(run.name for run in runs)]
     rows = [
         ["directory", *(str(run.path) for run in runs)],
         ["stage", *(run.stage or NO_VALUE for run in runs)],
+        ["dense parent", *(_parent(run) for run in runs)],
         ["experts", *(_experts(facts.get(run.name)) for run in runs)],
         ["steps logged to", *(str(run.steps[-1]["step"]) if run.steps else NO_VALUE for run in runs)],
         ["last loss (nats a token)", *(f"{run.steps[-1]['loss']:.4f}" if run.steps else NO_VALUE for run in runs)],
@@ -99,35 +108,19 @@ def _overview(page: Page, runs: Sequence[RunFacts], facts: Mapping[str, dict[str
             cells = (f"{found['loss']:.3f} / {found['exact']:.3f}" if found else NO_VALUE for found in controls)
             rows.append([f"loss / exact answers, routed by {label}", *cells])
     page.table(header, rows)
-    if any(fact.get("controls") for fact in facts.values()):
+    compared = dict.fromkeys(str(fact["compared_rows"]) for fact in facts.values() if fact.get("controls"))
+    if compared:
         page.note(
             "Routed by something else than the router, in all layers at once, on the expected answers of "
-            "held-out or given rows: where that costs nothing, routing does nothing in this checkpoint, and no "
-            "comparison of routers on it means anything."
+            f"{'/'.join(compared)} rows of the data: where that costs nothing, routing does nothing in this "
+            "checkpoint, and no comparison of routers on it means anything."
         )
 
 
-def _saturation(page: Page, routing: Mapping[str, CheckpointRouting]) -> None:
-    """How near each checkpoint's choices are to those of the last one given, where they have the same layers."""
-    chosen = {name: found.choices for name, found in routing.items() if found.choices}
-    if len(chosen) < 2:
-        return
-    *others, last = chosen
-    shapes = {layer: choices.shape for layer, choices in chosen[last].items()}
-    comparable = [name for name in others if {n: c.shape for n, c in chosen[name].items()} == shapes]
-    if not comparable:
-        return
-    page.heading("Saturation")
-    rows = [
-        [layer, *(f"{overlap(chosen[name][layer], final):.3f}" for name in comparable)]
-        for layer, final in chosen[last].items()
-    ]
-    page.table(["layer", *comparable], rows)
-    tokens = len(next(iter(chosen[last].values())))
-    page.note(
-        f"Share of a checkpoint's choices that {last} makes too, on the same {tokens:,} tokens (by chance K / E). Give "
-        "a run's checkpoints from the first to the last to see when its routing settles."
-    )
+def _parent(run: RunFacts) -> str:
+    if run.dense_parent is None:
+        return NO_VALUE
+    return str(run.dense_parent.path) + ("" if run.dense_parent.units else " (not evaluated)")
 
 
 def _experts(facts: dict[str, Any] | None) -> str:
@@ -144,7 +137,16 @@ def _experts(facts: dict[str, Any] | None) -> str:
     return "; ".join(words)
 
 
-def _scores(page: Page, runs: Sequence[RunFacts]) -> None:
+def _scores(page: Page, given: Sequence[RunFacts]) -> None:
+    """By task and question type, of the runs and of the dense parents that were evaluated."""
+    runs: list[RunFacts] = []
+    parents = set[Path]()
+    for run in given:
+        runs.append(run)
+        parent = run.dense_parent
+        if parent is not None and parent.units and parent.path.resolve() not in parents:
+            parents.add(parent.path.resolve())
+            runs.append(replace(parent, name=f"dense parent of {run.name}"))
     tasks = list(dict.fromkeys(task for run in runs for task in run.units))
     if not tasks:
         return
@@ -177,49 +179,6 @@ def _score(score: Any) -> str:
     return f"{score.score:.1f}" + ("" if score.error is None else f" ± {score.error:.1f}")
 
 
-def _training(page: Page, run: RunFacts) -> None:
-    if len(run.steps) < 2:
-        return
-    page.heading(f"Training of {run.name}")
-    steps = [line["step"] for line in run.steps]
-    losses = {
-        name: (steps, [line.get(name, float("nan")) for line in run.steps])
-        for name in ("loss", "lm_loss")
-        if any(name in line for line in run.steps)
-    }
-    page.figure(
-        step_lines(losses, "nats a token"), f"{run.name}-loss", f"Loss over {len(steps)} logged steps of {run.path}."
-    )
-    if "lm_loss" in losses:
-        extra = [line["loss"] - line["lm_loss"] for line in run.steps if "lm_loss" in line]
-        if any(extra):
-            page.figure(
-                step_lines({"loss - lm_loss": (steps[: len(extra)], extra)}, "nats a token"),
-                f"{run.name}-routing-loss",
-                "What the routing losses add to the language model's loss.",
-            )
-    for key, label, caption in (
-        ("router_entropy", "nats", "Entropy of the router's probabilities; even would be the logarithm of E."),
-        ("router_agreement", "share", "Winners of competition steps that the router had chosen too."),
-        ("expert_load", "multiple of 1/E", "Load of the most used expert, in multiples of even use."),
-    ):
-        series = _by_layer(run.steps, key)
-        if series:
-            page.figure(step_lines(series, label), f"{run.name}-{key}", f"{caption} A line a layer.")
-
-
-def _by_layer(steps: Sequence[dict[str, Any]], key: str) -> dict[str, tuple[list[int], list[float]]]:
-    series: dict[str, tuple[list[int], list[float]]] = {}
-    for line in steps:
-        for name, value in line.items():
-            if name.startswith(f"{key}/") and value is not None:
-                number = max(value) * len(value) if isinstance(value, list) else value
-                mine = series.setdefault(name.removeprefix(f"{key}/"), ([], []))
-                mine[0].append(line["step"])
-                mine[1].append(number)
-    return series
-
-
 def _routing(page: Page, run: str, facts: dict[str, Any], found: CheckpointRouting) -> None:
     where = f"{facts['rows']} rows of {', '.join(facts['sources'])}"
     for part in PARTS:
@@ -228,7 +187,7 @@ def _routing(page: Page, run: str, facts: dict[str, Any], found: CheckpointRouti
             continue
         page.subheading(part)
         _part_loads(page, run, part, layers, facts, where)
-        _part_lines(page, run, part, layers, where)
+        _part_lines(page, run, part, layers, facts, where)
         shown = _some(list(layers), MOST_PAIR_LAYERS)
         if all(layers[name]["chosen"] > 1 for name in shown):
             page.figure(
@@ -262,7 +221,7 @@ def _part_loads(page: Page, run: str, part: str, layers: dict[str, Any], facts: 
         page.figure(load_maps(sources), f"{run}-{part}-sources", f"The same by data source. {where}.")
 
 
-def _part_lines(page: Page, run: str, part: str, layers: dict[str, Any], where: str) -> None:
+def _part_lines(page: Page, run: str, part: str, layers: dict[str, Any], facts: dict[str, Any], where: str) -> None:
     kinds = [kind for kind in KINDS if any(kind in layer["by_kind"] for layer in layers.values())]
 
     def by_kind(key: str) -> dict[str, dict[str, float]]:
@@ -291,9 +250,10 @@ def _part_lines(page: Page, run: str, part: str, layers: dict[str, Any], where: 
     if columns:
         page.table(header, zip(layers, *columns, strict=True))
         page.note(
-            "Regret: mean loss of the answers' tokens with this layer alone routed at random, minus that with the "
-            "router, and the share of draws that a token was served better by; near 0 and 50% the choice does not "
-            "matter here. Cosines between two experts, mean over pairs: near 1 they are still copies of one another."
+            f"Regret, on {facts['compared_rows']} rows: mean loss of the answers' tokens with this layer alone routed "
+            "at random, minus that with the router, and the share of draws that a token was served better by; near 0 "
+            "and 50% the choice does not matter here. Cosines between two experts, mean over pairs: near 1 they are "
+            "still copies of one another."
         )
 
 

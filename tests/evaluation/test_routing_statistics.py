@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -21,6 +22,8 @@ from llava_compete.evaluation.routing_data import Rows, encode_row
 from llava_compete.evaluation.token_choices import choices_of, overlap
 from llava_compete.model.build import load_checkpoint, save_checkpoint
 from llava_compete.moe.block import moe_blocks
+from llava_compete.report.over_steps import checkpoints_section
+from llava_compete.report.page import Page
 from llava_compete.report.routing_facts import routing_facts
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
@@ -189,6 +192,20 @@ def test_the_page_is_whole_and_fetches_nothing(checkpoint, data, tmp_path, capsy
         assert facts["layers"][name]["likeness"]["weights"] < 0.2  # from scratch
         assert 0 <= facts["layers"][name]["worth"]["lower"] <= 1
     assert (tmp_path / "out" / "figures" / "moe-language-load.svg").is_file()
+
+
+def test_checkpoints_of_a_run_stand_beside_one_another(checkpoint, data, tmp_path):
+    last = measured(checkpoint, data)
+    first = replace(last, choices={name: np.roll(chosen, 1) for name, chosen in last.choices.items()})
+    routing = {"checkpoint-2": first, "sft": last}
+    page = Page("Report", tmp_path)
+    checkpoints_section(page, routing, {name: routing_facts(found) for name, found in routing.items()})
+    html = page.write().read_text()
+    assert "<tr><th>layer</th><th>checkpoint-2</th></tr>" in html
+    for name, chosen in last.choices.items():
+        assert f"<td>{name}</td><td>{overlap(first.choices[name], chosen):.3f}</td>" in html
+    assert "too, by chance 0.50." in html
+    assert (tmp_path / "figures" / "checkpoints.svg").is_file()
 
 
 @pytest.mark.parametrize(

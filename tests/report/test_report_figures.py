@@ -14,7 +14,7 @@ from llava_compete.evaluation.picture_choices import ShownPicture
 from llava_compete.report.choice_maps import patch_figure, token_table
 from llava_compete.report.colors import expert_colors, ink_on
 from llava_compete.report.forest import ForestRow, plot_forest
-from llava_compete.report.heat_maps import load_maps, render, square_maps
+from llava_compete.report.heat_maps import load_maps, render, square_maps, step_maps
 
 
 def pixels(figure: plt.Figure) -> tuple[int, int]:
@@ -41,6 +41,23 @@ def test_cells_are_multiples_of_even_use() -> None:
     assert figure.axes[0].images[0].get_array().tolist() == [[2.0, 1.0, 1.0, 0.0]]
     assert [text.get_text() for text in figure.axes[0].texts] == ["2.00", "1.00", "1.00", "0.00"]
     plt.close(figure)
+
+
+def test_steps_of_32_layers_are_means_of_spans() -> None:
+    """600 steps in 60 columns; a layer that is logged now and then is blank between."""
+    steps = list(range(1, 601))
+    series = {f"language.{layer}": (steps, [float(layer)] * 599 + [layer + 10.0]) for layer in range(32)}
+    figure = step_maps({"vision.0": ([1, 3], [1.0, 2.0]), **series}, "nats")
+    above, below = (figure.axes[place].images[0].get_array() for place in (0, 1))
+    assert above.shape == (1, 60)
+    assert above[0, 0] == 1.5
+    assert np.ma.getmaskarray(above)[0, 1:].all() or np.isnan(above[0, 1:]).all()
+    assert below[5, :59].tolist() == [5.0] * 59
+    assert below[5, 59] == pytest.approx(6.0)
+    assert len({axis.images[0].norm.vmax for axis in figure.axes[:2]}) == 1
+    width, height = pixels(figure)
+    assert width < 1200
+    assert height < 1500
 
 
 def test_layers_without_a_pair_stay_blank() -> None:

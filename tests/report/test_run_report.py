@@ -1,0 +1,95 @@
+"""What a report finds on disk of a run: evaluations, the dense model that was upcycled, checkpoints, the log."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_compete.config import dump_yaml
+from llava_compete.errors import UserError
+from llava_compete.evaluation.unit_scores import Unit, write_units
+from llava_compete.files import write_json
+from llava_compete.report.run_facts import find_runs, with_checkpoints
+from llava_compete.report.run_report import write_run_report
+
+LAYERS = [f"{part}.{layer}" for part, count in (("vision", 4), ("language", 8)) for layer in range(count)]
+
+
+def stage(folder: Path, parent: Path | None, moe: Any, loads: dict[str, list[float]] | None = None) -> Path:
+    """A stage's directory without weights: its config, the record of its start, and a log."""
+    write_json(folder / "config.json", {"model_type": "llava_compete", "stage": folder.name, "moe": moe})
+    (folder / "run").mkdir(parents=True)
+    dump_yaml({"model": {"checkpoint": None if parent is None else str(parent)}}, folder / "run" / "config.yaml")
+    lines = [{"step": n, "loss": 3.0 - n, "lm_loss": 2.5 - n, **(loads or {})} for n in (1, 2)]
+    (folder / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return folder
+
+
+def evaluation(folder: Path, of: Path, right: int) -> Path:
+    """20 questions, of which so many are right."""
+    write_units(folder, "emoji", [Unit(str(n), float(n < right), 1, "kind", "a", "a") for n in range(20)])
+    tasks = {"emoji": {"accuracy": right / 20, "chance": 0.1, "blind": 0.3, "n": 20}}
+    write_json(folder / "summary.json", {"checkpoint": {"path": str(of)}, "tasks": tasks})
+    return folder
+
+
+@pytest.fixture
+def sft(tmp_path: Path) -> Path:
+    """pretrain_align -> pft -> upcycle -> sft."""
+    dense = stage(tmp_path / "pft", stage(tmp_path / "pretrain_align", None, None), None)
+    upcycled = stage(tmp_path / "upcycle", dense, {"language": {}})
+    return stage(tmp_path / "sft", upcycled, {"language": {}}, {f"expert_load/{n}": [0.75, 0.25] for n in LAYERS})
+
+
+def test_the_dense_parents_scores_stand_beside_the_mixtures(sft: Path, tmp_path: Path) -> None:
+    evaluation(tmp_path / "eval_sft", sft, 15)
+    evaluation(tmp_path / "eval_pft", tmp_path / "pft", 10)
+    (run,) = find_runs([sft], [])
+    page, found = write_run_report([run], {}, tmp_path / "out", "command")
+    content = json.loads(found.read_text())["runs"][0]
+    assert content["dense_parent"]["path"] == str(tmp_path / "pft")
+    assert content["scores"]["emoji"][0]["score"] == 75
+    assert content["dense_parent"]["scores"]["emoji"][0]["score"] == 50
+    text = page.read_text()
+    assert "<th>sft</th><th>dense parent of sft</th>" in text
+    assert "<td>all</td><td>20</td><td>75.0 ± 9.9</td><td>50.0 ± 11.5</td>" in text
+    assert "best constant answer 10.0" in text.lower()
+    # Given beside the mixture it is a run of its own, and stands there once.
+    pair = find_runs([tmp_path / "pft", sft], [])
+    assert [run.dense_parent for run in pair] == [None, None]
+
+
+def test_evaluations_elsewhere_are_given(sft: Path, tmp_path: Path) -> None:
+    (run,) = find_runs([sft], [evaluation(tmp_path / "there", tmp_path / "pft", 10)])
+    assert run.dense_parent is not None
+    assert list(run.dense_parent.units) == ["emoji"]
+    assert not run.units
+    other = evaluation(tmp_path / "other", tmp_path / "upcycle", 10)
+    with pytest.raises(UserError, match="none of the runs given or their parents"):
+        find_runs([sft], [other])
+
+
+def test_without_a_record_no_parent_is_named(sft: Path, tmp_path: Path) -> None:
+    (tmp_path / "upcycle" / "run" / "config.yaml").unlink()
+    assert find_runs([sft], [])[0].dense_parent is None
+
+
+def test_checkpoints_come_in_the_order_of_their_steps(sft: Path) -> None:
+    with pytest.raises(UserError, match=r"sft: no checkpoint-\* with a whole model"):
+        with_checkpoints(sft)
+    for step in (10, 9):
+        stage(sft / f"checkpoint-{step}", None, {"language": {}})
+    (sft / "checkpoint-11").mkdir()  # of adapters alone
+    assert with_checkpoints(sft) == [sft / "checkpoint-9", sft / "checkpoint-10", sft]
+    assert [run.name for run in find_runs(with_checkpoints(sft), [])] == ["checkpoint-9", "checkpoint-10", "sft"]
+
+
+def test_more_layers_than_colours_are_a_map(sft: Path, tmp_path: Path) -> None:
+    page, _ = write_run_report(find_runs([sft], []), {}, tmp_path / "out", "command")
+    text = page.read_text()
+    assert "in multiples of even use. A row a layer, over 2 logged steps." in text
+    assert "What the routing losses add" in text
+    assert (tmp_path / "out" / "figures" / "sft-expert_load.svg").is_file()

@@ -8,8 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/launch.sh"
 if [ $# -eq 0 ] || [[ $1 == *=* || $1 == -* ]]; then set -- configs/lm/tiny.yaml "$@"; fi
 config=$(from_caller "$1")
 [ -f "$config" ] || die "$config: no such config file"
-output=$(sed -n 's/^output_dir: *//p' "$config")
-for word in "$@"; do [[ $word != output_dir=* ]] || output=${word#output_dir=}; done
+output=$("$VENV/bin/python" "$ROOT/scripts/lib/output_dir.py" "$config" "${@:2}")
 if grep -q playground/data/stdlib_text "$config" && [ ! -f playground/data/stdlib_text/meta.json ]; then
   llava-compete data stdlib-text
 fi

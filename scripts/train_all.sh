@@ -29,14 +29,9 @@ for stage in pretrain_align pft upcycle sft; do
   if [ ! -f "$config" ]; then continue; fi
   found=yes
   echo "== $stage" >&2
-  # A training stage that has finished says so and returns; upcycling is a transform, done when its result is there.
+  # A stage that has finished with these settings says so and returns.
   if [ "$stage" = upcycle ]; then
-    output=$(sed -n 's/^output_dir: *\([^ #]*\).*/\1/p' "$config")
-    if [ -f "$output/config.json" ]; then
-      echo "$output: upcycled already" >&2
-    else
-      run "$ROOT/scripts/upcycle.sh" "$config"
-    fi
+    run "$ROOT/scripts/upcycle.sh" "$config" --keep
   else
     run "$ROOT/scripts/$stage.sh" "$config" "$@"
   fi

@@ -84,6 +84,7 @@ def process_group(rank: Rank) -> Iterator[dist.Store]:
     try:
         store = _open_store(rank)
         meet(store, rank.number, rank.world_size, "start", JOIN_LIMIT)
+        store = _outliving_launcher(store, rank)
         _check_devices(store, rank)
         backend = "cpu:gloo,cuda:nccl" if rank.on_gpu else "gloo"
         dist.init_process_group(
@@ -109,11 +110,35 @@ def process_group(rank: Rank) -> Iterator[dist.Store]:
 
 def _open_store(rank: Rank) -> dist.Store:
     """The rendezvous: small keys and values that all ranks see."""
-    # Under torchrun its agent serves the store already.
-    serves = rank.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return _tcp_store(rank, int(os.environ["MASTER_PORT"]), serves=rank.is_main and not _is_agents_store())
+
+
+def _is_agents_store() -> bool:
+    """Whether it is torchrun's agent that serves the rendezvous, and not rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _outliving_launcher(met: dist.Store, rank: Rank) -> dist.Store:
+    """The store of the run: the one where ranks met, or rank 0's where that one would go with the launcher.
+
+    Ranks whose launcher was killed still have to save, and wait for each other meanwhile.
+    """
+    if not _is_agents_store():
+        return met
+    if not rank.is_main:
+        return _tcp_store(rank, int(met.get(_PORT_KEY)), serves=False)
+    store = _tcp_store(rank, 0, serves=True)
+    met.set(_PORT_KEY, str(store.port))
+    return store
+
+
+_PORT_KEY = "port of rank 0"
+
+
+def _tcp_store(rank: Rank, port: int, serves: bool) -> dist.TCPStore:
     return dist.TCPStore(
         os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
+        port,
         rank.world_size,
         is_master=serves,
         timeout=JOIN_LIMIT,

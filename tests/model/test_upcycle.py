@@ -16,7 +16,7 @@ from test_forward import picture
 from tiny import tiny_model
 
 from llava_compete.cli import main
-from llava_compete.config import load_config
+from llava_compete.config import dump_yaml, load_config
 from llava_compete.errors import UserError
 from llava_compete.model.build import load_checkpoint, save_checkpoint
 from llava_compete.model.upcycle import UpcycleConfig, upcycle
@@ -235,3 +235,26 @@ def test_command_line(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     )
     assert main(["upcycle", "--config", str(config)]) == 2
     assert "no such checkpoint directory" in capsys.readouterr().err
+
+
+def test_an_earlier_result_is_kept_where_it_is_of_this_parent_and_config(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "upcycle.yaml"
+    moe = {"language": {"num_experts": 4}}
+    dump_yaml({"model": {"checkpoint": str(dense)}, "output_dir": str(tmp_path / "moe"), "moe": moe}, config)
+    command = ["upcycle", "--config", str(config), "--keep"]
+    assert main(command) == 0
+    before = (tmp_path / "moe" / "model.safetensors").stat().st_mtime_ns
+    capsys.readouterr()
+    assert main(command) == 0
+    assert capsys.readouterr().err == f"{tmp_path / 'moe'}: upcycled already\n"
+    assert main([*command, "moe.language.num_experts=8"]) == 2
+    assert "moe.language.num_experts was 4, is 8" in capsys.readouterr().err
+    weights = load_file(dense / "model.safetensors")
+    save_file({key: tensor + 1 for key, tensor in weights.items()}, dense / "model.safetensors", {"format": "pt"})
+    assert main(command) == 2
+    assert "parent was " in capsys.readouterr().err
+    assert (tmp_path / "moe" / "model.safetensors").stat().st_mtime_ns == before
+    assert main(command[:-1]) == 0
+    assert (tmp_path / "moe" / "model.safetensors").stat().st_mtime_ns > before

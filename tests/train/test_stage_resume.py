@@ -83,10 +83,12 @@ def test_resume_on_another_number_of_ranks(
 def test_train_all_runs_what_is_left(data: Path, tmp_path: Path) -> None:
     configs = tmp_path / "configs"
     configs.mkdir()
-    dense, moe = {"checkpoint": str(tmp_path / "dense")}, {"checkpoint": str(tmp_path / "moe")}
+    # Longer than a line of YAML, so that its value stands on the next.
+    moe_dir = tmp_path / "mixtures of experts, four in every layer of the language model and of the tower"
+    dense, moe = {"checkpoint": str(tmp_path / "dense")}, {"checkpoint": str(moe_dir)}
     first = stage_config("pretrain_align", data, tmp_path / "dense", training={"max_steps": 2}, deepspeed=None)
     dump_yaml(first, configs / "pretrain_align.yaml")
-    upcycled = {"stage": "upcycle", "model": dense, "output_dir": str(tmp_path / "moe"), "moe": tiny_moe()}
+    upcycled = {"stage": "upcycle", "model": dense, "output_dir": str(moe_dir), "moe": tiny_moe()}
     dump_yaml(upcycled, configs / "upcycle.yaml")
     last = stage_config("sft", data, tmp_path / "sft", model=moe, training={"max_steps": 2000}, deepspeed=None)
     dump_yaml(last, configs / "sft.yaml")
@@ -97,7 +99,7 @@ def test_train_all_runs_what_is_left(data: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=120) == 143
         assert not running(everything)
-    weights = [tmp_path / stage / "model.safetensors" for stage in ("dense", "moe")]
+    weights = [folder / "model.safetensors" for folder in (tmp_path / "dense", moe_dir)]
     before = [path.stat().st_mtime_ns for path in weights]
     (saved,) = checkpoints.list_complete(tmp_path / "sft")
     state = json.loads((saved / "trainer_state.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Rows of pictures in tiles: tokens counted from headers, for the sampler, the limit, packing and the checker."""
+"""Rows of pictures in tiles or patches: tokens counted from headers, for the sampler, limit, packing and checker."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from naflex_kit import TOWER
 from PIL import ExifTags, Image
 from tiny import tiny_model
 
@@ -25,6 +26,16 @@ from llava_compete.train.step_counts import gather
 from llava_compete.vision import image_decoder
 
 SIZES = [(28, 28), (30, 90), (90, 30), (61, 60), (40, 95), (200, 100)]
+
+
+KINDS: dict[str, dict[str, Any]] = {"tiles": {"tiles": {}}, "patches": {"tower": TOWER, "naflex": {"max_patches": 64}}}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def sized(request: pytest.FixtureRequest) -> Any:
+    """A model whose pictures have as many tokens as their size makes."""
+    model, processor = tiny_model(**KINDS[request.param], language={"max_position_embeddings": 1024})
+    return model.eval(), processor
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +71,8 @@ def section(path: Path, **options: Any) -> DataSection:
     return parse_config(DataSection, {"sources": [{"name": "rows", "path": str(path)}], **options}, source="test")
 
 
-def test_a_pictures_tokens_are_known_before_it_is_decoded(tiled: Any, rows: Path, monkeypatch: Any) -> None:
-    _, processor = tiled
+def test_a_pictures_tokens_are_known_before_it_is_decoded(sized: Any, rows: Path, monkeypatch: Any) -> None:
+    _, processor = sized
     data = build_datasets(section(rows), processor, seed=0).train
     expected = [processor.tiling.num_tokens(size) for size in SIZES]
     text = int(data.lengths[-1])
@@ -76,8 +87,8 @@ def test_a_pictures_tokens_are_known_before_it_is_decoded(tiled: Any, rows: Path
     assert np.array_equal(build_datasets(section(rows), processor, seed=0).train.lengths, data.lengths)
 
 
-def test_a_batch_counts_pictures_and_gives_each_row_its_loss(tiled: Any, rows: Path) -> None:
-    model, processor = tiled
+def test_a_batch_counts_pictures_and_gives_each_row_its_loss(sized: Any, rows: Path) -> None:
+    model, processor = sized
     data = build_datasets(section(rows), processor, seed=0).train
     items = [data[number] for number in (4, 7, 6, 1)]
     packed, plain = Collator(processor, pack_to=512)(items), Collator(processor)(items)
@@ -93,25 +104,32 @@ def test_a_batch_counts_pictures_and_gives_each_row_its_loss(tiled: Any, rows: P
     torch.testing.assert_close(sum(losses[2:]), losses[1])
 
 
-def test_a_picture_is_whole_within_the_limit(tiled: Any, rows: Path) -> None:
-    _, processor = tiled
+def test_a_picture_is_whole_within_the_limit(sized: Any, rows: Path) -> None:
+    _, processor = sized
     limit = processor.tiling.num_tokens(processor.tiling.largest) + 1
     data = build_datasets(section(rows, max_length=limit, max_rejected_share=1), processor, seed=0).train
     assert all(len(data[number]["input_ids"]) <= limit for number in range(len(data)))
-    with pytest.raises(UserError, match=r"data\.max_length: found 80, but a picture in 2 x 2 tiles makes 88 tokens"):
-        section(rows, max_length=80).check_tiles(processor.tiling)
+    largest = processor.tiling.num_tokens(processor.tiling.largest)
+    message = rf"data\.max_length: found {largest}, but a picture in (2 x 2 tiles|64 patches) makes {largest} tokens"
+    with pytest.raises(UserError, match=message):
+        section(rows, max_length=largest).check_tiles(processor.tiling)
 
 
-def test_the_checker_counts_the_same_and_names_thin_pictures(tiled: Any, rows: Path) -> None:
-    _, processor = tiled
+def test_the_checker_counts_the_same(sized: Any, rows: Path) -> None:
+    _, processor = sized
     side = TextSide(processor.tokenizer, processor.num_image_tokens, processor.tiling)
     source = section(rows).sources[0]
     for number, raw in enumerate(json.loads(rows.read_text())[:6]):
         facts = check_row(source, raw, number, side, 512)
         assert facts.problems == []
         assert facts.image_tokens == processor.tiling.num_tokens(SIZES[number])
+
+
+def test_thin_pictures_are_named(tiled: Any, rows: Path) -> None:
+    _, processor = tiled
+    side = TextSide(processor.tokenizer, processor.num_image_tokens, processor.tiling)
     Image.new("RGB", (20000, 1)).save(rows.parent / "thin.png")
-    facts = check_row(source, record("thin", ["thin.png"]), 0, side, 512)
+    facts = check_row(section(rows).sources[0], record("thin", ["thin.png"]), 0, side, 512)
     assert [kind for kind, _ in facts.problems] == ["image_too_small"]
     rows.write_text(json.dumps([record("thin", ["thin.png"])]))
     with pytest.raises(UserError, match="row rows/thin: image of 20000x1 pixels: so thin"):
@@ -127,8 +145,8 @@ def test_a_bomb_is_known_by_its_header(tmp_path: Path, monkeypatch: Any) -> None
         image_decoder.image_size(tmp_path / "a.png")
 
 
-def test_answers_do_not_depend_on_the_batch(tiled: Any, rows: Path) -> None:
-    model, processor = tiled
+def test_answers_do_not_depend_on_the_batch(sized: Any, rows: Path) -> None:
+    model, processor = sized
     names = [rows.parent / f"{number}.png" for number in range(6)]
     prompts = [Prompt(f"what colour is {n} ?", lambda n=n: [Image.open(names[n])]) for n in range(6)]
     prompts.append(Prompt("<image> and <image> ?", lambda: [Image.open(names[4]), Image.open(names[0])]))
@@ -140,8 +158,8 @@ def test_answers_do_not_depend_on_the_batch(tiled: Any, rows: Path) -> None:
         assert one.negative_log_likelihood == pytest.approx(other.negative_log_likelihood, rel=1e-4)
 
 
-def test_held_out_answers_see_their_pictures(tiled: Any, rows: Path) -> None:
-    model, processor = tiled
+def test_held_out_answers_see_their_pictures(sized: Any, rows: Path) -> None:
+    model, processor = sized
     data = build_datasets(section(rows), processor, seed=0).train
     answers = greedy_answers(model, data, processor, count=8, device=torch.device("cpu"), synced=False)
     assert [answer["id"] for answer in answers][-2:] == ["rows/two", "rows/text"]

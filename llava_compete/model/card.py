@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_compete.config import read_yaml
 from llava_compete.files import write_text
 from llava_compete.moe.config import MoeConfig
 
@@ -66,11 +67,32 @@ def model_card(
     return "\n".join([*lines, "", "## Use", "", _LOAD.format(task=task, name=name), ""])
 
 
+def recorded_data(directory: Path) -> list[str]:
+    """A line for each source of the data that a directory's own run was trained on; none without its run."""
+    path = directory / "run" / "config.yaml"
+    data = read_yaml(path).get("data") if path.is_file() else None
+    sources = (data or {}).get("sources") or []
+    return [f"{source.get('name')} (weight {source.get('weight', 1.0):g})" for source in sources]
+
+
 def write_card(directory: str | Path, text: str) -> None:
     """Put the card in its place, unless there is one that somebody wrote."""
-    path = Path(directory) / CARD
-    if not path.is_file() or MARK in path.read_text(encoding="utf-8"):
+    if not _is_own(path := Path(directory) / CARD):
         write_text(path, text)
+
+
+def stage_card(staged: Path, directory: Path, config: LlavaCompeteConfig) -> None:
+    """The card of a model that lies in `staged` and moves to `directory`: its name and its run's data there; none where it
+    would replace one that somebody wrote."""
+    if _is_own(directory / CARD):
+        (staged / CARD).unlink(missing_ok=True)
+    else:
+        write_card(staged, model_card(config, directory.resolve().name, recorded_data(directory)))
+
+
+def _is_own(path: Path) -> bool:
+    """Whether somebody wrote it."""
+    return path.is_file() and MARK not in path.read_text(encoding="utf-8")
 
 
 def _cell(value: Any) -> str:

@@ -9,10 +9,9 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-from llava_compete.config import read_yaml
 from llava_compete.errors import UserError
 from llava_compete.files import read_json
-from llava_compete.model.card import model_card, write_card
+from llava_compete.model.card import model_card, recorded_data, write_card
 from llava_compete.model.checkpoint import read_config, read_weight_headers
 
 
@@ -29,7 +28,7 @@ def push(checkpoint: Path, repo: str, evaluations: Sequence[Path] = (), private:
     read_weight_headers(checkpoint)
     given = list(evaluations) or [path.parent for path in sorted(checkpoint.glob("eval*/summary.json"))]
     scores = [row for folder in given for row in read_scores(folder)]
-    write_card(checkpoint, model_card(config, repo, read_sources(checkpoint), scores))
+    write_card(checkpoint, model_card(config, repo, recorded_data(checkpoint), scores))
     names = sorted(path.name for path in checkpoint.iterdir() if path.is_file())
     api = HfApi()
     try:
@@ -49,11 +48,3 @@ def read_scores(folder: Path) -> list[list[Any]]:
         raise UserError(f"{folder}: no evaluation here (no summary.json)")
     tasks = read_json(path).get("tasks", {})
     return [[name, task.get("accuracy"), task.get("chance"), task.get("n")] for name, task in tasks.items()]
-
-
-def read_sources(checkpoint: Path) -> list[str]:
-    """A line for each source of the data that the checkpoint's own run was trained on; none without its run."""
-    path = checkpoint / "run" / "config.yaml"
-    data = read_yaml(path).get("data") if path.is_file() else None
-    sources = (data or {}).get("sources") or []
-    return [f"{source.get('name')} (weight {source.get('weight', 1.0):g})" for source in sources]

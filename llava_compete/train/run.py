@@ -22,6 +22,8 @@ from llava_compete.data.config import DataSection
 from llava_compete.errors import UserError
 from llava_compete.language.sources import context_of
 from llava_compete.manifest import write_manifest
+from llava_compete.model.card import stage_card
+from llava_compete.model.checkpoint import read_config
 from llava_compete.moe.allocator import keep_freed_memory
 from llava_compete.moe.config import MoeConfig
 from llava_compete.train import checkpoints, expert_parallel, trainable
@@ -301,5 +303,6 @@ def _save_final(config: TrainConfig, trainer: StageTrainer, rank: Rank) -> None:
     trainer.save_merged(staged, base=base)
     wait_for_all()
     if rank.is_main:
+        stage_card(staged, config.output_dir, read_config(staged, config.model.trust_remote_code))
         checkpoints.install_model(staged, config.output_dir)
     wait_for_all()

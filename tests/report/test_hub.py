@@ -19,7 +19,8 @@ from llava_compete.cli import main
 from llava_compete.config import dump_yaml
 from llava_compete.files import write_json
 from llava_compete.model.build import save_checkpoint
-from llava_compete.model.card import CARD, MARK
+from llava_compete.model.card import CARD, MARK, stage_card
+from llava_compete.model.checkpoint import read_config
 
 MOE = {"vision": {"router": "softmax"}, "language": {"num_experts": 4, "num_experts_per_tok": 2}}
 
@@ -97,6 +98,19 @@ def test_a_saved_model_has_a_card_and_its_generation_settings(checkpoint: Path) 
     (checkpoint / CARD).write_text("mine")
     tiny_model(moe=MOE)[0].config.save_pretrained(checkpoint)
     assert (checkpoint / CARD).read_text() == "mine"
+
+
+def test_a_stages_card_has_the_name_and_the_data_of_its_place(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sft"
+    (out / "run").mkdir(parents=True)
+    dump_yaml({"data": {"sources": [{"name": "captions"}]}}, out / "run" / "config.yaml")
+    stage_card(checkpoint, out, read_config(checkpoint))
+    card = (checkpoint / CARD).read_text()
+    assert 'from_pretrained("sft")' in card
+    assert "- captions (weight 1)" in card
+    (out / CARD).write_text("mine")
+    stage_card(checkpoint, out, read_config(checkpoint))
+    assert not (checkpoint / CARD).exists()  # which would take its place
 
 
 def test_push_uploads_the_checkpoint_with_data_and_scores(

@@ -66,6 +66,9 @@ def _assert_same_curve(left: Path, right: Path, tolerance: float = 1e-5) -> None
 def test_stages_one_after_the_other(data: Path, tmp_path: Path) -> None:
     training = {"max_steps": 3, "logging_steps": 1}
     dense = run_stage_here(stage_config("pretrain_align", data, tmp_path / "dense", training=training, deepspeed=None))
+    card = (dense / "README.md").read_text()
+    assert 'from_pretrained("dense")' in card
+    assert "## Data\n\n- " in card
     moe = parse_config(TrainConfig, stage_config("sft", data, tmp_path, moe=tiny_moe()), "x").moe
     assert moe
     upcycle(dense, tmp_path / "moe", moe, 0)

@@ -82,8 +82,10 @@ def write_card(directory: str | Path, text: str) -> None:
 
 
 def stage_card(staged: Path, directory: Path, config: LlavaCompeteConfig) -> None:
-    """The card of a model that lies in `staged` and moves to `directory`: its name and its run's data there; none where it
-    would replace one that somebody wrote."""
+    """The card of a model that lies in `staged` and moves to `directory`: its name and its run's data there.
+
+    None where it would replace one that somebody wrote.
+    """
     if _is_own(directory / CARD):
         (staged / CARD).unlink(missing_ok=True)
     else:

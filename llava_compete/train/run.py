@@ -32,6 +32,7 @@ from llava_compete.train.adapters import with_adapters
 from llava_compete.train.arguments import build_arguments, check_reports
 from llava_compete.train.callbacks.competition import CompetitionCallback
 from llava_compete.train.callbacks.coupling_noise import CouplingNoiseCallback
+from llava_compete.train.callbacks.freed_memory import FreedMemoryCallback
 from llava_compete.train.callbacks.progress import AnswersCallback, WatchCallback
 from llava_compete.train.callbacks.router_loads import RouterLoadsCallback
 from llava_compete.train.callbacks.tensorboard import ResumedTensorBoardCallback
@@ -149,6 +150,8 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
         answers,
     ):
         trainer.add_callback(callback)
+    if not rank.on_gpu:
+        trainer.add_callback(FreedMemoryCallback())
     checkpoint = _begin(config, rank, trainer, data, moe, allow_changed)
     if config.word_start is not None and checkpoint is None:
         with all_or_none(rank, "word_start"):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Shows how a stage on two machines starts, stops, goes on and refuses: two network namespaces of this machine, with ssh.
+# Shows how a stage on two machines starts, stops, goes on, refuses and is evaluated: two network namespaces of this machine, with ssh.
 #   bash scripts/two_nodes.sh [OUT [PART ...]]     as root, on CPU, about 10 minutes; the table goes to OUT/README.md
-# OUT: outputs/two_nodes. PART: hostfile, different, mistakes, slurm (default: all); the table keeps the other parts' rows.
+# OUT: outputs/two_nodes. PART: hostfile, nnodes, different, mistakes, slurm (default: all); the table keeps the other parts' rows.
 # Needs Debian's iproute2, openssh-server and openssh-client; for the part about Slurm slurmctld, slurmd, slurm-client and
 # munge. All traffic stays between the two namespaces; nothing is left behind.
 set -euo pipefail
@@ -19,7 +19,7 @@ export PATH="$VENV/bin:$PATH" VENV NUM_GPUS=0 NUM_PROCESSES=1 OMP_NUM_THREADS=1 
 unset HOSTFILE NNODES NODE_RANK MASTER_ADDR MASTER_PORT
 out=$(realpath -m "${1:-outputs/two_nodes}")
 parts=("${@:2}")
-[ ${#parts[@]} -gt 0 ] || parts=(hostfile different mistakes slurm)
+[ ${#parts[@]} -gt 0 ] || parts=(hostfile nnodes different mistakes slurm)
 folder=$(mktemp -d)
 trap 'remove_nodes; stop_slurm; rm -rf "$folder"' EXIT
 trap 'exit 143' TERM INT HUP
@@ -28,6 +28,9 @@ say "Preparing the data and the model"
 prepare_tiny_stage "$out"
 tiny_stage "$out"
 words+=(training.max_steps=80 training.save_steps=20) # long enough to be met in the middle
+mkdir -p "$out/tasks"
+cp eval/tasks/_demo_template_yaml eval/tasks/utils.py "$out/tasks"
+sed "s#test: .*#test: $out/data/eval/digits_test.parquet#" eval/tasks/demo_digits.yaml >"$out/tasks/demo_digits.yaml"
 make_nodes "$folder"
 hosts=$out/hosts
 printf '%s slots=1\n' "${ADDRESSES[@]}" >"$hosts"
@@ -77,6 +80,18 @@ def seen(folder):
 print("yes" if seen(sys.argv[1]) == seen(sys.argv[2]) else "no")
 END
 }
+# evaluate RUN NODE: what the model answers in 40 questions of the demo's test, by the evaluation's own script.
+evaluate() {
+  (on_node "$2" bash scripts/eval.sh configs/demo/eval.yaml checkpoint="$out/run-$1" output_dir="$out/eval-$1" suite=null \
+    'tasks=[demo_digits]' include_path="$out/tasks" limit=40 'routing_data=[]') >"$out/eval-$1.log" 2>&1 || true
+  cat "$out/eval-$1/samples/demo_digits.jsonl" 2>/dev/null || echo "no answers of $1"
+}
+# answers RUN NODE: yes if all 40 are there, and those of the run that was never stopped.
+answers() {
+  local found
+  found=$(evaluate "$1" "$2")
+  if [ "$(wc -l <<<"$found")" -eq 40 ] && [ "$found" = "$(evaluate straight 0)" ]; then echo yes; else echo no; fi
+}
 # start RUN [KEY=VALUE ...]: over HOSTFILE, from the first node; its process id in `job`.
 start() {
   local run=$1
@@ -122,6 +137,7 @@ hostfile_cases() {
   finish "$job"
   report "the same command again: status" 0 "$status"
   report "the same curve and weights as without a stop" yes "$(equal straight told)"
+  report "evaluated on the second machine: 40 answers, those of the run without a stop on the first" yes "$(answers told 1)"
 
   say "Connections lost"
   start lost
@@ -150,6 +166,39 @@ hostfile_cases() {
   start killed
   finish "$job"
   report "a rank killed, the same command again: status, same curve and weights" "0 yes" "$status $(equal straight killed)"
+}
+
+nnodes_cases() {
+  rm -rf "$out/run-launched"
+  straight
+  say "The same command on each machine (NNODES), told to stop, again, and evaluated"
+  # node INDEX: its process id in `job`.
+  node() {
+    (on_node "$1" env NNODES=2 NODE_RANK="$1" MASTER_ADDR="${ADDRESSES[0]}" bash scripts/sft.sh "${words[@]}" \
+      output_dir="$out/run-launched") 2>>"$out/run-launched$1.log" &
+    job=$!
+  }
+  both() {
+    node 0
+    first=$job
+    node 1
+  }
+  both
+  wait_for_step launched 6 "$job"
+  kill -TERM "$first"
+  finish "$job"
+  second=$status
+  finish "$first"
+  report "TERM to the first machine's script: statuses" "143 143" "$status $second"
+  report "TERM: ranks left, a checkpoint is there, finished" "0 yes no" \
+    "$(ranks | wc -l) $(saved launched) $(finished launched)"
+  both
+  finish "$job"
+  second=$status
+  finish "$first"
+  report "the same commands again: statuses" "0 0" "$status $second"
+  report "the same curve and weights as over HOSTFILE without a stop" yes "$(equal straight launched)"
+  report "evaluated on the second machine: 40 answers, those of that run on the first" yes "$(answers launched 1)"
 }
 
 different_cases() {

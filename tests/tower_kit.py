@@ -16,6 +16,17 @@ TIMM: dict[str, Any] = {
     "vision_cfg": {"timm_model_name": "test_vit2", "image_size": 64, "timm_pool": "", "timm_proj": "none"},
 }
 
+# Its rotary tables are buffers that no checkpoint stores.
+ROTARY: dict[str, Any] = {
+    "embed_dim": 16,
+    "vision_cfg": {
+        "timm_model_name": "eva02_tiny_patch14_224",
+        "image_size": 28,
+        "timm_pool": "",
+        "timm_proj": "none",
+    },
+}
+
 
 def make_tower(config: dict[str, Any], seed: int = 0, **options: Any) -> VisionTower:
     torch.manual_seed(seed)

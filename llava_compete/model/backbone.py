@@ -73,9 +73,14 @@ class LlavaCompetePreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ("past_key_values",)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Tower, projector and MoE blocks are initialised where they are built; a load leaves only buffers to fill."""
-        if isinstance(module, VisionTower):
-            module.restore_buffers()
+        """Tower, projector and MoE blocks are initialised where they are built."""
+
+    def initialize_weights(self) -> None:
+        """As in transformers, which takes a tower for done once its weights are loaded, whatever buffers it has."""
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, VisionTower):
+                module.restore_buffers()
 
     def _activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any

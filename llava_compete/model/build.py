@@ -26,6 +26,7 @@ from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.place_experts import make_projector, make_tower
 from llava_compete.model.processor import LlavaCompeteProcessor
 from llava_compete.model.section import ModelSection
+from llava_compete.model.unread import load_unread
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.vision.image_processing import LlavaCompeteImageProcessor
@@ -40,17 +41,18 @@ logger = logging.getLogger(__name__)
 
 
 def build_model(
-    section: ModelSection, moe: MoeConfig | None, seed: int, tokenizer: Any = None
+    section: ModelSection, moe: MoeConfig | None, seed: int, tokenizer: Any = None, *, unread: bool = False
 ) -> tuple[LlavaCompeteForConditionalGeneration, LlavaCompeteProcessor]:
     """Model (float parameters in `section.dtype`, on the CPU, training mode) and processor.
 
     moe: for a checkpoint, settings to lay over its own; for a new model, experts with random weights from the start.
     tokenizer: the one trained on the run's data where the section says so.
+    unread: leave a checkpoint's weights in their files (`unread.py`) where they lie there as they are in the model.
     """
     torch.manual_seed(seed)
     _check_attention(section)
     if section.checkpoint is not None:
-        model, processor = _load(section)
+        model, processor = _load(section, unread)
         if moe is not None:
             apply_moe_settings(model, moe)
     else:
@@ -74,17 +76,13 @@ def _set_tile_batch(tower: VisionTower, tile_batch: int) -> None:
     tower.tile_batch = tile_batch
 
 
-def _load(section: ModelSection) -> tuple[LlavaCompeteForConditionalGeneration, LlavaCompeteProcessor]:
+def _load(section: ModelSection, unread: bool) -> tuple[LlavaCompeteForConditionalGeneration, LlavaCompeteProcessor]:
     """The checkpoint that `section` names, with the section's chat template where it names one."""
     assert section.checkpoint is not None
-    attention = {} if section.attention is None else {"attn_implementation": section.attention}
-    model, processor = load_checkpoint(
-        section.checkpoint,
-        dtype=getattr(torch, section.dtype),
-        trust_remote_code=section.trust_remote_code,
-        **attention,
-        **_quantized(section),
-    )
+    options: dict[str, Any] = {} if section.attention is None else {"attn_implementation": section.attention}
+    options |= {"dtype": getattr(torch, section.dtype), "trust_remote_code": section.trust_remote_code}
+    found = load_unread(section.checkpoint, **options) if unread and section.quantization is None else None
+    model, processor = found or load_checkpoint(section.checkpoint, **options, **_quantized(section))
     if section.chat_template is not None:
         _refuse_growth(set_chat_template(processor.tokenizer, section.chat_template), section)
         processor.chat_template = processor.tokenizer.chat_template

@@ -18,7 +18,8 @@ from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.parameter_names import OLD_NAMES, are_old, current_name
 from llava_compete.model.processor import LlavaCompeteProcessor
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CHUNK_BYTES = 16 * 1024**2  # of a file that is mapped at once
+MODEL = "model"  # how names of files with a model's weights begin
 # safetensors' names of what torch can hold.
 DTYPES = {
     "F64": torch.float64,
@@ -36,6 +37,11 @@ DTYPES = {
 }
 
 
+def index_name(stem: str) -> str:
+    """The file that says which shard holds which tensor, where there are several."""
+    return f"{stem}.safetensors.index.json"
+
+
 class TensorFacts(NamedTuple):
     """Where a stored tensor lies and what it is, from the file's header; older files have another name for it."""
 
@@ -43,6 +49,36 @@ class TensorFacts(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     stored_name: str
+
+    def whole(self) -> torch.Tensor:
+        """The tensor, in memory of its own."""
+        flat = torch.empty(torch.Size(self.shape).numel(), dtype=self.dtype)
+        self.copy_flat(flat)
+        return flat.view(self.shape)
+
+    def copy_flat(self, into: torch.Tensor, start: int = 0) -> None:
+        """Fill `into` [n] with the elements from `start` on of the tensor laid out flat.
+
+        Of the file only the rows around them are touched, a few at a time, and nothing of it stays mapped.
+        """
+        rows_at_once = max(1, CHUNK_BYTES // max(1, self.dtype.itemsize * self._width))
+        stop = start + len(into)
+        while start < stop:
+            row = start // self._width
+            end = min(stop, (row + rows_at_once) * self._width)
+            into[len(into) - (stop - start) :][: end - start].copy_(self._mapped(row, start, end))
+            start = end
+
+    @property
+    def _width(self) -> int:
+        return torch.Size(self.shape[1:]).numel()
+
+    def _mapped(self, row: int, start: int, end: int) -> torch.Tensor:
+        with safe_open(self.file, framework="pt") as shard:
+            if not self.shape:
+                return shard.get_tensor(self.stored_name).flatten()
+            rows = shard.get_slice(self.stored_name)[row : -(-end // self._width)]
+            return rows.flatten()[start - row * self._width : end - row * self._width]
 
 
 def read_config(directory: str | Path, trust_remote_code: bool = False) -> LlavaCompeteConfig:
@@ -67,18 +103,20 @@ def read_config(directory: str | Path, trust_remote_code: bool = False) -> Llava
     return LlavaCompeteConfig.from_pretrained(directory)
 
 
-def read_weight_headers(directory: str | Path) -> dict[str, TensorFacts]:
+def read_weight_headers(directory: str | Path, stem: str = MODEL) -> dict[str, TensorFacts]:
     """Every stored tensor's place, shape and dtype by its parameter's name; reads headers only.
+
+    stem: how the files' names begin.
 
     Raises:
         UserError: a truncated or missing shard.
     """
     directory = Path(directory)
-    files = _weight_files(directory)
+    files = _weight_files(directory, stem)
     facts: dict[str, TensorFacts] = {}
     for file in files:
         if not file.is_file():
-            raise UserError(f"{file}: missing, though {INDEX} lists it")
+            raise UserError(f"{file}: missing, though {index_name(stem)} lists it")
         try:
             with safe_open(file, framework="pt") as shard:
                 for key in shard.keys():  # noqa: SIM118 (a safetensors handle is no dict)
@@ -92,17 +130,17 @@ def read_weight_headers(directory: str | Path) -> dict[str, TensorFacts]:
     return facts
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / INDEX
+def _weight_files(directory: Path, stem: str) -> list[Path]:
+    weights, index = directory / f"{stem}.safetensors", directory / index_name(stem)
     if index.is_file():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (json.JSONDecodeError, KeyError, AttributeError) as error:
             raise UserError(f"{index}: not a valid index of shards ({error})") from error
         return [directory / name for name in sorted(names)]
-    if not (directory / WEIGHTS).is_file():
-        raise UserError(f"{directory}: no weights (neither {WEIGHTS} nor {INDEX})")
-    return [directory / WEIGHTS]
+    if not weights.is_file():
+        raise UserError(f"{directory}: no weights (neither {weights.name} nor {index.name})")
+    return [weights]
 
 
 def model_on_meta(

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from llava_compete.errors import UserError
-from llava_compete.files import mode_by_umask
-from llava_compete.model.checkpoint import load_checkpoint, save_checkpoint
+from llava_compete.model.checkpoint import load_checkpoint, read_weight_headers, save_checkpoint
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.parameter_names import OLD_NAMES, are_old, current_name
 from llava_compete.moe.experts import PackedExperts
@@ -26,7 +24,7 @@ from llava_compete.parts import PREFIXES, Part
 logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
-TRAINED_WEIGHTS = "trained.safetensors"
+TRAINED = "trained"  # how names of files begin with all that a stage trained: peft's own have adapters alone
 
 
 @dataclass(frozen=True)
@@ -87,17 +85,6 @@ def add_adapters(model: LlavaCompeteForConditionalGeneration, parts: Mapping[Par
         return get_peft_model(model, use_for_attention(config))
 
 
-def save_trained(directory: Path, trained: Mapping[str, Tensor]) -> None:
-    """Write all that a stage with adapters trained beside them: peft's own file has no part that trained in full.
-
-    Args:
-        directory: where peft saved the adapters.
-        trained: by name in peft's model, the adapters' tensors too.
-    """
-    save_file({name: tensor.contiguous() for name, tensor in trained.items()}, directory / TRAINED_WEIGHTS)
-    mode_by_umask(directory)
-
-
 def load_adapter(model: LlavaCompeteForConditionalGeneration, adapter: str | Path) -> Any:
     """Wrap `model` with the adapters of a directory, and with the parts that trained in full beside them.
 
@@ -122,23 +109,30 @@ def load_adapter(model: LlavaCompeteForConditionalGeneration, adapter: str | Pat
             use_for_attention(config)
             adapted = PeftModel.from_pretrained(model, adapter, config=config, key_mapping=mapping)
         stored = load_peft_weights(str(adapter), device="cpu", key_mapping=mapping)
-        unknown = _load_trained(adapted, adapter / TRAINED_WEIGHTS)
+        unknown = _load_trained(adapted, adapter)
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise UserError(f"{adapter}: does not fit {model.name_or_path}: {str(error).splitlines()[0]}") from error
     # peft only warns of tensors that are not there, and they would change nothing.
     missing = sorted(get_peft_model_state_dict(adapted).keys() - stored.keys())
     if missing or unknown:
-        what = f"lacks {len(missing)} of its tensors" if missing else f"{TRAINED_WEIGHTS} has {len(unknown)} unknown"
+        of_trained = f"{TRAINED}.safetensors has {len(unknown)} unknown"
+        what = f"lacks {len(missing)} of its tensors" if missing else of_trained
         raise UserError(f"{adapter}: {what}, such as {(missing or unknown)[0]}")
     return adapted
 
 
-def _load_trained(adapted: Any, path: Path) -> list[str]:
+def _load_trained(adapted: Any, adapter: Path) -> list[str]:
     """Put what trained beside the adapters in its place, if any did; returns names that the model does not have."""
-    if not path.is_file():
+    if not any(adapter.glob(f"{TRAINED}.safetensors*")):
         return []
-    result = adapted.load_state_dict(load_file(path), strict=False)
-    return list(result.unexpected_keys)
+    return load_trained(adapted, adapter)[1]
+
+
+def load_trained(adapted: Any, directory: Path) -> tuple[set[str], list[str]]:
+    """Put all that a stage trained in its place in peft's model; returns the tensors' names, and the unknown ones."""
+    stored = read_weight_headers(directory, TRAINED)
+    result = adapted.load_state_dict({name: facts.whole() for name, facts in stored.items()}, strict=False)
+    return set(stored), list(result.unexpected_keys)
 
 
 def _rename(config: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava_compete.files import mode_by_umask
-from llava_compete.model.checkpoint import INDEX, WEIGHTS
+from llava_compete.model.checkpoint import MODEL, index_name
 
 SHARD_BYTES = 2 * 1024**3
 
@@ -31,15 +31,26 @@ class PlannedTensor(NamedTuple):
         return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
 
-def write_shards(directory: Path, tensors: Mapping[str, PlannedTensor], shard_bytes: int, title: str) -> int:
+def write_shards(
+    directory: Path,
+    tensors: Mapping[str, PlannedTensor],
+    shard_bytes: int = SHARD_BYTES,
+    title: str = "",
+    stem: str = MODEL,
+) -> int:
     """Write `tensors` as safetensors of at most `shard_bytes` (a larger tensor is alone), with an index if there are
-    several; returns how many. `title` stands before the progress bar; without one there is none."""
+    several; returns how many.
+
+    title: stands before the progress bar; without one there is none.
+    stem: how the files' names begin.
+    """
     sizes = {key: tensor.size for key, tensor in tensors.items()}
     shards = list(_group(sizes, shard_bytes))
     weight_map = {}
     with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=title, leave=False, disable=not title) as bar:
         for number, keys in enumerate(shards, 1):
-            name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            part = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
+            name = f"{stem}{part}.safetensors"
             shard = {}
             for key in keys:
                 shard[key] = tensors[key].make()
@@ -49,7 +60,7 @@ def write_shards(directory: Path, tensors: Mapping[str, PlannedTensor], shard_by
     mode_by_umask(directory)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (directory / index_name(stem)).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return len(shards)
 
 

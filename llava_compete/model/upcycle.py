@@ -23,8 +23,9 @@ from torch import Tensor
 from llava_compete.config import StrictConfig
 from llava_compete.errors import UserError, and_more
 from llava_compete.model.checkpoint import (
-    INDEX,
+    MODEL,
     TensorFacts,
+    index_name,
     model_on_meta,
     read_config,
     read_weight_headers,
@@ -182,7 +183,7 @@ def _prepare(parent: Path, output_dir: Path, partial: Path) -> None:
 
 def _copy_other_files(parent: Path, partial: Path) -> None:
     for item in parent.iterdir():
-        is_weights = item.suffix == ".safetensors" or item.name in (INDEX, "config.json")
+        is_weights = item.suffix == ".safetensors" or item.name in (index_name(MODEL), "config.json")
         if item.is_file() and not is_weights:
             shutil.copy2(item, partial / item.name)
         elif item.is_dir() and not any(item.match(pattern) for pattern in _RUN_FOLDERS):

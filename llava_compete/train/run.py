@@ -187,10 +187,11 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
 def _prepare_model(config: TrainConfig, rank: Rank, arguments: Any) -> tuple[Any, Any, MoeConfig | None]:
     """Model with adapters and with what does not train frozen, processor, and the MoE settings in force."""
     adapted = any(part.mode == "lora" for part in config.trainable.values())
+    unread = zero_stage(arguments) == 3 and config.word_start is None  # which trains on the weights before DeepSpeed
     with all_or_none(rank, "model"), main_first(rank):
         expert_parallel.check(moe_settings(config), rank.world_size, zero_stage(arguments), adapted=adapted)
         with whole(sharding_of(arguments)):
-            model, processor, moe = start_model(config, rank)
+            model, processor, moe = start_model(config, rank, unread=unread)
         config.data.check_context(context_of(model.config.text_config))
         if isinstance(config.data, DataSection):
             config.data.check_tiles(model.config.tiling)
@@ -301,7 +302,7 @@ def _save_final(config: TrainConfig, trainer: StageTrainer, rank: Rank) -> None:
 
     def base() -> Any:
         with whole(sharding_of(trainer.args)):
-            return start_model(unquantized, rank)[0]
+            return start_model(unquantized, rank, unread=True)[0]
 
     trainer.save_merged(staged, base=base)
     wait_for_all()

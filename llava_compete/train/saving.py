@@ -10,21 +10,20 @@ from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer
 
 from llava_compete.errors import UserError
 from llava_compete.model.build import save_checkpoint
-from llava_compete.model.lora import TRAINED_WEIGHTS, save_trained
+from llava_compete.model.lora import TRAINED, load_trained
 from llava_compete.moe.block import moe_blocks
 from llava_compete.train import checkpoints
-from llava_compete.train.adapters import save_merged
+from llava_compete.train.adapters import ADAPTER_DIR, save_adapters, save_merged
 from llava_compete.train.callbacks.answer_means import AnswerMeansCallback
 from llava_compete.train.config import TrainConfig
 from llava_compete.train.distributed import wait_for_all
 from llava_compete.train.sharding import zero_stage
-from llava_compete.train.streaming import partitioned, stream_checkpoint
+from llava_compete.train.streaming import partitioned, stream_checkpoint, stream_trained
 
 logger = logging.getLogger(__name__)
 
@@ -98,57 +97,47 @@ class SavingTrainer(Trainer):
         if not has_adapters(self.model):
             self.save_model(str(directory))
             return
-        engine = self.model_wrapped if self.is_deepspeed_enabled else self.model
-        state_dict = self.accelerator.get_state_dict(engine)
+        with partitioned(self.deepspeed, zero_stage(self.args)):
+            stream_trained(self.model, self._trained(), directory / ADAPTER_DIR)
         if self.args.should_save:
-            trained = self._trained()
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name in trained}
-            save_merged(base(), self.config.trainable, state_dict, self.processing_class, directory)
+            save_merged(base(), self.config.trainable, self.processing_class, directory)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's; weights that no rank holds whole are written as they are gathered."""
-        stage = zero_stage(self.args)
-        is_sharded = self.expert_ranks > 1 or stage == 3
-        if self.deepspeed is None or has_adapters(self.model) or not is_sharded:
+        stage, directory = zero_stage(self.args), Path(output_dir or self.args.output_dir)
+        if has_adapters(self.model):
+            with partitioned(self.deepspeed, stage):
+                stream_trained(self.model, self._trained(), directory)
+            if self.args.should_save:
+                save_adapters(self.model, directory)
+        elif self.deepspeed is not None and (self.expert_ranks > 1 or stage == 3):
+            with partitioned(self.deepspeed, stage):
+                stream_checkpoint(self.model, self.processing_class, directory)
+        else:
             super().save_model(output_dir, _internal_call)
             return
-        directory = Path(output_dir or self.args.output_dir)
-        with partitioned(self.deepspeed, stage):
-            stream_checkpoint(self.model, self.processing_class, directory)
-        if self.args.should_save and self._saving:
-            self.answer_means.save(directory)
-        wait_for_all()
+        self._save_means(directory)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The self-contained model directory that the next stage reads; rank 0 writes it, the others wait."""
+        directory = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
-            directory = Path(output_dir or self.args.output_dir)
-            self._write(directory, state_dict)
-            if self._saving:
-                self.answer_means.save(directory)
-        wait_for_all()
-
-    def _write(self, directory: Path, state_dict: dict[str, Tensor] | None) -> None:
-        if not has_adapters(self.model):
             save_checkpoint(self.model, self.processing_class, directory, state_dict)
-            return
-        self.model.save_pretrained(directory, state_dict=state_dict)
-        state_dict = self.model.state_dict() if state_dict is None else state_dict
-        save_trained(directory, {name: state_dict[name] for name in self._trained()})
+        self._save_means(directory)
+
+    def _save_means(self, directory: Path) -> None:
+        if self.args.should_save and self._saving:
+            self.answer_means.save(directory)
+        wait_for_all()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The weights of a checkpoint without DeepSpeed: peft's loading would leave out parts that train in full."""
         if not has_adapters(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        weights = load_file(Path(resume_from_checkpoint) / TRAINED_WEIGHTS)
-        result = self.model.load_state_dict(weights, strict=False)
-        lost = self._trained() - weights.keys()
-        if lost or result.unexpected_keys:
-            raise UserError(
-                f"{resume_from_checkpoint}/{TRAINED_WEIGHTS}: does not fit the `trainable` map: "
-                f"{sorted(lost)[:2] + result.unexpected_keys[:2]}"
-            )
+        stored, unknown = load_trained(self.model, Path(resume_from_checkpoint))
+        if lost := sorted(self._trained() - stored)[:2] + unknown[:2]:
+            raise UserError(f"{resume_from_checkpoint}/{TRAINED}.safetensors: does not fit the `trainable` map: {lost}")
 
     def _trained(self) -> set[str]:
         """Names of what changes: trainable parameters, and buffers of routers, which some of these set each step."""

@@ -1,4 +1,4 @@
-"""What DeepSpeed's ZeRO must be told of our models: whole while they are built, and sharded by module afterwards.
+"""What DeepSpeed's ZeRO must be told of our models: never to shard them while they are built.
 
 No module is a ZeRO-3 leaf: a leaf's gradient hook fires before its own backward where no input requires a gradient (the
 first trainable block behind a frozen front), and crashes or loses that gradient.
@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import deepspeed
-from torch import nn
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 
@@ -35,17 +33,3 @@ def whole(sharding: Any) -> Iterator[None]:
     finally:
         if sharding is not None:
             set_hf_deepspeed_config(sharding)
-
-
-def gather_attention_whole(model: nn.Module) -> None:
-    """Let ZeRO-3 gather torch's attention with its projections and adapters, whose parameters it uses uncalled."""
-    kinds: tuple[type[nn.Module], ...] = (nn.MultiheadAttention,)
-    if hasattr(model, "peft_config"):
-        from llava_compete.model.lora_attention import AdaptedAttention  # imports peft
-
-        kinds = (*kinds, AdaptedAttention)
-    for module in model.modules():
-        if isinstance(module, kinds):
-            for name, parameter in module.named_parameters():
-                if "." in name:  # its own it has already
-                    deepspeed.zero.register_external_parameter(module, parameter)

@@ -30,8 +30,8 @@ if TYPE_CHECKING:  # `plan` reads recipes with this module where DeepSpeed is no
 _TOKENIZER_DOCUMENTS = 200_000
 
 
-def start_model(config: TrainConfig, rank: Rank) -> tuple[Any, Any, MoeConfig | None]:
-    """Model (its config's stage and parents set), processor, and the MoE settings in force.
+def start_model(config: TrainConfig, rank: Rank, *, unread: bool = False) -> tuple[Any, Any, MoeConfig | None]:
+    """Model (its config's stage and parents set), processor, and the MoE settings in force; `unread` as `build_model`.
 
     Rank 0 must get here before the others: it trains the tokenizer, where the config asks for one, and they read it.
     """
@@ -42,7 +42,7 @@ def start_model(config: TrainConfig, rank: Rank) -> tuple[Any, Any, MoeConfig | 
     else:
         stored = read_config(config.model.checkpoint, config.model.trust_remote_code)
         moe = moe_in_force(config, stored.moe)
-        model, processor = build_model(config.model, moe, config.seed)
+        model, processor = build_model(config.model, moe, config.seed, unread=unread)
         model.config.parents = [*(stored.parents or []), stored.stage]
     model.config.stage = config.stage
     if moe is not None and rank.is_main:

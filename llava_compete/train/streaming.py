@@ -6,7 +6,7 @@ them. All ranks go through the tensors in one order; rank 0 holds one shard of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llava_compete.model.build import save_checkpoint
+from llava_compete.model.checkpoint import MODEL
+from llava_compete.model.lora import TRAINED
 from llava_compete.model.shards import SHARD_BYTES, PlannedTensor, write_shards
 from llava_compete.moe.experts import PackedExperts
 from llava_compete.moe.parallel import ExpertRanks
@@ -62,13 +64,30 @@ def partitioned(engine: Any, zero_stage: int) -> Iterator[None]:
 def stream_checkpoint(model: Any, processor: Any, directory: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """What `save_checkpoint` writes, on rank 0; all ranks call it."""
     held = {name: one for name, one in _held(model) if name not in model.all_tied_weights_keys}
+    if _is_first():
+        save_checkpoint(model, processor, directory, {})
+    _stream(held, directory, shard_bytes, MODEL)
+
+
+def stream_trained(model: Any, names: Collection[str], directory: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """All that a stage with adapters trained, on rank 0; all ranks call it.
+
+    peft's own file has no part that trained in full.
+
+    Args:
+        names: in peft's `model`, the adapters' too.
+    """
+    _stream({name: one for name, one in _held(model) if name in names}, directory, shard_bytes, TRAINED)
+
+
+def _stream(held: dict[str, _Held], directory: Path, shard_bytes: int, stem: str) -> None:
     if not _is_first():
         for one in held.values():
             one.whole()
         return
-    save_checkpoint(model, processor, directory, {})
+    directory.mkdir(parents=True, exist_ok=True)
     planned = {name: PlannedTensor(one.shape, one.tensor.dtype, partial(_made, one)) for name, one in held.items()}
-    write_shards(directory, planned, shard_bytes, title="")
+    write_shards(directory, planned, shard_bytes, stem=stem)
 
 
 def _made(held: _Held) -> Tensor:

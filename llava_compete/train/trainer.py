@@ -29,6 +29,7 @@ from llava_compete.train.extension import Plan, Schedule, load_schedule, set_rat
 from llava_compete.train.held_out import validation_loss
 from llava_compete.train.metrics import StepMetrics, learning_rates, peak_memory_gib, scalars
 from llava_compete.train.saving import SavingTrainer, has_adapters
+from llava_compete.train.sharded_start import is_unread, partition
 from llava_compete.train.stopping import deaf_children
 
 # Settings of an optimizer's groups that a resume with --allow-changed obeys; the rest is the optimizer's own state.
@@ -161,6 +162,8 @@ class StageTrainer(SavingTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; running out of memory, wherever, says what did not fit and which settings to change."""
         expert_parallel.spread(self.model, self.expert_ranks)
+        if is_unread(self.model):
+            partition(self.model, self.args.hf_deepspeed_config.config)
         try:
             return super().train(*args, **kwargs)
         except (RuntimeError, MemoryError) as error:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_forward import picture
 from tiny import TOWER, tiny_model
-from tower_kit import TIMM
+from tower_kit import ROTARY, TIMM
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -48,11 +48,21 @@ def run(model: Any, processor: Any) -> torch.Tensor:
         {"tower": {**TOWER, "quick_gelu": True}, "scales": (1, 2), "select": "cls_patch", "feature_layer": -1},
         {"tower": {**TOWER, "vision_cfg": {**TOWER["vision_cfg"], "ls_init_value": 0.1}}},
         {"tower": TIMM, "preprocess": {"resize_mode": "pad", "interpolation": "bilinear"}},
+        {"tower": ROTARY},
         {"language": {"tie_word_embeddings": True}},
         {"projector": "mlp3x_gelu"},
         {"projector": "linear"},
     ],
-    ids=["plain", "quick-gelu-scales-class", "layer-scale", "timm", "tied", "deep-projector", "linear-projector"],
+    ids=[
+        "plain",
+        "quick-gelu-scales-class",
+        "layer-scale",
+        "timm",
+        "rotary",
+        "tied",
+        "deep-projector",
+        "linear-projector",
+    ],
 )
 def test_reload_gives_bit_equal_pixels_and_logits(section: dict[str, Any], tmp_path: Path) -> None:
     model, processor = tiny_model(**section)

@@ -8,9 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launch_kit import below, launch_config, ranks_of, running, started, wait_for_step
+from PIL import Image
 from safetensors.torch import load_file
-from stage_kit import read_metrics, stage_config, tiny_moe, write_data
+from stage_kit import read_metrics, run_stage, stage_config, tiny_moe, write_data
 from zero_grid import Grid
+
+from llava_compete.evaluation.answerer import Answerer, Prompt
+from llava_compete.evaluation.generation_settings import GenerationSettings
+from llava_compete.model.build import load_checkpoint
 
 JUDGED = {"num_experts": 4, "num_experts_per_tok": 2, "competition_judge": "loss", "competition_answers": "both"}
 TOLERANCE = 1e-5
@@ -53,6 +59,19 @@ def same(left: Path, right: Path) -> None:
     assert errors[worst] <= TOLERANCE, (worst, errors[worst])
 
 
+def answers(directory: Path, data: Path) -> tuple[list[str], list[float]]:
+    """On this one process, of rows with a picture: what the model writes, and how unlikely it finds right answers."""
+    rows = [row for row in json.loads(data.read_text(encoding="utf-8")) if "image" in row][:8]
+    asked, right = zip(*([turn["value"] for turn in row["conversations"]] for row in rows), strict=True)
+    prompts = [
+        Prompt(text, lambda path=data.parent / row["image"]: [Image.open(path)])
+        for text, row in zip(asked, rows, strict=True)
+    ]
+    answerer = Answerer(*load_checkpoint(directory), batch_size=4)
+    written = answerer.generate(prompts, [GenerationSettings.from_task({"max_new_tokens": 12})] * len(prompts))
+    return written, [result.negative_log_likelihood for result in answerer.log_likelihoods(prompts, right)]
+
+
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
     return Stages(tmp_path_factory.mktemp("spread"))
@@ -84,6 +103,10 @@ def test_stages_are_those_of_one_process(stages: Stages, alone: dict[str, Path])
         for ours, theirs in zip(read_metrics(out), read_metrics(alone[reference]), strict=True):
             assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    written, costs = answers(outs[1], stages.data)
+    expected, expected_costs = answers(alone[""], stages.data)
+    assert written == expected
+    assert costs == pytest.approx(expected_costs, rel=1e-4)
 
 
 def test_a_stage_goes_on_with_experts_elsewhere(stages: Stages, alone: dict[str, Path]) -> None:
@@ -106,3 +129,26 @@ def test_a_stage_goes_on_with_experts_elsewhere(stages: Stages, alone: dict[str,
     for out in outs:
         assert [record["step"] for record in read_metrics(out)] == [4, 5, 6]
         same(out, alone[""])
+
+
+def test_a_rank_lost_in_mid_step_ends_all_and_the_same_command_goes_on(data: Path, tmp_path: Path) -> None:
+    moe = tiny_moe(expert_parallel=2)
+    changes: dict[str, Any] = {"deepspeed": "zero2", "training": {"max_steps": 24, "save_steps": 4}}
+
+    def config(name: str) -> dict[str, Any]:
+        return {**launch_config(data, tmp_path / name, 4, 1, **changes), "moe": moe}
+
+    said = tmp_path / "stderr"
+    with said.open("wb") as file, started(config("out"), tmp_path / "c.yaml", stderr=file) as process:
+        wait_for_step(process, tmp_path / "out", 5)
+        everything, ranks = below(process.pid), ranks_of(process)
+        ranks[1].kill()
+        assert process.wait(timeout=300) != 0
+        assert not running(everything)
+    (error,) = [line for line in said.read_text(encoding="utf-8").splitlines() if line.startswith("error:")]
+    assert "rank 1 of 2 was lost; the same command goes on from the last checkpoint" in error
+    for name in ("out", "straight"):
+        result = run_stage(config(name), tmp_path / f"{name}.yaml", timeout=900)
+        assert result.returncode == 0, result.stderr
+    assert read_metrics(tmp_path / "out")[0]["step"] == 1
+    same(tmp_path / "out", tmp_path / "straight")

@@ -1,0 +1,81 @@
+"""Parts of a checkpoint that three ranks read under ZeRO-3, put together, against a plain load."""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from tiny import tiny_model
+from torch import Tensor
+
+from llava_compete.model.build import load_checkpoint, save_checkpoint
+from llava_compete.model.unread import load_unread
+from llava_compete.parts import Part
+from llava_compete.train.adapters import with_adapters
+from llava_compete.train.config import PartTraining
+from llava_compete.train.sharded_start import is_unread, partition
+
+sys.path.append(str(Path(__file__).parents[1] / "moe"))
+from group_kit import of_ranks
+
+RANKS = 3
+ADAPTED: dict[Part, PartTraining] = {"vision": PartTraining(mode="lora"), "language": PartTraining(mode="lora")}
+CONFIG: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+KINDS: dict[str, dict[str, Any]] = {
+    "experts": {"moe": {"vision": EXPERTS, "projector": EXPERTS, "language": {**EXPERTS, "router": "bias_balanced"}}},
+    "tied": {"language": {"tie_word_embeddings": True}},
+}
+
+
+def whole(directory: Path, half: bool, rank: int) -> dict[str, Any]:
+    """The model of all ranks' parts by rank 0; of the others how many numbers they hold."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo")
+    torch.manual_seed(rank if rank else 0)  # what is in no file is rank 0's
+    found = load_unread(directory, torch.float32)
+    assert found is not None
+    model = with_adapters(found[0], ADAPTED)
+    assert is_unread(model)
+    partition(model, {**CONFIG, "bf16": {"enabled": half}})
+    assert not is_unread(model)
+    held = sum(parameter.ds_tensor.numel() for parameter in model.parameters())
+    values: dict[str, Any] = {**dict(model.named_buffers())}
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            values[name] = parameter.detach().clone()
+    return {"held": held, **values}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp(request.param.split()[0])
+    save_checkpoint(*tiny_model(**KINDS[request.param]), path)
+    return path
+
+
+@cache
+def plain(directory: Path) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = with_adapters(load_checkpoint(directory)[0], ADAPTED)
+    return {**dict(model.named_buffers()), **dict(model.named_parameters())}
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_parts_of_all_ranks_are_the_plain_load(directory: Path, half: bool) -> None:
+    ranks = of_ranks(RANKS, lambda rank: whole(directory, half, rank))
+    expected = plain(directory)
+    total = sum(tensor.numel() for name, tensor in expected.items() if not name.endswith(("inv_freq", "bias_steps")))
+    for found in ranks:
+        assert found.pop("held") <= total / RANKS + len(expected)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            assert torch.equal(found[name], tensor.to(torch.bfloat16) if half and is_parameter else tensor), name

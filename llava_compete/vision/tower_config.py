@@ -6,7 +6,7 @@ preprocessing), so that a reload needs neither open_clip's registry nor a networ
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,7 +15,38 @@ from llava_compete.config import StrictConfig
 ResizeMode = Literal["pad", "squash", "crop"]
 Interpolation = Literal["bicubic", "bilinear"]
 # Where S²'s larger scales come from: a picture prepared at the largest one, or the base one enlarged.
-ScalesFrom = Literal["image", "base"]
+# Of a tower in a YAML and in a checkpoint.
+FeatureLayer = Annotated[
+    int,
+    Field(
+        description=(
+            "block whose output is the feature: -1 the last, -2 the second last (LLaVA-1.5, arXiv 2310.03744); "
+            "of a network of feature maps (ConvNeXt, EfficientNet, MobileCLIP, Swin) the stage"
+        )
+    ),
+]
+Select = Annotated[
+    Literal["patch", "cls_patch"],
+    Field(description="features used: those of the patches, or the class token before them"),
+]
+Scales = Annotated[
+    tuple[int, ...],
+    Field(
+        description=(
+            "S² scales (arXiv 2403.13043), ascending from 1: the picture at each multiple of the base size, cut into "
+            "tiles"
+        )
+    ),
+]
+ScalesFrom = Annotated[
+    Literal["image", "base"],
+    Field(
+        description=(
+            "what the scales are made of: the image, prepared at the largest and shrunk, or the base, the picture at "
+            "the tower's size and enlarged, which shows no more detail (LibMoE's and CuMo's checkpoints)"
+        )
+    ),
+]
 # How a picture becomes numbers (image_processing.py has what they cost). 1: Pillow resizes, and the image processor
 # normalises to float32. 2: torch's uint8 kernel resizes, within 2/255 of Pillow's values, and the model normalises on
 # its device. 3: as 2, but Pillow makes the width, which is within 1/255. A checkpoint keeps its version.
@@ -95,27 +126,10 @@ class TowerConfig(StrictConfig):
     embed_dim: int = Field(gt=0, description="open_clip's: width of its joint space, which the tower does not use")
     quick_gelu: bool = Field(default=False, description="open_clip's: activation x * sigmoid(1.702 x) in place of GELU")
     vision_cfg: dict[str, Any] = Field(description="open_clip's architecture of the visual part")
-    feature_layer: int = Field(
-        default=-2,
-        description=(
-            "block whose output is the feature: -1 the last, -2 the second last (LLaVA-1.5, arXiv 2310.03744); "
-            "of a network of feature maps (ConvNeXt, EfficientNet, MobileCLIP, Swin) the stage"
-        ),
-    )
-    select: Literal["patch", "cls_patch"] = Field(
-        default="patch", description="features used: those of the patches, or the class token before them"
-    )
-    scales: tuple[int, ...] = Field(
-        default=(1,),
-        description=("S² scales (arXiv 2403.13043): the picture at each multiple of the base size, cut into tiles"),
-    )
-    scales_from: ScalesFrom = Field(
-        default="image",
-        description=(
-            "what the scales are made of: the image, prepared at the largest and shrunk, or the base, the picture at "
-            "the tower's size and enlarged, which shows no more detail (LibMoE's and CuMo's checkpoints)"
-        ),
-    )
+    feature_layer: FeatureLayer = -2
+    select: Select = "patch"
+    scales: Scales = (1,)
+    scales_from: ScalesFrom = "image"
     tiles: tuple[tuple[int, int], ...] | None = Field(
         default=None, description="grids of tiles that a picture may be cut into; none: one picture of one size"
     )
@@ -187,27 +201,10 @@ class VisionTowerSection(StrictConfig):
             "open_clip's weight tag or a file; null leaves the weights random. hf-hub: and local-dir: bring theirs"
         ),
     )
-    feature_layer: int = Field(
-        default=-2,
-        description=(
-            "block whose output is the feature: -1 the last, -2 the second last (LLaVA-1.5, arXiv 2310.03744); "
-            "of a network of feature maps (ConvNeXt, EfficientNet, MobileCLIP, Swin) the stage"
-        ),
-    )
-    select: Literal["patch", "cls_patch"] = Field(
-        default="patch", description="features used: those of the patches, or the class token before them"
-    )
-    scales: tuple[int, ...] = Field(
-        default=(1,),
-        description=("S² scales (arXiv 2403.13043), ascending from 1: the picture at each multiple of the base size"),
-    )
-    scales_from: ScalesFrom = Field(
-        default="image",
-        description=(
-            "what the scales are made of: the image, prepared at the largest and shrunk, or the base, the picture at "
-            "the tower's size and enlarged, which shows no more detail (LibMoE's and CuMo's checkpoints)"
-        ),
-    )
+    feature_layer: FeatureLayer = -2
+    select: Select = "patch"
+    scales: Scales = (1,)
+    scales_from: ScalesFrom = "image"
     tiles: TilesSection | None = Field(
         default=None, description="pictures in tiles at their own proportions, for documents and charts (LLaVA-NeXT)"
     )

@@ -99,7 +99,8 @@ def layer_lines(panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> plt.
         _sparse_ticks(axis.set_xticks, layers, 16, rotation=45, ha="right")
         axis.set_ylabel(label)
         axis.grid(axis="y", alpha=0.3)
-    axes[0][0].legend(fontsize=8)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 6), fontsize=8)
     return figure
 
 

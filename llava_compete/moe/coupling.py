@@ -1,7 +1,9 @@
 """Expert-router coupling (arXiv 2512.23447): each expert answers its own row of the router most, each row its expert.
 
 Row i of the router is a proxy for the tokens of expert i: R~_i = R_i (1 + eps_i u_i), with u_i in (-1, 1) and eps_i
-half the distance to the nearest other row over |R_i|, which is constant in the gradient (the paper's figure 8). With
+half the distance to the nearest other row over |R_i|, which is constant in the gradient (the paper's figure 8). Its
+weight is 1 and alpha 1 where the paper says nothing else (section 4.1: "the loss weight of the ERC loss is fixed at 1,
+and we use alpha = 1 by default"), beside a balance loss of 0.01; alpha 0.5 was better with 256 experts. With
 M_ij = |W_j R~_i|, W_j the first projection of expert j (the gate's where there is one; biases apart, which the
 paper's experts have not), the loss is the mean over all n² cells of max(M_ij - alpha M_ii, 0) + max(M_ji - alpha
 M_ii, 0), j != i. No token takes part, so that its cost does not grow with the batch. Suffixes: R rows, J = R experts,

@@ -4,9 +4,14 @@ As the published code has it (SkyworkAI/MoE-plus-plus, moe_plus_plus_layer.py) i
 token, a_0 x + a_1 v_j with a = softmax(W_j x); the token x; zero. Gating residuals: a router adds a linear map of the
 logits of the layer before, of the same part; they are 0 for the first. Weights are the softmax over the K chosen
 slots, zero's too, as in LibMoE v2 (the published code leaves zero's out of the sum). Balance: E' x sum over all E'
-slots of eta x share x mean probability, eta = 1 for an expert and tau = 0.75 (the paper's) for the others, so that
-these are used more. There is no capacity, so none is dropped. Where experts change the width nothing can be copied,
-and the router has experts alone, as LibMoE does it. Suffixes as in routers.py; J constants, O = D.
+slots of eta x share x mean probability, eta = 1 for an expert and tau for the others, so that these are used more (the
+paper's equation 7). Its table 3 tries tau from 0.1 to 1 and trains the largest model with 0.75; the published code has
+no loss. There is no capacity (equation 8), so none is dropped. Where experts change the width nothing can be copied,
+and the router has experts alone, as LibMoE does it.
+
+LibMoE v2 (moe_model/model/moe/moe_plus_plus.py) has less of it: one constant, zero and no copy, its residual commented
+out, and in place of tau a factor of 1.3 on slot 4, zero where E = 4; its language models (language_modeling/layers/
+moe_layer_plus_plus.py) one zero, one copy, six constants and no tau. Suffixes as in routers.py; J constants, O = D.
 """
 
 from __future__ import annotations

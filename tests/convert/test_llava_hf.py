@@ -7,10 +7,12 @@ import os
 import pickle
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from llava_hf_kit import LLAVA_1_5, TEXTS, clip_config, llava_hf, pictures, siglip_config
@@ -107,6 +109,31 @@ def test_shards_and_both_spellings(published: Path, copy: Path, tmp_path: Path) 
     assert report.num_shards == len(list((tmp_path / "new").glob("*.safetensors"))) > 2
     states = [load_checkpoint(tmp_path / name)[0].state_dict() for name in ("old", "new")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_memory_stays_near_the_largest_shard(published: Path, tmp_path: Path) -> None:
+    text = {"hidden_size": 128, "intermediate_size": 4096, "num_hidden_layers": 20}
+    theirs = llava_hf(tmp_path / "hf", text=text)
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="8MB")
+    (tmp_path / "hf" / "model.safetensors").unlink(missing_ok=True)
+    del theirs
+    sizes = [file.stat().st_size for file in (tmp_path / "hf").glob("*.safetensors")]
+    process, peak, done = psutil.Process(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], process.memory_info().rss)
+
+    import_checkpoint(published, tmp_path / "warm")  # what is imported once
+    before = process.memory_info().rss
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    import_checkpoint(tmp_path / "hf", tmp_path / "ours", shard_bytes=8 * 1024**2)
+    done.set()
+    watcher.join()
+    assert sum(sizes) > 100e6
+    # One shard that is read and one that is written.
+    assert peak[0] - before < 3.5 * max(sizes)
 
 
 def test_its_own_template_where_answers_end(published: Path, copy: Path, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ ROUTERS = {
     "smoe_sharev3": "shared_sigmoid",
     "tcmoe": "tc_moe",
     "moeplusplus": "moe_plus_plus",
+    "aoe": "autonomy",
     "competesmoe": "competition",
 }
 COEFS = {
@@ -51,6 +52,7 @@ ROUTER_NAMES = {
     "weight": "weight",
     "inp_reduction": "inp_reduction.weight",
     "expert_embeddings": "expert_embeddings",
+    "low_proj": "low_proj",
     "residual": "residual",
     "free_experts.constants": "free_experts.constants",
     "free_experts.gates": "free_experts.gates",
@@ -58,8 +60,8 @@ ROUTER_NAMES = {
 COLUMNS = ("output", "aux_loss", "loss", "grad", "routing")
 
 
-def layer_config(meta: dict[str, Any]) -> MoeLayerConfig:
-    """The router and coefficients that the file was computed with."""
+def layer_config(meta: dict[str, Any], rank: int | None = None) -> MoeLayerConfig:
+    """The router, its rank where it has one, and the coefficients that the file was computed with."""
     router = ROUTERS[meta["reference"]]
     terms = {*ROUTER_COEFS, *ROUTER_CLASSES[router].extra_coefs}
     terms |= COMPETITION_COEFS.keys() if router == "competition" else set()
@@ -67,7 +69,7 @@ def layer_config(meta: dict[str, Any]) -> MoeLayerConfig:
     if router == "competition" and not meta["coefs"]["hybrid"]:
         coefs["winner_distillation_coef"] = 0.0
     return MoeLayerConfig.model_validate(
-        {"num_experts": meta["E"], "num_experts_per_tok": meta["K"], "router": router, **coefs}
+        {"num_experts": meta["E"], "num_experts_per_tok": meta["K"], "router": router, "autonomy_rank": rank, **coefs}
     )
 
 
@@ -75,8 +77,9 @@ def build_block(meta: dict[str, Any], tensors: dict[str, Tensor]) -> SparseMoeBl
     """Our block with the file's weights, in the mode the file was computed in."""
     state = RoutingState()
     gated = "experts.gate_up_proj" in tensors
+    rank = tensors["router.low_proj"].shape[1] if "router.low_proj" in tensors else None
     block = SparseMoeBlock(
-        layer_config(meta),
+        layer_config(meta, rank),
         name="language.0",
         state=state,
         hidden_size=meta["D"],

@@ -249,6 +249,8 @@ def _build(shape: Shape, case: str, device: torch.device) -> nn.Module:
     state.competition_enabled, state.competing = competes, frozenset({NAME} if competes else ())
     config: dict[str, Any] = {"num_experts": shape.E, "num_experts_per_tok": shape.K}
     config["router"] = "competition" if competes or case in JUDGED else case
+    if case == "autonomy":
+        config["autonomy_rank"] = _best_rank(shape)
     if case == COUPLED:
         config |= {"router": "softmax", "coupling_coef": 1.0}
     if case in (RECOMPUTED, PRE_ACTIVATIONS):
@@ -268,6 +270,11 @@ def _build(shape: Shape, case: str, device: torch.device) -> nn.Module:
         gated=shape.gated,
         bias=not shape.gated,
     )
+
+
+def _best_rank(shape: Shape) -> int:
+    """Of Autonomy-of-Experts' first projection: the paper's best, a third of the width, in steps that kernels like."""
+    return max(16, min(shape.D, shape.I) // 3 // 16 * 16)
 
 
 def _block_of_transformers(shape: Shape, kernel: str) -> nn.Module:

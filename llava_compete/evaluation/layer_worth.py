@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llava_compete.evaluation.routing_controls import Batch, random_choice, replaced_routing
 from llava_compete.moe.block import SparseMoeBlock, moe_blocks
+from llava_compete.moe.factorised import FactorisedExperts
 from llava_compete.moe.routers import Routing
 
 # Tokens of a layer on which outputs are compared.
@@ -86,16 +87,26 @@ def measure_likeness(model: Any, batch: Batch) -> dict[str, Likeness]:
 
 
 def _likeness(block: SparseMoeBlock, x_TD: Tensor) -> Likeness:
-    experts = block.experts
-    weights_EX = torch.cat([experts.up.float().flatten(1), experts.down_proj.float().flatten(1)], dim=1)
+    experts, routing = block.experts, block.router(x_TD)
+    weights_EX = torch.cat([matrix.float().flatten(1) for matrix in _matrices(block)], dim=1)
     outputs = []
     for expert in range(experts.num_experts):
         alone_T1 = torch.full((len(x_TD), 1), expert, device=x_TD.device)
-        outputs.append(experts(x_TD, alone_T1, torch.ones_like(alone_T1, dtype=torch.float32)).float())
+        ones_T1 = torch.ones_like(alone_T1, dtype=torch.float32)
+        outputs.append(experts(x_TD, alone_T1, ones_T1, **routing.begun).float())
     y_TEO = F.normalize(torch.stack(outputs, dim=1), dim=-1)
     weights_EE = F.normalize(weights_EX, dim=-1) @ F.normalize(weights_EX, dim=-1).T
     outputs_EE = torch.einsum("teo,tfo->ef", y_TEO, y_TEO) / max(len(x_TD), 1)
     return Likeness(_between(weights_EE), _between(outputs_EE), _rounded(weights_EE), _rounded(outputs_EE))
+
+
+def _matrices(block: SparseMoeBlock) -> list[Tensor]:
+    """Of all experts, [E, out, in]; a factorised projection as the product, which does not depend on how it is cut."""
+    experts = block.experts
+    if not isinstance(experts, FactorisedExperts):
+        return [experts.up, experts.down_proj]
+    first_EID = experts.high.float() @ block.router.get_parameter("low_proj").float()
+    return [first_EID, *([experts.up] if experts.has_gate else []), experts.down_proj]
 
 
 def _between(cosines_EE: Tensor) -> float:

@@ -304,7 +304,7 @@ def refuse_other_architecture(stored: dict[str, Any], changes: dict[str, Any]) -
     for part, layer in changes.items():
         if not (isinstance(layer, dict) and isinstance(stored.get(part), dict)):
             continue
-        for key in ("num_experts", "num_experts_per_tok", "router", "layers"):
+        for key in ("num_experts", "num_experts_per_tok", "router", "layers", "autonomy_rank"):
             found, expected = layer.get(key), stored[part].get(key)
             if None not in (found, expected) and found != expected:
                 raise UserError(f"moe.{part}.{key}: found {found!r}, the checkpoint has {expected!r}")

@@ -18,6 +18,7 @@ from llava_compete.files import write_text
 from llava_compete.language.families import feed_forward_options
 from llava_compete.moe.experts import PackedExperts
 from llava_compete.moe.layer_config import MoeLayerConfig
+from llava_compete.moe.router_table import ROUTER_CLASSES
 
 if TYPE_CHECKING:
     from llava_compete.model.config import LlavaCompeteConfig
@@ -58,8 +59,11 @@ def write_stub(directory: str | Path) -> None:
 def declare_experts(text_config: Any, moe: MoeLayerConfig) -> None:
     """Say in `text_config` what the language model's mixtures are, where the servers' kernel computes the same.
 
-    Not for other activations, plain or biased MLPs, or dropout: undeclared, they run by our own code there too.
+    Not for other activations, plain or biased MLPs, dropout, or a factorised first projection: undeclared, they run by
+    our own code there too.
     """
+    if ROUTER_CLASSES[moe.router].factorises:
+        return
     shape = feed_forward_options(text_config)
     if shape["gated"] and shape["activation"] in ("silu", "swish") and not shape["bias"]:
         text_config.num_experts = moe.num_experts

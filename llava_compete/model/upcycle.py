@@ -2,8 +2,10 @@
 
 Every expert starts as a copy of the dense MLP and routers at N(0, 0.02) from a fixed seed; weights of the chosen
 experts sum to 1, so the result answers exactly as its parent, but for routers that say otherwise
-(`keeps_dense_answers`). No model is built with weights: tensors are read one by one from the parent's shards, and
-written in shards, so that memory stays near one shard.
+(`keeps_dense_answers`). Where a router factorises the first projection (`moe/autonomy.py`), each expert's is the dense
+one as another product of two: at full rank the answers are equal to rounding, below it they are not. No model is built
+with weights: tensors are read one by one from the parent's shards, and written in shards, so that memory stays near one
+shard.
 """
 
 from __future__ import annotations
@@ -34,8 +36,10 @@ from llava_compete.model.config import LlavaCompeteConfig
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.section import ModelSection
 from llava_compete.model.shards import SHARD_BYTES, PlannedTensor, write_shards
+from llava_compete.moe.autonomy import Factors, factorise
 from llava_compete.moe.block import SparseMoeBlock
 from llava_compete.moe.config import MoeConfig
+from llava_compete.moe.factorised import FactorisedExperts
 from llava_compete.moe.router_table import ROUTER_CLASSES
 
 logger = logging.getLogger(__name__)
@@ -43,7 +47,8 @@ logger = logging.getLogger(__name__)
 # Names of the dense layers whose weights a packed parameter is made of, in order of its rows.
 DENSE_NAMES = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("gate_up_proj",)),
-    "up_proj": (("c_fc",), ("fc1",), ("up_proj",), ("dense_h_to_4h",)),
+    "gate_proj": (("gate_proj",), ("gate_up_proj",)),  # of experts that have the two apart: half of a fused one
+    "up_proj": (("c_fc",), ("fc1",), ("up_proj",), ("dense_h_to_4h",), ("gate_up_proj",)),
     "down_proj": (("down_proj",), ("c_proj",), ("fc2",), ("dense_4h_to_h",)),
 }
 # What a checkpoint directory holds besides config and weights, and what of it belongs to the parent's run only.
@@ -81,12 +86,17 @@ class UpcycleReport(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """How a tensor of the new checkpoint is made: dense tensors joined by rows, then `copies` times; or a router."""
+    """How a tensor of the new checkpoint is made: dense tensors joined by rows, then `copies` times; or a router.
+
+    half: the first or second of the rows alone. factor: of each expert's factors of it, "low_EHD" or "high_EIH".
+    """
 
     keys: tuple[str, ...]
     shape: tuple[int, ...]
     copies: int | None = None
     router: SparseMoeBlock | None = None
+    half: int | None = None
+    factor: str | None = None
 
 
 def upcycle(
@@ -105,7 +115,7 @@ def upcycle(
     with torch.device("meta"):
         model = LlavaCompeteForConditionalGeneration(new_config)
     blocks = {path: module for path, module in model.named_modules() if isinstance(module, SparseMoeBlock)}
-    _warn_of_other_answers(moe)
+    _warn_of_other_answers(moe, blocks)
     # A tied tensor is one with its source, also where a checkpoint stores it a second time.
     kept = {key: facts for key, facts in headers.items() if tied.get(key) not in headers}
     sources = _plan(blocks, kept, parent)
@@ -114,8 +124,9 @@ def upcycle(
     _copy_other_files(parent, partial)
     new_config.save_pretrained(partial)
     dtype_of = {key: _dtype(source, headers) for key, source in sources.items()}
+    make = partial_call(_make, seed=seed, factoriser=_Factoriser(seed))
     tensors = {
-        key: PlannedTensor(source.shape, dtype_of[key], partial_call(_make, key, source, headers, dtype_of[key], seed))
+        key: PlannedTensor(source.shape, dtype_of[key], partial_call(make, key, source, headers, dtype_of[key]))
         for key, source in sources.items()
     }
     write_shards(partial, tensors, shard_bytes, title="upcycle")
@@ -125,10 +136,20 @@ def upcycle(
     return _report(blocks, sources, headers, model)
 
 
-def _warn_of_other_answers(moe: MoeConfig) -> None:
+def _warn_of_other_answers(moe: MoeConfig, blocks: dict[str, SparseMoeBlock]) -> None:
     for part, layer in moe.parts().items():
         if not ROUTER_CLASSES[layer.router].keeps_dense_answers:
             logger.warning("moe.%s: with router %s the result does not answer as its parent", part, layer.router)
+        full = {(_full_rank(block), block.router.rank) for block in blocks.values() if block.part == part}
+        for most, rank in full if ROUTER_CLASSES[layer.router].factorises else ():
+            if rank < most:
+                logger.warning(
+                    "moe.%s: at autonomy_rank %d of %d the result does not answer as its parent", part, rank, most
+                )
+
+
+def _full_rank(block: SparseMoeBlock) -> int:
+    return min(block.hidden_size, block.experts.down_proj.shape[2])
 
 
 def _new_config(config: LlavaCompeteConfig, moe: MoeConfig) -> LlavaCompeteConfig:
@@ -145,7 +166,9 @@ def _plan(blocks: dict[str, SparseMoeBlock], headers: dict[str, TensorFacts], pa
     for path, block in blocks.items():
         for key, tensor in block.state_dict().items():
             child, _, name = key.partition(".")
-            if child == "router":
+            if isinstance(block.experts, FactorisedExperts):
+                sources[f"{path}.{key}"] = _factorised(path, key, block, headers, parent)
+            elif child == "router":
                 sources[f"{path}.{key}"] = _Source((), tuple(tensor.shape), None, block)
             else:
                 dense = _dense_keys(path, name, headers, parent)
@@ -156,6 +179,18 @@ def _plan(blocks: dict[str, SparseMoeBlock], headers: dict[str, TensorFacts], pa
     if unexpected:
         raise UserError(f"{parent}: tensors of an MLP that experts have no place for: {and_more(unexpected)}")
     return copies | sources
+
+
+def _factorised(path: str, key: str, block: SparseMoeBlock, headers: dict[str, TensorFacts], parent: Path) -> _Source:
+    """The source of one tensor of a block whose experts' first projection is factorised."""
+    assert isinstance(block.experts, FactorisedExperts)
+    shape, name = tuple(block.state_dict()[key].shape), key.removeprefix("experts.")
+    factor = {"router.low_proj": "low_EHD", block.experts.high_name: "high_EIH"}.get(name)
+    name = block.experts.high_name if name == "router.low_proj" else name
+    keys = _dense_keys(path, name, headers, parent)
+    fused = ".gate_up_proj." in keys[0]
+    half = (0 if name.startswith("gate_proj") else 1) if fused else None
+    return _Source(keys, shape, None if factor else block.config.num_experts, block if factor else None, half, factor)
 
 
 def _dense_keys(path: str, name: str, headers: dict[str, TensorFacts], parent: Path) -> tuple[str, ...]:
@@ -190,8 +225,16 @@ def _copy_other_files(parent: Path, partial: Path) -> None:
             shutil.copytree(item, partial / item.name)
 
 
-def _make(key: str, source: _Source, headers: dict[str, TensorFacts], dtype: torch.dtype, seed: int) -> Tensor:
-    if source.router is not None:
+def _make(
+    key: str,
+    source: _Source,
+    headers: dict[str, TensorFacts],
+    dtype: torch.dtype,
+    *,
+    seed: int,
+    factoriser: _Factoriser,
+) -> Tensor:
+    if source.router is not None and source.factor is None:
         tensor = _router_tensor(key, source.router, seed)
         return tensor.to(dtype) if tensor.is_floating_point() else tensor  # a buffer of counts stays whole
     parts = []
@@ -199,21 +242,49 @@ def _make(key: str, source: _Source, headers: dict[str, TensorFacts], dtype: tor
         with safe_open(headers[dense_key].file, framework="pt") as shard:
             parts.append(shard.get_tensor(headers[dense_key].stored_name))
     dense = parts[0] if len(parts) == 1 else torch.cat(parts)
+    dense = dense if source.half is None else dense.chunk(2)[source.half]
+    if source.router is not None:
+        return factoriser(dense, source)
     return dense if source.copies is None else dense.unsqueeze(0).repeat(source.copies, *[1] * dense.ndim)
 
 
+def _generator(block: SparseMoeBlock, seed: int) -> torch.Generator:
+    """Of (seed, layer) alone, so that no other layer's choice moves it."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{block.name}".encode()))
+
+
+class _Factoriser:
+    """Factors of dense projections; keeps the last, for two tensors are made of each."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._last: tuple[str, Factors] | None = None
+
+    def __call__(self, dense_ID: Tensor, source: _Source) -> Tensor:
+        block = source.router
+        assert block is not None
+        if self._last is None or self._last[0] != block.name:
+            generator = _generator(block, self.seed)
+            factors = factorise(dense_ID.float(), block.router.rank, block.config.num_experts, generator)
+            if factors.cut:
+                error = f"relative error {factors.cut:.3g}"
+                logger.warning("%s: the first projection at rank %d: %s", block.name, block.router.rank, error)
+            self._last = block.name, factors
+        return getattr(self._last[1], str(source.factor)).to(dense_ID.dtype)
+
+
 def _router_tensor(key: str, block: SparseMoeBlock, seed: int) -> Tensor:
-    """The router's parameter, drawn from (seed, layer) alone, so that no other layer's choice moves it."""
+    """A router's parameter or buffer as it starts."""
     config = block.config
     output_size, hidden_size = block.experts.down_proj.shape[1], block.hidden_size
     router = type(block.router)(config.num_experts, config.num_experts_per_tok, hidden_size, output_size)
-    router.reset_parameters(torch.Generator().manual_seed(zlib.crc32(f"{seed}/{block.name}".encode())))
+    router.reset_parameters(_generator(block, seed))
     return router.state_dict()[key.rpartition(".router.")[2]]
 
 
 def _dtype(source: _Source, headers: dict[str, TensorFacts]) -> torch.dtype:
     """Stored precision; routers are kept in float32, in which they are computed, unless the parent is all narrower."""
-    if source.router is not None:
+    if source.router is not None and source.factor is None:
         stored = {facts.dtype for facts in headers.values() if facts.dtype.is_floating_point}
         return torch.float32 if torch.float32 in stored or len(stored) != 1 else stored.pop()
     return headers[source.keys[0]].dtype
@@ -226,7 +297,7 @@ def _report(
     model: LlavaCompeteForConditionalGeneration,
 ) -> UpcycleReport:
     layers = []
-    for block in blocks.values():
+    for path, block in blocks.items():
         experts = sum(parameter.numel() for parameter in block.experts.parameters())
         router = sum(parameter.numel() for parameter in block.router.parameters())
         chosen, count = block.config.num_experts_per_tok, block.config.num_experts
@@ -235,15 +306,17 @@ def _report(
                 name=block.name,
                 experts=f"{chosen} of {count}",
                 router=block.config.router,
-                dense=experts // count,
+                dense=_dense_numel(f"{path}.", sources, headers),
                 total=experts + router,
                 active=experts // count * chosen + router,
             )
         )
-    before = sum(_numel(headers[key].shape) for key in {key for source in sources.values() for key in source.keys})
+    before = _dense_numel("", sources, headers)
     after = sum(parameter.numel() for parameter in model.parameters())
     return UpcycleReport(layers, before, after, after - sum(layer.total - layer.active for layer in layers))
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
+def _dense_numel(prefix: str, sources: dict[str, _Source], headers: dict[str, TensorFacts]) -> int:
+    """Numbers of the parent behind the tensors below `prefix`."""
+    keys = {key for name, source in sources.items() if name.startswith(prefix) for key in source.keys}
+    return sum(int(torch.Size(headers[key].shape).numel()) for key in keys)

@@ -9,6 +9,7 @@ experts, K chosen.
 from __future__ import annotations
 
 import zlib
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from llava_compete.moe.coupling import proxies
 from llava_compete.moe.experts import ExpertsOutput, PackedExperts, judgement_of
+from llava_compete.moe.factorised import FactorisedExperts, first_rank
 from llava_compete.moe.gradients import SOURCES
 from llava_compete.moe.layer_config import MoeLayerConfig
 from llava_compete.moe.records import RoutingRecord
@@ -63,8 +65,12 @@ class SparseMoeBlock(nn.Module):
         state.join(name)
         output_size = hidden_size if output_size is None else output_size
         make_router = ROUTER_CLASSES[config.router]
-        self.router = make_router(config.num_experts, config.num_experts_per_tok, hidden_size, output_size)
-        self.experts = PackedExperts(
+        rank = 0
+        if make_router.factorises:
+            rank = first_rank(config.autonomy_rank, hidden_size, intermediate_size, self.part)
+        self.router = make_router(config.num_experts, config.num_experts_per_tok, hidden_size, output_size, rank)
+        make_experts: Any = partial(FactorisedExperts, rank=rank) if rank else PackedExperts
+        self.experts: PackedExperts = make_experts(
             config,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
@@ -99,7 +105,8 @@ class SparseMoeBlock(nn.Module):
         if self.experts.down_proj.is_meta:
             return
         for module in (self.router, self.experts):
-            key = zlib.crc32(f"{torch.initial_seed()}/{self.name}/{type(module).__name__}".encode())
+            kind = PackedExperts if module is self.experts else type(module)
+            key = zlib.crc32(f"{torch.initial_seed()}/{self.name}/{kind.__name__}".encode())
             module.reset_parameters(torch.Generator(self.experts.down_proj.device).manual_seed(key))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -111,7 +118,7 @@ class SparseMoeBlock(nn.Module):
             self.state.logits[self.name] = routing.logits_TR
         learners = self._learners(routing, groups)
         spoken = learners.spoken
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {**routing.begun}
         if not isinstance(self.experts, PackedExperts):
             chosen: tuple[Tensor, ...] = self.router.slots.runs_something(
                 spoken.selected_experts_TK, spoken.routing_weights_TK

@@ -49,6 +49,11 @@ class MoeConfig(StrictConfig):
     @model_validator(mode="after")
     def _check_expert_parallel(self) -> MoeConfig:
         for name, part in self.parts().items():
+            if ROUTER_CLASSES[part.router].factorises and self.expert_parallel > 1:
+                raise ValueError(
+                    f"expert_parallel: found {self.expert_parallel} beside router {part.router!r} in {name}, expected "
+                    "1, for every rank's tokens need the first half of all experts"
+                )
             if part.couples and self.expert_parallel > 1:
                 raise ValueError(
                     f"expert_parallel: found {self.expert_parallel} beside {name}.coupling_coef, expected 1, for that "

@@ -23,7 +23,7 @@ from llava_compete.moe.implementations import ExpertWeights, choose
 from llava_compete.moe.judged import JudgedOutput, Judgement
 from llava_compete.moe.layer_config import MoeLayerConfig
 from llava_compete.moe.parallel import ExpertRanks
-from llava_compete.moe.precision import without_autocast
+from llava_compete.moe.precision import compute_dtype, without_autocast
 from llava_compete.moe.recomputed import Recomputation, RecomputedContest, chunks
 from llava_compete.moe.routers import with_shared
 from llava_compete.moe.slots import Slots
@@ -56,6 +56,8 @@ class PackedExperts(nn.Module):
     `hidden_dropout` acts after the activation (and gate). `slots`: what the choices mean; default an expert each.
     """
 
+    down_proj: nn.Parameter
+
     def __init__(
         self,
         config: MoeLayerConfig,
@@ -83,13 +85,19 @@ class PackedExperts(nn.Module):
             self.act_fn = nn.Sequential(self.act_fn, nn.Dropout(hidden_dropout))
         self.gate_dropout = nn.Dropout(hidden_dropout) if hidden_dropout and gated else nn.Identity()
 
-        rows = 2 * intermediate_size if gated else intermediate_size
-        self.up_name = "gate_up_proj" if gated else "up_proj"
-        self.register_parameter(self.up_name, nn.Parameter(torch.empty(self.num_experts, rows, hidden_size)))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, output_size, intermediate_size))
-        if bias:
-            self.register_parameter(f"{self.up_name}_bias", nn.Parameter(torch.empty(self.num_experts, rows)))
-            self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, output_size))
+        self.make_parameters(hidden_size, intermediate_size, output_size)
+
+    def make_parameters(self, hidden_size: int, intermediate_size: int, output_size: int) -> None:
+        self.up_name = "gate_up_proj" if self.has_gate else "up_proj"
+        rows = 2 * intermediate_size if self.has_gate else intermediate_size
+        self.add_linears({self.up_name: (rows, hidden_size), "down_proj": (output_size, intermediate_size)})
+
+    def add_linears(self, shapes: dict[str, tuple[int, int]]) -> None:
+        """Each expert's matrices [out, in], and then its biases if it has any."""
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(self.num_experts, *shape)))
+        for name, (rows, _) in shapes.items() if self.has_bias else ():
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(self.num_experts, rows)))
 
     def configure(self, config: MoeLayerConfig) -> None:
         """Take what of `config` is no part of the architecture: kernels, and how competitions are held."""
@@ -103,7 +111,7 @@ class PackedExperts(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Each expert as nn.Linear would: uniform within 1/sqrt(fan in)."""
         for name, parameter in self.named_parameters(recurse=False):
-            fan_in = self.down_proj.shape[2] if name.startswith("down") else self.up.shape[2]
+            fan_in = self.get_parameter(name.removesuffix("_bias")).shape[2]
             nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)
 
     def spread(self, ranks: ExpertRanks) -> None:
@@ -145,7 +153,7 @@ class PackedExperts(nn.Module):
         `proxies_RD`: of the first R experts, for the coupling loss.
         Done here because ZeRO-3 gathers the parameters for this module's call and for its backward.
         """
-        weights = self._weights(_compute_dtype(x_TD, self.down_proj))
+        weights = self._weights(compute_dtype(x_TD, self.down_proj))
         with without_autocast(x_TD.device.type):
             coupling = None if proxies_RD is None else self.coupling(proxies_RD, weights.up)
             x_TD = x_TD.to(weights.down.dtype)
@@ -222,20 +230,26 @@ class PackedExperts(nn.Module):
         assert self.judgement is not None
         return self.judgement.asks or self.answer_means.mean_EO is not None
 
+    def linear(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """One of `add_linears` in that dtype, and its bias. With adapters around it is no parameter any more."""
+        weight, bias = getattr(self, name), getattr(self, f"{name}_bias", None)
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+
     def _weights(self, dtype: torch.dtype) -> ExpertWeights:
-        up_bias = getattr(self, f"{self.up_name}_bias", None)
-        down_bias = getattr(self, "down_proj_bias", None)
         return ExpertWeights(
-            self.up.to(dtype),
-            None if up_bias is None else up_bias.to(dtype),
-            self.down_proj.to(dtype),
-            None if down_bias is None else down_bias.to(dtype),
-            activation=self.activation,
-            act_fn=self.act_fn,
-            gated=self.has_gate,
-            gate_dropout=self.gate_dropout,
-            slots=self.slots if self.ranks is None else Slots(self.ranks.num_local),
+            *self.linear(self.up_name, dtype), *self.linear("down_proj", dtype), **self.weights_options
         )
+
+    @property
+    def weights_options(self) -> dict[str, Any]:
+        """What `ExpertWeights` is told beside its tensors."""
+        return {
+            "activation": self.activation,
+            "act_fn": self.act_fn,
+            "gated": self.has_gate,
+            "gate_dropout": self.gate_dropout,
+            "slots": self.slots if self.ranks is None else Slots(self.ranks.num_local),
+        }
 
     @torch.compiler.disable  # its backward runs experts by rules of its own
     def _judged(
@@ -317,14 +331,6 @@ def _leave_out_experts(module: nn.Module, state_dict: Any, prefix: str, _: Any) 
 def _miss_no_experts(module: nn.Module, keys: Any) -> None:
     own = {name for name, _ in module.named_parameters(recurse=False)}
     keys.missing_keys[:] = [key for key in keys.missing_keys if key.rpartition(".")[2] not in own]
-
-
-def _compute_dtype(x_TD: Tensor, parameter: Tensor) -> torch.dtype:
-    if torch.is_autocast_enabled(x_TD.device.type):
-        return torch.get_autocast_dtype(x_TD.device.type)
-    if x_TD.dtype != parameter.dtype:
-        raise UserError(f"dtype: MoE input is {x_TD.dtype}, its experts are {parameter.dtype}; use one or autocast")
-    return parameter.dtype
 
 
 def judgement_of(config: MoeLayerConfig) -> Judgement | None:

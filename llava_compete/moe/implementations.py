@@ -74,9 +74,39 @@ class ExpertWeights:
             self.heard.append(hidden.detach())
         return hidden
 
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """All that a chosen expert multiplies with, [E, out, in]."""
+        return self.up, self.down
+
     def fit_grouped_mm(self) -> bool:
-        output_size, intermediate_size = self.down.shape[1:]
-        return fits_grouped_mm(self.up.dtype, self.up.shape[2], self.up.shape[1], intermediate_size, output_size)
+        widths = (width for matrix in self.matrices for width in matrix.shape[1:])
+        return fits_grouped_mm(self.down.dtype, *widths)
+
+    # Hidden states in each of the ways below.
+
+    def of_pairs(self, x_TD: Tensor, pairs: Pairs) -> Tensor:
+        """[P, I], by one product an expert."""
+        return self.activate(grouped_linear(Dispatch.apply(x_TD, pairs), self.up, self.up_bias, pairs.ends_E))
+
+    def grouped(
+        self, x_TD: Tensor, pairs: Pairs, marks_PE: Tensor | None, has_shared: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """[P, I] by grouped products, and a shared expert's [T, I]."""
+        up_PM, up_TM = DispatchUp.apply(x_TD, aligned(self.up), self.up_bias, pairs, marks_PE, has_shared)
+        return self.activate(up_PM), self.activate(up_TM) if has_shared else None
+
+    def of_all(self, x_TD: Tensor) -> Tensor:
+        """[T, E, I]."""
+        return self.activate(AllExpertsUp.apply(x_TD, self.up, self.up_bias))
+
+    def of_chosen(self, x_1D: Tensor, chosen_K: Tensor) -> Tensor:
+        """[K, 1, I] of one token."""
+        return self.activate(chosen_linear(x_1D.expand(len(chosen_K), 1, -1), self.up, self.up_bias, chosen_K))
+
+    def of_one(self, x_1D: Tensor, expert: int) -> Tensor:
+        """[1, I] of one token and one expert."""
+        return self.activate(linear_of(x_1D, self.up, self.up_bias, expert))
 
 
 Function = Callable[[ExpertWeights, Tensor, Tensor, Tensor, float], Tensor]
@@ -96,7 +126,7 @@ def choose(requested: str, weights: ExpertWeights, num_tokens: int, num_choices:
         return dense
     if infers and num_tokens == 1 and requested in ("auto", *FUNCTIONS):
         return one_token
-    fits = weights.fit_grouped_mm() and not (on_cuda and weights.up.dtype != torch.bfloat16)
+    fits = weights.fit_grouped_mm() and not (on_cuda and weights.down.dtype != torch.bfloat16)
     if requested == "auto":
         requested = "grouped_mm" if on_cuda or infers else "eager"
     if requested == "grouped_mm" and not fits:
@@ -124,8 +154,7 @@ def eager(weights: ExpertWeights, x_TD: Tensor, choices_TC: Tensor, weights_TC: 
     """One product an expert over tokens sorted by expert; reads the experts' numbers of rows on the host."""
     selected_TK, weights_TK = _with_shared(weights, choices_TC, weights_TC, shared)
     pairs = Pairs.sort(selected_TK, weights.num_experts, weights.slots.idle > 0)
-    h_PI = weights.activate(grouped_linear(Dispatch.apply(x_TD, pairs), weights.up, weights.up_bias, pairs.ends_E))
-    y_PO = grouped_linear(h_PI, weights.down, weights.down_bias, pairs.ends_E)
+    y_PO = grouped_linear(weights.of_pairs(x_TD, pairs), weights.down, weights.down_bias, pairs.ends_E)
     return Combine.apply(y_PO, weights_TK.to(y_PO.dtype), pairs)
 
 
@@ -135,17 +164,15 @@ def grouped(
     """One grouped product for each layer of the MLP over tokens sorted by expert, and a shared expert's beside it."""
     choices_TC, weights_TC = weights.slots.runs(choices_TC, weights_TC)
     pairs = Pairs.sort(choices_TC, weights.num_experts, weights.slots.idle > 0)
-    marks_PE = pairs.marks(weights.up.dtype) if weights.has_bias else None
-    up_PM, up_TM = DispatchUp.apply(x_TD, aligned(weights.up), weights.up_bias, pairs, marks_PE, shared > 0)
-    h_PI, h_TI = weights.activate(up_PM), weights.activate(up_TM) if shared else None
+    marks_PE = pairs.marks(weights.down.dtype) if weights.has_bias else None
+    h_PI, h_TI = weights.grouped(x_TD, pairs, marks_PE, shared > 0)
     weights_TC = weights_TC.to(h_PI.dtype)
     return DownCombine.apply(h_PI, h_TI, aligned(weights.down), weights.down_bias, weights_TC, pairs, marks_PE, shared)
 
 
 def dense(weights: ExpertWeights, x_TD: Tensor, choices_TC: Tensor, weights_TC: Tensor, shared: float = 0.0) -> Tensor:
     """Every expert on every token, and weights of 0 where it was not chosen: E / K of the arithmetic, any width."""
-    h_TEI = weights.activate(AllExpertsUp.apply(x_TD, weights.up, weights.up_bias))
-    y_ETO = AllExpertsDown.apply(h_TEI, weights.down, weights.down_bias)
+    y_ETO = AllExpertsDown.apply(weights.of_all(x_TD), weights.down, weights.down_bias)
     if shared:
         gates_TE = y_ETO.new_zeros(x_TD.shape[0], weights.num_experts)
         gates_TE[:, -1] = shared
@@ -164,20 +191,25 @@ def one_token(
     selected_1K, weights_1K = _with_shared(weights, choices_1C, weights_1C, shared)
     if x_1D.device.type == "cpu":
         return _one_token_on_cpu(weights, x_1D, selected_1K, weights_1K)
-    chosen_bytes = selected_1K.numel() * (weights.up[0].numel() + weights.down[0].numel()) * weights.up.element_size()
+    chosen_bytes = selected_1K.numel() * sum(matrix[0].nbytes for matrix in weights.matrices)
     if chosen_bytes > COPIED_WEIGHT_BYTES and weights.fit_grouped_mm() and x_1D.dtype == torch.bfloat16:
         return grouped(weights, x_1D, choices_1C, weights_1C, shared)
     chosen_K = selected_1K[0].clamp(max=weights.num_experts - 1) if weights.slots.idle else selected_1K[0]
-    h_K1I = weights.activate(_chosen_linear(x_1D.expand(len(chosen_K), 1, -1), weights.up, weights.up_bias, chosen_K))
-    y_K1O = _chosen_linear(h_K1I, weights.down, weights.down_bias, chosen_K)
+    y_K1O = chosen_linear(weights.of_chosen(x_1D, chosen_K), weights.down, weights.down_bias, chosen_K)
     return weights_1K.to(y_K1O.dtype) @ y_K1O[:, 0]
 
 
-def _chosen_linear(x_K1H: Tensor, weight_EMH: Tensor, bias_EM: Tensor | None, chosen_K: Tensor) -> Tensor:
+def chosen_linear(x_K1H: Tensor, weight_EMH: Tensor, bias_EM: Tensor | None, chosen_K: Tensor) -> Tensor:
+    """A row for each of some experts through theirs, [K, 1, M]; copies their matrices."""
     weight_KHM = weight_EMH.index_select(0, chosen_K).transpose(1, 2)
     if bias_EM is None:
         return torch.bmm(x_K1H, weight_KHM)
     return torch.baddbmm(bias_EM.index_select(0, chosen_K)[:, None], x_K1H, weight_KHM)
+
+
+def linear_of(x_TH: Tensor, weight_EMH: Tensor, bias_EM: Tensor | None, expert: int) -> Tensor:
+    """Through one expert's matrix where it lies."""
+    return F.linear(x_TH, weight_EMH[expert], None if bias_EM is None else bias_EM[expert])
 
 
 def _one_token_on_cpu(weights: ExpertWeights, x_1D: Tensor, selected_1K: Tensor, weights_1K: Tensor) -> Tensor:
@@ -187,10 +219,7 @@ def _one_token_on_cpu(weights: ExpertWeights, x_1D: Tensor, selected_1K: Tensor,
         if expert == weights.num_experts:
             outputs.append(x_1D.new_zeros(1, weights.down.shape[1]))
             continue
-        up_bias = None if weights.up_bias is None else weights.up_bias[expert]
-        down_bias = None if weights.down_bias is None else weights.down_bias[expert]
-        h_1I = weights.activate(F.linear(x_1D, weights.up[expert], up_bias))
-        outputs.append(F.linear(h_1I, weights.down[expert], down_bias))
+        outputs.append(linear_of(weights.of_one(x_1D, expert), weights.down, weights.down_bias, expert))
     return weights_1K.to(x_1D.dtype) @ torch.cat(outputs)
 
 

@@ -69,7 +69,8 @@ class MoeLayerConfig(StrictConfig):
         description="of a router step's balance loss; default 0.01 (the paper's), 0 for bias_balanced",
     )
     router_z_coef: float | None = Field(
-        default=None, description="of the mean square of the router's logsumexp; default 0.001 (the paper's)"
+        default=None,
+        description="of the mean square of the router's logsumexp; default 0.001 (the paper's), 0 for autonomy",
     )
     coupling_coef: float | None = Field(
         default=None,
@@ -86,6 +87,14 @@ class MoeLayerConfig(StrictConfig):
     null_reward_coef: float | None = Field(
         default=None,
         description="tc_moe: of the reward for choices that run no expert, their probability; default 1e-5 (LibMoE's)",
+    )
+    autonomy_rank: int | None = Field(
+        default=None,
+        ge=1,
+        description=(
+            "autonomy: rank of the experts' first projection, whose lower half every expert computes; default the full "
+            "rank, with which an upcycled model answers as its parent (the paper's best is a third of the width)"
+        ),
     )
     distillation_coef: float | None = Field(
         default=None,
@@ -185,7 +194,8 @@ class MoeLayerConfig(StrictConfig):
         router = data.get("router", "competition")
         defaults = ROUTER_COEFS | (competition_defaults(data) if router == "competition" else {})
         if router in ROUTER_CLASSES:
-            defaults |= {"balance_coef": ROUTER_CLASSES[router].balance_coef, **ROUTER_CLASSES[router].extra_coefs}
+            defaults |= {key: getattr(ROUTER_CLASSES[router], key) for key in ROUTER_COEFS}
+            defaults |= ROUTER_CLASSES[router].extra_coefs
             if router != "competition" and data.get("affinity") == "softplus":
                 # Checkpoints of earlier versions hold it for every router.
                 data = {key: value for key, value in data.items() if key != "affinity"}
@@ -245,6 +255,7 @@ class MoeLayerConfig(StrictConfig):
                 owners = [name for name, router in ROUTER_CLASSES.items() if key in router.extra_coefs]
                 raise ValueError(f"{key}: router {self.router!r} has no such term, only {', '.join(owners)} has")
         self._check_judge()
+        self._check_factorised()
         if self.competition_keeps == "everything" and self.competition_chunk_tokens is not None:
             raise ValueError(
                 "competition_keeps: found 'everything' beside competition_chunk_tokens, expected 'pre_activations' or "
@@ -256,8 +267,20 @@ class MoeLayerConfig(StrictConfig):
         if self.coupling_coef is None:
             if self.coupling_alpha is not None:
                 raise ValueError(f"coupling_alpha: found {self.coupling_alpha} without coupling_coef, which it is of")
+        elif not ROUTER_CLASSES[self.router].has_rows:
+            raise ValueError(f"coupling_coef: found with router {self.router!r}, which has no rows to couple")
         elif self.num_experts - ROUTER_CLASSES[self.router].num_shared < 2:
             raise ValueError("coupling_coef: found with one routed expert, expected two or more to tell apart")
+
+    def _check_factorised(self) -> None:
+        if not ROUTER_CLASSES[self.router].factorises:
+            if self.autonomy_rank is not None:
+                raise ValueError(f"autonomy_rank: router {self.router!r} has no such rank, only autonomy has")
+        elif self.experts_implementation not in OWN_KERNELS:
+            raise ValueError(
+                f"experts_implementation: found {self.experts_implementation!r}, expected one of "
+                f"{', '.join(OWN_KERNELS)}, for the experts of {self.router!r} go on from what chose them"
+            )
 
     def _check_judge(self) -> None:
         judged = self.competition_judge == "loss"

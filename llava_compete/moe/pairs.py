@@ -123,3 +123,18 @@ class Combine(torch.autograd.Function):
             row_products(grad_TO, y_PO, ctx.pairs),
             None,
         )
+
+
+class DistinctRows(torch.autograd.Function):
+    """Rows by number, none twice: their gradient is copied, and not added up as autograd would."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_FH: Tensor, numbers_R: Tensor) -> Tensor:
+        ctx.save_for_backward(numbers_R)
+        ctx.num_rows = len(rows_FH)
+        return rows_FH.index_select(0, numbers_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
+        (numbers_R,) = ctx.saved_tensors
+        return grad_RH.new_zeros(ctx.num_rows, grad_RH.shape[1]).index_copy_(0, numbers_R, grad_RH), None

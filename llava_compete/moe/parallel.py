@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_compete.moe.competition import Picked, Responses
-from llava_compete.moe.pairs import Combine, Dispatch, Pairs
+from llava_compete.moe.pairs import Combine, Dispatch, DistinctRows, Pairs
 from llava_compete.moe.routers import top_experts
 
 
@@ -110,8 +110,8 @@ class ExpertRanks:
         token_R = self._there(trip.pairs.token_P + start, trip)
         slot_R = (here.winners_TK.index_select(0, token_R) == trip.expert_R[:, None]).int().argmax(1)
         rows_R = token_R * here.winners_TK.shape[1] + slot_R
-        won_PO = self._back(_DistinctRows.apply(here.won_TKO.flatten(0, 1), rows_R), trip)
-        won_TKO = _DistinctRows.apply(won_PO, trip.pairs.place_TK.flatten()).view(*winners_TK.shape, won_PO.shape[1])
+        won_PO = self._back(DistinctRows.apply(here.won_TKO.flatten(0, 1), rows_R), trip)
+        won_TKO = DistinctRows.apply(won_PO, trip.pairs.place_TK.flatten()).view(*winners_TK.shape, won_PO.shape[1])
         return Picked(affinity_TE, winners_TK, won_TKO)
 
     @torch.compiler.disable
@@ -189,21 +189,6 @@ class _Gather(torch.autograd.Function):
         size = len(ctx.lengths)
         grad_NTH = _exchanged(grad_GH, ctx.lengths, [ctx.here] * size, ctx.group).view(size, ctx.here, -1)
         return grad_NTH.sum(0), None, None
-
-
-class _DistinctRows(torch.autograd.Function):
-    """Rows by number, none twice: their gradient is copied, and not added up as autograd would."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_FH: Tensor, numbers_R: Tensor) -> Tensor:
-        ctx.save_for_backward(numbers_R)
-        ctx.num_rows = len(rows_FH)
-        return rows_FH.index_select(0, numbers_R)
-
-    @staticmethod
-    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
-        (numbers_R,) = ctx.saved_tensors
-        return grad_RH.new_zeros(ctx.num_rows, grad_RH.shape[1]).index_copy_(0, numbers_R, grad_RH), None
 
 
 def _exchanged(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:

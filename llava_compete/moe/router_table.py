@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llava_compete.moe.autonomy import AutonomyRouter
 from llava_compete.moe.bias_balanced import BiasBalancedRouter
 from llava_compete.moe.routers import (
     PerturbedCosineRouter,
@@ -25,5 +26,6 @@ ROUTER_CLASSES: dict[str, type[Router]] = {
     "bias_balanced": BiasBalancedRouter,
     "tc_moe": TernaryRouter,
     "moe_plus_plus": ZeroComputationRouter,
+    "autonomy": AutonomyRouter,
     "competition": SoftmaxRouter,
 }

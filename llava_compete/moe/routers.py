@@ -32,6 +32,7 @@ class Routing(NamedTuple):
     scores_TR: what `probs_TR` is the softmax of. choices_TC: routed experts, best first. weights_TC: theirs, sum 1.
     shared_weight: 0, or how much expert R, which every token runs, weighs in the output; the choices weigh the rest.
     rows_RD: with the coupling loss, in training, each routed expert's row in the space of tokens.
+    low_TEH: what every expert has computed of each token already, where experts choose themselves (autonomy.py).
     """
 
     logits_TR: Tensor
@@ -40,6 +41,12 @@ class Routing(NamedTuple):
     weights_TC: Tensor
     shared_weight: float = 0.0
     rows_RD: Tensor | None = None
+    low_TEH: Tensor | None = None
+
+    @property
+    def begun(self) -> dict[str, Tensor]:
+        """What the experts are given beside the choice."""
+        return {} if self.low_TEH is None else {"low_TEH": self.low_TEH}
 
     @property
     def selected_experts_TK(self) -> Tensor:
@@ -125,27 +132,38 @@ class Router(nn.Module):
         num_experts, num_experts_per_tok: E and K, a shared expert counted.
         hidden_size: width D of a token.
         output_size: width of the experts' outputs, default D.
+        rank: of the experts' first projection, where the router `factorises` it.
 
     A class says what its configuration may be: `even_experts` where E must be even, `num_shared` experts that are
-    always on, `balance_coef`, the default coefficient of its balance loss, and `extra_coefs`, those of loss terms that
-    it alone has (`extra_losses`). `keeps_dense_answers`: an upcycled model answers as its dense parent. Any parameter
-    or buffer is upcycled, saved and resumed; a router with `needs_loads` gets `end_step` after each optimizer step, one
-    with `has_residual` the logits of the layer before in its call. `free_experts`: what slots that run no expert give,
-    of (x [T, D], choices, weights).
+    always on, `balance_coef` and `router_z_coef`, the defaults of these coefficients, and `extra_coefs`, those of loss
+    terms that it alone has (`extra_losses`). `keeps_dense_answers`: an upcycled model answers as its dense parent. Any
+    parameter or buffer is upcycled, saved and resumed; a router with `needs_loads` gets `end_step` after each optimizer
+    step, one with `has_residual` the logits of the layer before in its call; the coupling loss reads those that
+    `has_rows`. One that `factorises` the experts' first projection has the half of it that every expert computes.
+    `free_experts`: what slots that run no expert give, of (x [T, D], choices, weights).
     """
 
     even_experts: ClassVar[bool] = False
     num_shared: ClassVar[int] = 0
     balance_coef: ClassVar[float] = 0.01
+    router_z_coef: ClassVar[float] = 0.001
     extra_coefs: ClassVar[dict[str, float]] = {}
     keeps_dense_answers: ClassVar[bool] = True
     needs_loads: ClassVar[bool] = False
     has_residual: ClassVar[bool] = False
+    has_rows: ClassVar[bool] = True
+    factorises: ClassVar[bool] = False
 
     def __init__(
-        self, num_experts: int, num_experts_per_tok: int, hidden_size: int, output_size: int | None = None
+        self,
+        num_experts: int,
+        num_experts_per_tok: int,
+        hidden_size: int,
+        output_size: int | None = None,
+        rank: int = 0,
     ) -> None:
         super().__init__()
+        self.rank = rank
         self.slots = self.make_slots(num_experts, num_experts_per_tok, output_size in (None, hidden_size))
         self.num_routed = self.slots.total - self.num_shared
         self.num_choices = num_experts_per_tok - self.num_shared

@@ -106,7 +106,7 @@ def layers_of(model: nn.Module, tokens: Mapping[str, int], itemsize: int) -> lis
 
 def _layer(block: SparseMoeBlock, tokens: int, itemsize: int) -> Layer:
     packed = next(module for module in block.experts.modules() if isinstance(module, PackedExperts))  # maybe adapted
-    output, width = packed.down_proj.shape[1], packed.up.shape[2]
+    output, width = packed.down_proj.shape[1], block.hidden_size
     choices, experts = block.config.num_experts_per_tok, block.config.num_experts
     judged = block.config.competition_judge == "loss" and block.config.competition_answers != "mean"
     return Layer(block.part, tokens, width, output, choices, experts, itemsize, judged)  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.competition import Contest
 from llava_compete.moe.experts import ExpertsOutput, PackedExperts
+from llava_compete.moe.factorised import FactorisedExperts
 from llava_compete.moe.routers import with_shared
 
 
@@ -221,9 +222,14 @@ def _stand_ins(asking: _Asking) -> Iterator[None]:
     def forward(experts: PackedExperts, *arguments: Any, **options: Any) -> ExpertsOutput:
         return asking.products(experts, *arguments, **options)
 
+    def go_on(experts: FactorisedExperts, x_TD: Tensor, _: Tensor, weights_TC: Tensor, *, low_TEH: Tensor) -> Tensor:
+        hidden_PI = _continued(experts, x_TD, low_TEH)
+        return _weighted_sum(experts, hidden_PI, weights_TC.to(x_TD.dtype))
+
     with (
         mock.patch.object(F, "scaled_dot_product_attention", _flash_attention),
         mock.patch.object(PackedExperts, "forward", forward),
+        mock.patch.object(FactorisedExperts, "forward", go_on),
         # Only ever switched off in our code and peft's, and unknown to the meta device.
         mock.patch.object(torch, "autocast", return_value=contextlib.nullcontext()),
     ):
@@ -264,9 +270,21 @@ class _JudgedOutput(torch.autograd.Function):
 
 
 def _chosen_experts(experts: PackedExperts, x_TD: Tensor, weights_TK: Tensor) -> Tensor:
-    weights_TK = weights_TK.to(x_TD.dtype)
     x_PD = x_TD.repeat(experts.num_winners, 1)  # gathered for each chosen expert
     hidden_PI = _activate(experts, F.linear(x_PD, experts.up[0]))
+    return _weighted_sum(experts, hidden_PI, weights_TK.to(x_TD.dtype))
+
+
+def _continued(experts: FactorisedExperts, x_TD: Tensor, low_TEH: Tensor) -> Tensor:
+    """Hidden states of the chosen experts, from what chose them."""
+    low_PH = low_TEH[:, : experts.num_winners].reshape(-1, low_TEH.shape[2]).clone()
+    of_low_PI = F.linear(low_PH, experts.high[0])
+    if not experts.has_gate:
+        return experts.act_fn(of_low_PI)
+    return experts.act_fn(of_low_PI) * F.linear(x_TD.repeat(experts.num_winners, 1), experts.up[0])
+
+
+def _weighted_sum(experts: PackedExperts, hidden_PI: Tensor, weights_TK: Tensor) -> Tensor:
     y_KTO = F.linear(hidden_PI, experts.down_proj[0]).unflatten(0, (experts.num_winners, -1))
     return (y_KTO * weights_TK.T.unsqueeze(-1)).sum(0)
 

@@ -3,7 +3,7 @@
 # The caller defines `run_one METHOD SEED SLOT`, which writes OUT/METHOD/seedSEED/eval and returns at once if it is there.
 
 # The first is the baseline: the router without competition. `coupled` is that router with the coupling loss.
-METHODS=(softmax dense sigmoid xmoe perturbed_cosine shared_softmax shared_sigmoid bias_balanced tc_moe moe_plus_plus coupled competition)
+METHODS=(softmax dense sigmoid xmoe perturbed_cosine shared_softmax shared_sigmoid bias_balanced tc_moe moe_plus_plus autonomy coupled competition)
 
 # Competitions of one router, instead of all routers.
 # shellcheck disable=SC2034 # for scripts that read this file

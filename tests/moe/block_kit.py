@@ -22,7 +22,7 @@ def make_block(seed: int = 0, sizes: dict[str, Any] | None = None, **config: Any
     block = SparseMoeBlock(layer, name="language.0", state=RoutingState(), **{**SIZES, **(sizes or {})})
     with torch.no_grad():
         for parameter in block.router.parameters():
-            parameter.mul_(20)
+            parameter.mul_(3 if block.router.factorises else 20)  # of norms, which are large already
     return block
 
 

@@ -47,7 +47,10 @@ def route(router: str, tensors: dict[str, Tensor], x: Tensor, count: int) -> tup
         probs = softmax(logits / 0.3)
         choices = largest(probs.tolist(), count)
         return logits, probs, choices, softmax(probs[choices])
-    logits = tensors["router.weight"] @ x
+    if router == "autonomy":
+        logits = torch.stack([torch.sqrt((low @ x).square().sum()) for low in tensors["router.low_proj"]])
+    else:
+        logits = tensors["router.weight"] @ x
     if "router.residual" in tensors:  # of the first layer
         logits = logits + tensors["router.residual"] @ torch.zeros_like(logits)
     probs = softmax(logits)
@@ -82,7 +85,8 @@ def without_arithmetic(tensors: dict[str, Tensor], x: Tensor) -> list[Tensor]:
 
 def expert(tensors: dict[str, Tensor], index: int, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """One expert's output for one token."""
-    hidden = activation(tensors["experts.up_proj"][index] @ x + tensors["experts.up_proj_bias"][index])
+    before = tensors["router.low_proj"][index] @ x if "router.low_proj" in tensors else x
+    hidden = activation(tensors["experts.up_proj"][index] @ before + tensors["experts.up_proj_bias"][index])
     return tensors["experts.down_proj"][index] @ hidden + tensors["experts.down_proj_bias"][index]
 
 
@@ -185,6 +189,10 @@ def random_tensors(router: str, sizes: dict[str, int], seed: int) -> dict[str, T
         shapes |= {"router.inp_reduction.weight": (E // 2, D), "router.expert_embeddings": (E, E // 2)}
     else:
         shapes["router.weight"] = (E - router.startswith("shared"), D)
+    if router == "autonomy":
+        del shapes["router.weight"]
+        rank = sizes["D"] // 2
+        shapes |= {"router.low_proj": (E, rank, D), "experts.up_proj": (E, I, rank)}
     if router == "tc_moe":
         shapes["router.weight"] = (2 * E + sizes["K"], D)
     if router == "moe_plus_plus":

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from llava_compete.moe.config import MoeConfig
 from llava_compete.moe.coupling import coupling_loss, proxies
 from llava_compete.moe.layer_config import MoeLayerConfig
+from llava_compete.moe.router_table import ROUTER_CLASSES
 from llava_compete.moe.state import TokenGroups
 from llava_compete.moe.terms import ROUTERS
 
@@ -71,7 +72,10 @@ def effective_rows(router: str, block: Any) -> Tensor:
     return parameters["weight"][: 3 if router.startswith("shared") else 4]
 
 
-@pytest.mark.parametrize(("router", "competing"), [*((router, False) for router in ROUTERS), ("competition", True)])
+@pytest.mark.parametrize(
+    ("router", "competing"),
+    [*((router, False) for router in ROUTERS if ROUTER_CLASSES[router].has_rows), ("competition", True)],
+)
 def test_with_every_router(router: str, competing: bool) -> None:
     config = {"router": router, "num_experts_per_tok": 3}
     block = make_block(**config, coupling_coef=0.3, coupling_alpha=0.9)
@@ -128,6 +132,10 @@ def test_its_operators_do_not_grow_with_experts_nor_add_to_a_row_twice() -> None
     [
         ({"coupling_alpha": 0.5}, "coupling_alpha: found 0.5 without coupling_coef"),
         ({"coupling_coef": -1.0}, "expected a finite coefficient >= 0, found -1"),
+        (
+            {"coupling_coef": 1.0, "router": "autonomy"},
+            "found with router 'autonomy', which has no rows",
+        ),
         (
             {"coupling_coef": 1.0, "num_experts": 2, "router": "shared_softmax"},
             "coupling_coef: found with one routed expert",

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llava_compete.moe.block import SparseMoeBlock
 from llava_compete.moe.parallel import ExpertRanks
+from llava_compete.moe.router_table import ROUTER_CLASSES
 from llava_compete.moe.state import TokenGroups
 from llava_compete.moe.terms import ROUTERS
 
@@ -36,7 +37,11 @@ class Case:
     recomputed: bool = False
 
 
-ROUTED = {router: Case({"router": router, "num_experts_per_tok": 3}) for router in ROUTERS}
+ROUTED = {
+    router: Case({"router": router, "num_experts_per_tok": 3})
+    for router in ROUTERS
+    if not ROUTER_CLASSES[router].factorises  # their experts are not spread
+}
 CASES = {
     **ROUTED,
     "grouped": Case({"experts_implementation": "grouped_mm"}, sizes=GATED),

@@ -49,6 +49,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]
         "judged by means",
         "tc_moe",
         "moe_plus_plus",
+        "autonomy",
         "coupled",
     ],
 )

@@ -31,6 +31,7 @@ MODES = (
     "judged by means",
     "tc_moe",
     "moe_plus_plus",
+    "autonomy",
     "coupled",
 )
 
@@ -52,6 +53,8 @@ class Model(nn.Module):
         others: dict[str, Any] = {}
         if mode in ("tc_moe", "moe_plus_plus"):  # the third choice runs no expert, or the same with the other sign
             others = {"router": mode, "num_experts_per_tok": 3}
+        if mode == "autonomy":
+            others = {"router": mode}
         if mode == "coupled":
             others = {"router": "softmax", "coupling_coef": 1.0}
         self.routing = RoutingState()
@@ -85,6 +88,10 @@ class Model(nn.Module):
             for block in self.blocks:
                 # Experts 0 and 1 like a positive first coordinate, 2 and 3 a negative one, router and affinity alike.
                 sign_E = torch.tensor([1.0, 1.0, -1.0, -1.0])
+                if mode == "autonomy":
+                    # Norms know no sign: two experts like the first coordinate and two the second.
+                    block.router.low_proj[:2, 0, 0] = block.router.low_proj[2:, 0, 1] = 3
+                    continue
                 # Where the loss judges, probabilities of experts that were not chosen must not vanish.
                 block.router.weight[:, 0] = 0
                 block.router.weight[:EXPERTS, 0] = (0.1 if judged else 2) * sign_E
@@ -113,10 +120,12 @@ class Model(nn.Module):
         return loss + 50 * sum(record.aux_loss for record in self.routing.records.values())
 
 
-def data() -> Tensor:
+def data(mode: str) -> Tensor:
     x = torch.randn(SEQUENCES, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
     x[: SEQUENCES // 2, :, 0] = 4.0
     x[SEQUENCES // 2 :, :, 0] = -4.0
+    if mode == "autonomy":
+        x[SEQUENCES // 2 :, :, :2] = torch.tensor([0.0, 4.0])
     return x
 
 
@@ -129,7 +138,7 @@ def make_model(mode: str) -> Model:
 
 def one_process(mode: str) -> dict[str, Tensor]:
     model = make_model(mode)
-    model(data(), SEQUENCES).backward()
+    model(data(mode), SEQUENCES).backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     return grads | model.routing.answers
 
@@ -152,7 +161,7 @@ def two_processes(stage: int, mode: str, micro_batches: int) -> tuple[dict[str, 
         },
     )
     load_E, answers = torch.zeros(()), dict[str, Tensor]()
-    for x in data().chunk(world)[rank].split(rows):
+    for x in data(mode).chunk(world)[rank].split(rows):
         # The sum of all micro-batches' and ranks' losses is the loss; DeepSpeed takes means over both.
         engine.backward(engine(x, SEQUENCES) * world * micro_batches)
         load_E = load_E + model.routing.records["language.0"].metrics.load_E

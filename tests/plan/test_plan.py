@@ -117,8 +117,14 @@ def test_memory_and_flops_agree_with_a_real_step(moe: Any, competing: frozenset[
 
 @pytest.mark.parametrize(
     "layer",
-    [{"router": "tc_moe"}, {"router": "moe_plus_plus"}, {"router": "softmax", "coupling_coef": 1.0, "num_experts": 16}],
-    ids=["tc_moe", "moe_plus_plus", "coupled"],
+    [
+        {"router": "tc_moe"},
+        {"router": "moe_plus_plus"},
+        {"router": "autonomy"},
+        {"router": "autonomy", "autonomy_rank": 8},
+        {"router": "softmax", "coupling_coef": 1.0, "num_experts": 16},
+    ],
+    ids=["tc_moe", "moe_plus_plus", "autonomy", "autonomy of low rank", "coupled"],
 )
 def test_other_routers_agree_with_a_real_step(layer: dict[str, Any]) -> None:
     """MoE++ runs fewer experts than are planned for: how many run nothing depends on values."""

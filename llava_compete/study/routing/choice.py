@@ -11,7 +11,8 @@ from torch import Tensor
 class Choice(NamedTuple):
     """Of a router: `scores_RTE` is what probabilities are the softmax of; a shared expert has weight but no logit. A
     router of more slots than experts (moe/slots.py) has the slots' logits, in `null_RT` the probability of running
-    nothing, in `free_RTS` the weights of the slots that run no expert."""
+    nothing, in `free_RTS` the weights of the slots that run no expert. Experts that choose themselves go on from
+    `low_RTEH`, what each has computed."""
 
     logits_RTE: Tensor
     scores_RTE: Tensor
@@ -20,6 +21,7 @@ class Choice(NamedTuple):
     weights_RTE: Tensor
     null_RT: Tensor | None = None
     free_RTS: Tensor | None = None
+    low_RTEH: Tensor | None = None
 
 
 def largest(scores_RTE: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -31,22 +31,40 @@ _REMOE_GROWTH, _REMOE_START = 1.2, 1e-8
 
 @dataclass(frozen=True)
 class Widths:
-    """num_experts E of `intermediate` I hidden units, num_chosen K of them, on tokens of `hidden` D."""
+    """num_experts E of `intermediate` I hidden units, num_chosen K of them, on tokens of `hidden` D; `rank` of their
+    first projection where it is factorised."""
 
     num_experts: int
     num_chosen: int
     hidden: int
     intermediate: int
+    rank: int = 0
 
     def of(self, rule: Rule) -> Widths:
         """Dense: one expert of the active or of the whole size. With a shared expert K = 3, for at 2 its router learns
-        nothing: experts two thirds as wide, half as many again, so that both sizes stay."""
+        nothing: experts two thirds as wide, half as many again, so that both sizes stay. Autonomous experts: of the
+        rank that the paper finds best, a third of the width, and as wide as leaves their size (its equation 5)."""
         if rule.dense:
             factor = self.num_chosen if rule.dense == "active" else self.num_experts
             return Widths(1, 1, self.hidden, factor * self.intermediate)
         if rule.shared and self.num_chosen == 2:
             return Widths(self.num_experts * 3 // 2, 3, self.hidden, self.intermediate * 2 // 3)
+        if rule.router == "autonomy":
+            rank = max(1, self.hidden // 3)
+            left = 2 * self.intermediate * self.hidden - rank * self.hidden
+            return Widths(self.num_experts, self.num_chosen, self.hidden, left // (rank + self.hidden), rank)
         return self
+
+    @property
+    def inputs(self) -> int:
+        """Of an expert's up projection."""
+        return self.rank or self.hidden
+
+    @property
+    def unchosen(self) -> float:
+        """What experts that are not chosen have computed of a token, as a share of one expert's arithmetic."""
+        expert = self.hidden * (self.rank + self.intermediate) + self.inputs * self.intermediate
+        return (self.num_experts - self.num_chosen) * self.rank * self.hidden / expert
 
 
 class MoeLayer:
@@ -71,14 +89,11 @@ class MoeLayer:
             widths.hidden,
             self.widths.intermediate,
         )
-        self.up = uniform((experts, inner, hidden), hidden, seeds, (key, "up"), device)
+        self.up = uniform((experts, inner, self.widths.inputs), self.widths.inputs, seeds, (key, "up"), device)
         self.down = uniform((experts, inner, hidden), inner, seeds, (key, "down"), device)
         self.router = Routers(
             rule,
-            {
-                name: normal(shape, _std(name), seeds, (key, name), device)
-                for name, shape in self._router_shapes().items()
-            },
+            {name: self._start(name, shape, seeds, key) for name, shape in self._router_shapes().items()},
             chosen,
             [generator_of(seed, key, "draws") for seed in seeds],
         )
@@ -89,10 +104,18 @@ class MoeLayer:
         self.aux_R = torch.zeros(runs, device=device)
         self._extra_R, self._forwards = torch.zeros(runs, device=device), 0
 
+    def _start(self, name: str, shape: tuple[int, ...], seeds: Sequence[int], key: int) -> Tensor:
+        """A router's weight, [R, ...]."""
+        if name == "low_proj":
+            return uniform(shape, shape[-1], seeds, (key, name), self.device)
+        return normal(shape, _std(name), seeds, (key, name), self.device)
+
     def _router_shapes(self) -> dict[str, tuple[int, ...]]:
         routed, hidden = self.widths.num_experts - self.rule.shared, self.widths.hidden
         if not self.rule.has_router:
             return {}
+        if self.widths.rank:
+            return {"low_proj": (routed, self.widths.rank, hidden)}
         if self.rule.router in ("xmoe", "perturbed_cosine"):
             return {"inp_reduction": (routed // 2, hidden), "expert_embeddings": (routed, routed // 2)}
         if self.rule.router == "tc_moe":
@@ -126,20 +149,20 @@ class MoeLayer:
         competing_R: runs that compete or judge in this step; None for none. fixed_RTE: the choice of rule `fixed`.
         Leaves the auxiliary loss in `aux_R` while training.
         """
-        hidden = self._hidden(x_RTD)
         rule, down = self.rule, self.down
         if rule.dense:
             ones = torch.ones(*x_RTD.shape[:2], 1, device=x_RTD.device)
-            return Mixture.apply(hidden, ones, down, None, None)
+            return Mixture.apply(self._hidden(x_RTD), ones, down, None, None)
         if not rule.has_router:
             chosen = fixed_RTE
             if rule.router == "random":
                 shape = (*x_RTD.shape[:2], self.widths.num_experts)
                 chosen = random_choice(shape, self.widths.num_chosen, self.router.generators, self.device)
             assert chosen is not None
-            return Mixture.apply(hidden, chosen.float() / self.widths.num_chosen, down, None, None)
+            return Mixture.apply(self._hidden(x_RTD), chosen.float() / self.widths.num_chosen, down, None, None)
         choice = self.router(x_RTD, training, None if self.before is None else self.before.logits_RTS)
         self.logits_RTS = choice.logits_RTE
+        hidden = self._hidden(x_RTD, choice.low_RTEH)
         question = self._question(choice, competing_R) if rule.judge and training else None
         # A shared expert adds a column of weights; no judged rule has one.
         weights = choice.weights_RTE * choice.chosen_RTE if rule.router == "default_moe" else choice.weights_RTE
@@ -159,7 +182,9 @@ class MoeLayer:
             output = self._respond(hidden, output, choice, sequences, competing_R, training)
         return output
 
-    def _hidden(self, x_RTD: Tensor) -> Tensor:
+    def _hidden(self, x_RTD: Tensor, low_RTEH: Tensor | None = None) -> Tensor:
+        if low_RTEH is not None:
+            return F.gelu(torch.einsum("rteh,reih->rtei", low_RTEH, self.up))
         up = torch.bmm(x_RTD, self.up.flatten(1, 2).transpose(1, 2))
         return F.gelu(up).unflatten(2, self.up.shape[1:3])
 
@@ -216,6 +241,7 @@ class MoeLayer:
         self._forwards += 1
         if question is not None:
             self._extra_R += question.asked_RTE.sum(-1).float().mean(1) * question.strength_R11.flatten() / 3
+        self._extra_R += self.widths.unchosen
         if self.rule.router == "remoe":
             self._extra_R += choice.chosen_RTE.sum(-1).float().mean(1) - self.widths.num_chosen
 

@@ -41,6 +41,8 @@ class Routers:
         """`before_RTS`: logits of the layer before, for a router with a residual."""
         if self.rule.router in ("xmoe", "perturbed_cosine"):
             return self._cosine(x_RTD)
+        if self.rule.router == "autonomy":
+            return self._autonomy(x_RTD)
         logits = torch.bmm(x_RTD, self.weights["weight"].transpose(1, 2))
         if self.rule.router == "tc_moe":
             return ternary(logits, self.count)
@@ -63,6 +65,13 @@ class Routers:
             weights = torch.cat([0.5 * weights, torch.full_like(weights[..., :1], 0.5)], -1)
         # The balance loss reads softmax(W x) whatever the choice was scored by.
         return Choice(logits, logits, chosen, first, weights)
+
+    def _autonomy(self, x_RTD: Tensor) -> Choice:
+        low_REHD = self.weights["low_proj"]
+        low_RTEH = torch.bmm(x_RTD, low_REHD.flatten(1, 2).transpose(1, 2)).unflatten(2, low_REHD.shape[1:3])
+        norms = low_RTEH.norm(dim=-1)
+        chosen, first = largest(norms.detach(), self.count)
+        return Choice(norms, norms, chosen, first, among(norms, chosen), low_RTEH=low_RTEH)
 
     def _cosine(self, x_RTD: Tensor) -> Choice:
         reduced = torch.bmm(x_RTD, self.weights["inp_reduction"].transpose(1, 2))

@@ -69,7 +69,10 @@ class Rule:
 
     @property
     def router_z_coef(self) -> float:
-        return ROUTER_COEFS["router_z_coef"] if self.has_router and self.router != "remoe" else 0.0
+        if not self.has_router or self.router == "remoe":
+            return 0.0
+        default = ROUTER_COEFS["router_z_coef"]
+        return ROUTER_CLASSES[self.router].router_z_coef if self.router in ROUTER_CLASSES else default
 
 
 def _judged(name: str, title: str, **fields: object) -> Rule:

@@ -16,7 +16,15 @@ SEEDS = (3, 4, 5)
 ALL_COMPETE = dataclasses.replace(RULES["published"], response=Response(rate=1.0, warmup=0.0))
 JUDGED = [rule for rule in RULES.values() if rule.judge and rule.judge.rate == 1]
 CASES = [RULES[name] for name in ("softmax", "sigmoid", "xmoe", "perturbed_cosine", "shared_softmax", "shared_sigmoid")]
-CASES += [RULES["bias_balanced"], RULES["tc_moe"], RULES["moe_plus_plus"], RULES["coupled"], ALL_COMPETE, *JUDGED]
+CASES += [
+    RULES["bias_balanced"],
+    RULES["tc_moe"],
+    RULES["moe_plus_plus"],
+    RULES["autonomy"],
+    RULES["coupled"],
+    ALL_COMPETE,
+    *JUDGED,
+]
 BLOCK_NAMES = {"up": "experts.up_proj", "down": "experts.down_proj"}
 
 
@@ -26,6 +34,8 @@ def block_of(rule, layer, run):
     config = {"num_experts": widths.num_experts, "num_experts_per_tok": widths.num_chosen, "router": rule.router}
     if rule.response or rule.judge:
         config["router"] = "competition"
+    if widths.rank:
+        config["autonomy_rank"] = widths.rank
     if rule.coupling_coef:
         config["coupling_coef"] = rule.coupling_coef
     if rule.judge:

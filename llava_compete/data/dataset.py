@@ -132,8 +132,9 @@ class ConversationDataset(Dataset):
             self._count_bad_image(sample_id, error)
             return None
         return {
-            "input_ids": torch.tensor(encoded.input_ids),
-            "labels": torch.tensor(encoded.labels),
+            # By way of NumPy, which reads a list several times faster than torch does.
+            "input_ids": torch.from_numpy(np.array(encoded.input_ids, np.int64)),
+            "labels": torch.from_numpy(np.array(encoded.labels, np.int64)),
             **pictures,
             "length": len(encoded.input_ids),
             "modality": int(encoded.num_images > 0),
@@ -174,7 +175,7 @@ def encode_row(
     tokenizer = processor.tokenizer
     encoded = encode_conversation(tokenizer, messages, tokens_per_image=tokens_per_image)
     cut = cut_to_length(tokenizer, messages, encoded, max_length, tokens_per_image)
-    return cut if cut is not None and any(label != IGNORE_INDEX for label in cut.labels) else None
+    return cut if cut is not None and cut.labels.count(IGNORE_INDEX) < len(cut.labels) else None
 
 
 def load_images(processor: Any, table: SourceTable, images: list[dict[str, Any]]) -> dict[str, Any]:

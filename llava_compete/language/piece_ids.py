@@ -25,6 +25,8 @@ MARKS = re.compile(f"[{USER_END}{ANSWER_START}{ANSWER_END}]")
 _OURS = re.compile(f"[{HIDE}{USER_END}{ANSWER_START}{ANSWER_END}]")
 _STAND_IN = "\uf8f4"
 _ANCHORS = ("\n", ".", "a")
+# Half of the texts of a row are the template's own, such as a role's name: their ids are remembered.
+_SHORT, _MANY = 24, 4096  # characters, texts
 
 
 class _Stretch(NamedTuple):
@@ -49,6 +51,7 @@ class PieceEncoder:
         self._strips_left = {text for text in control if added[text].lstrip}
         self._strips_right = {text for text in control if added[text].rstrip}
         self._tokenizer, self._backend = tokenizer, _plain_backend(tokenizer)
+        self._short: dict[tuple[str, bool], list[int]] = {}
         self._anchors = {anchor: self._encode(anchor) for anchor in _ANCHORS}
         self._adds_prefix = self._encode("\nb") != self._encode("\n") + self._encode("b")
 
@@ -154,8 +157,13 @@ class PieceEncoder:
             return []
         if self._backend is None:
             return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        ids = self._backend.encode(_STAND_IN + text if after_control else text, add_special_tokens=False).ids
-        return ids[1:] if after_control else ids
+        known = self._short.get((text, after_control))
+        if known is None:
+            ids = self._backend.encode(_STAND_IN + text if after_control else text, add_special_tokens=False).ids
+            known = ids[1:] if after_control else ids
+            if len(text) <= _SHORT and len(self._short) < _MANY:
+                self._short[text, after_control] = known
+        return list(known)
 
 
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

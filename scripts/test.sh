@@ -12,13 +12,25 @@ export PATH="$VENV/bin:$PATH"
 # Two test processes with one thread each use 2 cores better than one process with two threads on tiny tensors.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 
+types=""
 if [ $# -eq 0 ]; then
   say "Static checks"
   ruff check .
   ruff format --check .
-  mypy
   git ls-files '*.sh' '*.sbatch' | xargs -r shellcheck -x
+  mypy_output=$(mktemp)
+  trap 'kill "$types" 2>/dev/null || true; rm -f "$mypy_output"' EXIT
+  # Beside the tests, of which the last ones leave a core idle.
+  mypy >"$mypy_output" 2>&1 &
+  types=$!
 fi
 say "Tests"
+failed=0
 # A file's tests stay together: they share a tiny checkpoint.
-exec python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --durations 10 -rs "$@"
+python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --durations 10 -rs "$@" || failed=$?
+if [ -n "$types" ]; then
+  say "Types"
+  wait "$types" || failed=1
+  cat "$mypy_output"
+fi
+exit "$failed"

@@ -1,4 +1,7 @@
-"""Fresh processes: registration in any import order, no import hook, no need of DeepSpeed, and the pipeline call."""
+"""A fresh process: registration after transformers, no import hook, no need of DeepSpeed, and the pipeline call.
+
+Imported before transformers: tests/test_optional_packages.py, whose process imports in that order.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +61,3 @@ def test_loads_and_answers_without_deepspeed(saved: Path) -> None:
     code += "for name in [name for name in sys.modules if sys.modules[name] is None and name != 'deepspeed']:\n"
     code += "    del sys.modules[name]\nimport llava_compete.plan.info, llava_compete.plan.plan"
     assert "answered" in run(code, str(saved))
-
-
-def test_imported_before_transformers_it_registers(saved: Path) -> None:
-    code = "import llava_compete, transformers, sys\nprint(transformers.AutoConfig.from_pretrained(sys.argv[1]).stage)"
-    assert run(code, str(saved)).strip() == "initial"

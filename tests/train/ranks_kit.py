@@ -40,6 +40,17 @@ def errors_of_ranks(
         ranks: those that are started.
         after: what it does once it has left the group.
     """
+    return start_ranks(action, ranks=ranks, answers=answers, after=after)()
+
+
+def start_ranks(
+    action: Callable[[Rank, Any], None],
+    *,
+    ranks: Sequence[int] = (0, 1),
+    answers: Sequence[int] | None = None,
+    after: Callable[[Rank], None] = lambda rank: None,
+) -> Callable[[], list[str]]:
+    """Starts the ranks of `errors_of_ranks`; calling the result waits for their messages."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("fork")
@@ -51,12 +62,16 @@ def errors_of_ranks(
     for process, (_, sender) in zip(processes, pipes, strict=True):
         process.start()
         sender.close()
-    try:
-        return [_answer(pipes[rank][0]) for rank in (range(len(ranks)) if answers is None else answers)]
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+
+    def wait() -> list[str]:
+        try:
+            return [_answer(pipes[rank][0]) for rank in (range(len(ranks)) if answers is None else answers)]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+    return wait
 
 
 def _answer(receiver: Any) -> str:

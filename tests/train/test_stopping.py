@@ -13,6 +13,7 @@ import psutil
 import pytest
 from torch.utils.data import Dataset
 
+from llava_compete import console
 from llava_compete.train.stopping import STOP_SIGNALS, StopOnSignal
 from llava_compete.train.trainer import StageLoader
 
@@ -87,18 +88,20 @@ def test_loader_workers_do_not_hear_a_request_to_stop() -> None:
 def test_a_reader_that_leaves_does_not_end_the_writer() -> None:
     """As in `... 2>&1 | tee log`, when Ctrl-C has ended tee."""
     script = """
-import os, sys
-from llava_compete.console import outlive_the_reader
-outlive_the_reader()
+import importlib.util, os, sys
+spec = importlib.util.spec_from_file_location("console", sys.argv[1])
+console = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(console)
+console.outlive_the_reader()
 sys.stderr.write("before\\n")
 sys.stdin.read()
 for _ in range(3):
     sys.stderr.write("after\\n"); print("after", flush=True); os.write(2, b"a library\\n")
 sys.exit(7)
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    # The module without its package, which takes seconds to import.
+    process = subprocess.Popen([sys.executable, "-c", script, console.__file__], **pipes)
     assert process.stderr.readline() == b"before\n"
     process.stderr.close()
     process.stdout.close()

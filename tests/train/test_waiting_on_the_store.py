@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks_kit import errors_of_ranks
+from ranks_kit import errors_of_ranks, start_ranks
 
 from llava_compete.errors import UserError
 from llava_compete.train import distributed, waiting
@@ -26,21 +26,29 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_busy_main_rank_is_waited_for() -> None:
-    """For longer than any collective would: in each of the places where it works alone."""
+    """For longer than any collective would: in each of the places where it works alone, by a pair of ranks for each."""
 
-    def work(rank: Rank, store: Any) -> None:
+    def first(rank: Rank, store: Any) -> None:
         with all_or_none(rank, "model"), main_first(rank):
-            if rank.is_main:
-                time.sleep(3)
-        with all_or_none(rank, "checkpoint"):
-            if rank.is_main:
-                time.sleep(3)
+            _work(rank)
         assert of_main(rank.number) == 0
-        if rank.is_main:
-            time.sleep(3)
+
+    def inside(rank: Rank, store: Any) -> None:
+        with all_or_none(rank, "checkpoint"):
+            _work(rank)
+        assert of_main(rank.number) == 0
+
+    def before_all(rank: Rank, store: Any) -> None:
+        _work(rank)
         waiting.wait_for_all()
 
-    assert errors_of_ranks(work) == ["", ""]
+    pairs = [start_ranks(place) for place in (first, inside, before_all)]
+    assert [wait() for wait in pairs] == [["", ""]] * len(pairs)
+
+
+def _work(rank: Rank) -> None:
+    if rank.is_main:
+        time.sleep(3)
 
 
 def test_a_silent_rank_is_given_up() -> None:

@@ -151,24 +151,16 @@ def errors(case: Case, ranks: int, parts: list[dict[str, Tensor]]) -> dict[str, 
     }
 
 
-@pytest.fixture(scope="module")
-def on_two() -> list[dict[str, dict[str, Tensor]]]:
-    """What each of two ranks found in every case: they are forked once."""
-    return of_ranks(2, lambda rank: {name: spread(case, 2, rank) for name, case in CASES.items()})
+@pytest.fixture(scope="module", params=[2, 4])
+def parts(request: pytest.FixtureRequest) -> list[dict[str, dict[str, Tensor]]]:
+    """What each rank found in every case: they are forked once. Four hold one expert each."""
+    ranks: int = request.param
+    return of_ranks(ranks, lambda rank: {name: spread(case, ranks, rank) for name, case in CASES.items()})
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_losses_and_gradients_are_those_of_one_process(
-    on_two: list[dict[str, dict[str, Tensor]]], name: str
+    parts: list[dict[str, dict[str, Tensor]]], name: str
 ) -> None:
-    found = errors(CASES[name], 2, [part[name] for part in on_two])
+    found = errors(CASES[name], len(parts), [part[name] for part in parts])
     assert max(found.values()) <= TOLERANCE, found
-
-
-@pytest.mark.parametrize("ranks", [4])
-def test_one_expert_a_rank(ranks: int) -> None:
-    names = ["competition", "shared_sigmoid", "all to one expert", "contest", "contest that teaches", "judged"]
-    parts = of_ranks(ranks, lambda rank: {name: spread(CASES[name], ranks, rank) for name in names})
-    for name in names:
-        found = errors(CASES[name], ranks, [part[name] for part in parts])
-        assert max(found.values()) <= TOLERANCE, (name, found)

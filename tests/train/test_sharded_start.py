@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from launch_kit import train_launched
 from tiny import tiny_model
 from torch import Tensor
 
@@ -79,3 +81,23 @@ def test_parts_of_all_ranks_are_the_plain_load(directory: Path, half: bool) -> N
         for name, tensor in expected.items():
             is_parameter = isinstance(tensor, torch.nn.Parameter)
             assert torch.equal(found[name], tensor.to(torch.bfloat16) if half and is_parameter else tensor), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+def test_a_stage_that_began_with_parts_goes_on_as_if_it_had_not_stopped(
+    data: Path, reference: Path, tmp_path: Path, adapted: bool
+) -> None:
+    """ZeRO-3 from a checkpoint directory, stopped at step 2 of 4."""
+    lora = {"mode": "lora", "lora_rank": 2}
+    trainable = {"trainable": {"vision": lora, "projector": "full", "language": lora}} if adapted else {}
+    changes: dict[str, Any] = {"training": {"max_steps": 4, "save_steps": 2}, "deepspeed": "zero3", **trainable}
+
+    def run(name: str) -> Path:
+        return train_launched(data, tmp_path, name, 4, 1, model={"checkpoint": str(reference)}, **changes)
+
+    straight = run("straight")
+    shutil.copytree(straight / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    again = run("again")
+    assert (again / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()

@@ -23,6 +23,8 @@ from llava_compete.study.routing.training import train
 
 logger = logging.getLogger(__name__)
 _DEFAULT_RULES = ("softmax", "published", "distil_only", "judge_all", "judge_c80", "judge_mean", "random", "dense_all")
+# Routers of other papers that have a result beside them.
+_RIVALS = ("tc_moe", "moe_plus_plus", "autonomy", "coupled")
 _FIRST_RULES = (*_DEFAULT_RULES, "judge_all_none", "judge_c50", "fixed", "dense_active")
 _SECOND_RULES = tuple(name for name in RULES if name not in _FIRST_RULES)
 _TEACHERS = tuple(name for name in TASKS if name.startswith("teacher"))
@@ -72,8 +74,8 @@ class Plan:
 
 
 def default_plan(seeds: int = 10) -> Plan:
-    """Facts of 8 tasks and the teacher that competes, 8 rules, one rate."""
-    return Plan(((("facts_8", "teacher_competition_1000"), _DEFAULT_RULES, (1.0,)),), seeds)
+    """Facts of 8 tasks and the teacher that competes, 12 rules, one rate."""
+    return Plan(((("facts_8", "teacher_competition_1000"), (*_DEFAULT_RULES, *_RIVALS), (1.0,)),), seeds)
 
 
 def full_plan(seeds: int = 30) -> Plan:

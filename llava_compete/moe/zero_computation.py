@@ -9,9 +9,10 @@ paper's equation 7). Its table 3 tries tau from 0.1 to 1 and trains the largest 
 no loss. There is no capacity (equation 8), so none is dropped. Where experts change the width nothing can be copied,
 and the router has experts alone, as LibMoE does it.
 
-LibMoE v2 (moe_model/model/moe/moe_plus_plus.py) has less of it: one constant, zero and no copy, its residual commented
-out, and in place of tau a factor of 1.3 on slot 4, zero where E = 4; its language models (language_modeling/layers/
-moe_layer_plus_plus.py) one zero, one copy, six constants and no tau. Suffixes as in routers.py; J constants, O = D.
+LibMoE v2 (vision_language_model/moe_model/model/moe/moe_plus_plus.py) has less of it: one constant, zero and no copy,
+no residual, and in place of tau a factor of 1.3 on slot 4, zero where E = 4; its language models (language_modeling/
+layers/moe_layer_plus_plus.py) one zero, one copy, six constants, and neither tau nor residual. Suffixes as in
+routers.py; J constants, O = D.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import torch
 from in_process_kit import LAUNCHER, at_step, run_stage_here
 from nan_worker import breaking_backward
 from safetensors.torch import load_file, save_file
-from stage_kit import read_metrics, stage_config, tiny_moe, write_data
+from stage_kit import fresh_model, read_metrics, stage_config, tiny_moe, write_data
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from llava_compete.config import parse_config
@@ -424,8 +424,14 @@ def test_out_of_memory_says_what_did_not_fit(
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [True, "layers"])
 def test_a_compiled_model_trains_alike(how: Any, data: Path, tmp_path: Path) -> None:
-    plain = run_stage_here(stage_config("sft", data, tmp_path / "plain", **FRESH))
+    """One layer and one block: each is compiled for either kind of step, and again when lengths change."""
+    model = fresh_model()
+    model["language_model"]["config"]["num_hidden_layers"] = 1
+    model["vision_tower"]["config"]["vision_cfg"]["layers"] = 2
+    moe = {key: value for key, value in tiny_moe().items() if key not in ("vision", "projector")}
+    options = {"model": model, "moe": moe, "deepspeed": None}
+    plain = run_stage_here(stage_config("sft", data, tmp_path / "plain", **options))
     compiled = {"torch_compile": how, "torch_compile_backend": "aot_eager"}
     _assert_same_curve(
-        plain, run_stage_here(stage_config("sft", data, tmp_path / "compiled", training=compiled, **FRESH))
+        plain, run_stage_here(stage_config("sft", data, tmp_path / "compiled", training=compiled, **options))
     )

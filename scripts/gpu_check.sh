@@ -10,7 +10,7 @@
 # Writes FOLDER/gpu_check.{json,md,log} anew after each section: what was measured stays if the time runs out.
 # --cpu tries the script where there is no GPU, on small sizes. Runs from the source tree with any Python that has
 # torch (PYTHON; default: the project's .venv, else python3); what else that needs: scripts/gpu_wheels.sh.
-# GPU_CHECK_SECONDS (300) is for all sections together, beside each section's own limit.
+# GPU_CHECK_SECONDS (300; with --cpu 3600) is for all sections together, beside each section's own limit on a GPU.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
@@ -44,7 +44,7 @@ export PYTHON PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_
 total=${GPU_CHECK_SECONDS:-300}
 if [ "$GPU_CHECK_CPU" = yes ]; then
   export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu GPU_TESTS_ON_CPU=1
-  total=3600
+  total=${GPU_CHECK_SECONDS:-3600}
 elif ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   die "$PYTHON: its torch finds no CUDA device; --cpu tries the script without one"
 fi
@@ -69,7 +69,7 @@ run_section() {
 failed=()
 for name in "${chosen[@]}"; do
   left=$((total - SECONDS)) limit=${LIMITS[$name]}
-  [ "$GPU_CHECK_CPU" = no ] || limit=900
+  [ "$GPU_CHECK_CPU" = no ] || limit=$left
   if [ "$left" -lt 10 ]; then
     failed+=("$name (no time left)")
     continue

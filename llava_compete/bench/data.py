@@ -40,6 +40,7 @@ from llava_compete.vision.image_processing import LlavaCompeteImageProcessor
 from llava_compete.vision.tower_config import LATEST_PIXELS, PixelVersion
 
 NUM_IMAGES = 64
+ROUNDS = 3
 BATCH_SIZE = 16
 TARGET_SIZE = 224
 IMAGE_TOKENS = 256
@@ -52,7 +53,8 @@ WORDS = ["the", "a", "red", "small", "wooden", "table", "with", "two", "people",
 
 def run_bench(folder: Path, num_rows: int, workers: tuple[int, ...]) -> dict[str, Any]:
     """Measure in `folder` (scratch). Rates are samples/s; times are milliseconds of processor time a sample, which what
-    else runs on the machine disturbs less. `pillow_over` is Pillow's time over that of each version."""
+    else runs on the machine disturbs less, and the least of a few rounds, of which the first also warms up.
+    `pillow_over` is Pillow's time over that of each version."""
     torch.set_num_threads(1)
     rows = make_rows(folder, num_rows)
     assert GPU_MODEL.tower is not None
@@ -67,9 +69,12 @@ def run_bench(folder: Path, num_rows: int, workers: tuple[int, ...]) -> dict[str
         f"{size} pixels, version {version}": {f"workers_{n}": _rate(data, collators[size, version], n) for n in workers}
         for (size, version), data in sets.items()
     }
+    rounds = [{key: steps(data, processors[key], collators[key]) for key, data in sets.items()} for _ in range(ROUNDS)]
     by_step = {
-        f"{size} pixels, version {version}": steps(data, processors[size, version], collators[size, version])
-        for (size, version), data in sets.items()
+        f"{size} pixels, version {version}": {
+            step: min(times[size, version][step] for times in rounds) for step in rounds[0][size, version]
+        }
+        for size, version in sets
     }
     totals = {name: sum(times.values()) for name, times in by_step.items()}
     a_worker = rates[f"{sizes[1]} pixels, version {LATEST_PIXELS}"][f"workers_{max(workers)}"] / max(workers)

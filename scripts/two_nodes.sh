@@ -82,8 +82,10 @@ END
 }
 # evaluate RUN NODE: what the model answers in 40 questions of the demo's test, by the evaluation's own script.
 evaluate() {
-  (on_node "$2" bash scripts/eval.sh configs/demo/eval.yaml checkpoint="$out/run-$1" output_dir="$out/eval-$1" suite=null \
-    'tasks=[demo_digits]' include_path="$out/tasks" limit=40 'routing_data=[]') >"$out/eval-$1.log" 2>&1 || true
+  if [ ! -f "$out/eval-$1/summary.json" ]; then
+    (on_node "$2" bash scripts/eval.sh configs/demo/eval.yaml checkpoint="$out/run-$1" output_dir="$out/eval-$1" suite=null \
+      'tasks=[demo_digits]' include_path="$out/tasks" limit=40 'routing_data=[]') >"$out/eval-$1.log" 2>&1 || true
+  fi
   cat "$out/eval-$1/samples/demo_digits.jsonl" 2>/dev/null || echo "no answers of $1"
 }
 # answers RUN NODE: yes if all 40 are there, and those of the run that was never stopped.
@@ -109,7 +111,7 @@ straight() {
 }
 
 hostfile_cases() {
-  rm -rf "$out"/run-*
+  rm -rf "$out"/run-* "$out"/eval-*
   straight
   report "two machines over HOSTFILE, start to end: finished" yes "$(finished straight)"
   (on_node 0 env -u GLOO_SOCKET_IFNAME NUM_PROCESSES=2 bash scripts/sft.sh "${words[@]}" output_dir="$out/run-local") \
@@ -169,7 +171,7 @@ hostfile_cases() {
 }
 
 nnodes_cases() {
-  rm -rf "$out/run-launched"
+  rm -rf "$out/run-launched" "$out/eval-launched"
   straight
   say "The same command on each machine (NNODES), told to stop, again, and evaluated"
   # node INDEX: its process id in `job`.

@@ -21,6 +21,7 @@ from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.train import trainable
 from llava_compete.train.config import PartTraining
+from llava_compete.train.streaming import stream_trained
 
 AUTONOMY = {"router": "autonomy"}
 EVERYWHERE = dict.fromkeys(("vision", "projector", "language"), AUTONOMY)
@@ -129,10 +130,8 @@ def test_adapters_on_its_experts_and_its_lower_half_in_full(tmp_path: Path) -> N
     adapted.eval()
     with torch.no_grad():
         learned = adapted(**inputs).logits
-    from llava_compete.model.lora import save_trained
-
     adapted.save_pretrained(tmp_path / "adapter")
-    save_trained(tmp_path / "adapter", {name: p.detach() for name, p in adapted.named_parameters() if p.requires_grad})
+    stream_trained(adapted, names, tmp_path / "adapter")
     merge_adapters(tmp_path / "adapter", tmp_path / "merged")
     merged, _ = load_checkpoint(tmp_path / "merged")
     with torch.no_grad():

@@ -42,15 +42,16 @@ class Widths:
 
     def of(self, rule: Rule) -> Widths:
         """Dense: one expert of the active or of the whole size. With a shared expert K = 3, for at 2 its router learns
-        nothing: experts two thirds as wide, half as many again, so that both sizes stay. Autonomous experts: of the
-        rank that the paper finds best, a third of the width, and as wide as leaves their size (its equation 5)."""
+        nothing: experts two thirds as wide, half as many again, so that both sizes stay. Autonomous experts: of a third
+        of the full rank, which the paper finds best where experts are wider than tokens, and as wide as leaves their
+        size (its equation 5)."""
         if rule.dense:
             factor = self.num_chosen if rule.dense == "active" else self.num_experts
             return Widths(1, 1, self.hidden, factor * self.intermediate)
         if rule.shared and self.num_chosen == 2:
             return Widths(self.num_experts * 3 // 2, 3, self.hidden, self.intermediate * 2 // 3)
         if rule.router == "autonomy":
-            rank = max(1, self.hidden // 3)
+            rank = max(1, min(self.hidden, self.intermediate) // 3)
             left = 2 * self.intermediate * self.hidden - rank * self.hidden
             return Widths(self.num_experts, self.num_chosen, self.hidden, left // (rank + self.hidden), rank)
         return self

@@ -4,6 +4,7 @@
 # Overrides go to every training stage. Environment: see scripts/lib/launch.sh; several machines with HOSTFILE only,
 # since upcycling runs on one.
 set -euo pipefail
+trap 'exit 143' TERM USR1 INT HUP # until there are ranks, which save first
 # shellcheck source-path=SCRIPTDIR source=lib/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
 configs=$(from_caller "${1:-}")

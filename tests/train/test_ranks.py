@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launch_kit import below, running, words_of
+from launch_kit import below, hear_signals, running, words_of
 from launcher_kit import environment_of, make_venv
 from stage_kit import ROOT
 
@@ -58,7 +58,7 @@ def venv(tmp_path: Path) -> Path:
 def _running(venv: Path, out: Path, script: str = "sft", **changes: str) -> Iterator[subprocess.Popen[bytes]]:
     environment = environment_of(venv, **{"NUM_GPUS": "0", "OUT": str(out), "PROGRAM": RANK, "INNER": INNER, **changes})
     command = ["bash", str(ROOT / "scripts" / f"{script}.sh"), *([] if script == "sft" else [str(out)])]
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=hear_signals)
     try:
         yield process
     finally:

@@ -19,7 +19,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
-from safetensors import safe_open
 from torch import Tensor
 
 from llava_compete.config import StrictConfig
@@ -167,7 +166,7 @@ def _plan(blocks: dict[str, SparseMoeBlock], headers: dict[str, TensorFacts], pa
         for key, tensor in block.state_dict().items():
             child, _, name = key.partition(".")
             if isinstance(block.experts, FactorisedExperts):
-                sources[f"{path}.{key}"] = _factorised(path, key, block, headers, parent)
+                sources[f"{path}.{key}"] = _factorised(path, key, tuple(tensor.shape), block, headers, parent)
             elif child == "router":
                 sources[f"{path}.{key}"] = _Source((), tuple(tensor.shape), None, block)
             else:
@@ -181,10 +180,17 @@ def _plan(blocks: dict[str, SparseMoeBlock], headers: dict[str, TensorFacts], pa
     return copies | sources
 
 
-def _factorised(path: str, key: str, block: SparseMoeBlock, headers: dict[str, TensorFacts], parent: Path) -> _Source:
+def _factorised(
+    path: str,
+    key: str,
+    shape: tuple[int, ...],
+    block: SparseMoeBlock,
+    headers: dict[str, TensorFacts],
+    parent: Path,
+) -> _Source:
     """The source of one tensor of a block whose experts' first projection is factorised."""
     assert isinstance(block.experts, FactorisedExperts)
-    shape, name = tuple(block.state_dict()[key].shape), key.removeprefix("experts.")
+    name = key.removeprefix("experts.")
     factor = {"router.low_proj": "low_EHD", block.experts.high_name: "high_EIH"}.get(name)
     name = block.experts.high_name if name == "router.low_proj" else name
     keys = _dense_keys(path, name, headers, parent)
@@ -237,10 +243,7 @@ def _make(
     if source.router is not None and source.factor is None:
         tensor = _router_tensor(key, source.router, seed)
         return tensor.to(dtype) if tensor.is_floating_point() else tensor  # a buffer of counts stays whole
-    parts = []
-    for dense_key in source.keys:
-        with safe_open(headers[dense_key].file, framework="pt") as shard:
-            parts.append(shard.get_tensor(headers[dense_key].stored_name))
+    parts = [headers[dense_key].whole() for dense_key in source.keys]
     dense = parts[0] if len(parts) == 1 else torch.cat(parts)
     dense = dense if source.half is None else dense.chunk(2)[source.half]
     if source.router is not None:

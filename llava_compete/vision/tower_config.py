@@ -14,7 +14,6 @@ from llava_compete.config import StrictConfig
 
 ResizeMode = Literal["pad", "squash", "crop"]
 Interpolation = Literal["bicubic", "bilinear"]
-# Where S²'s larger scales come from: a picture prepared at the largest one, or the base one enlarged.
 # Of a tower in a YAML and in a checkpoint.
 FeatureLayer = Annotated[
     int,

@@ -1,72 +1,25 @@
 """A folder of broken inputs: the checker names each of them rightly, keeps the good rows, and exits with 1."""
 
-import io
 import json
-import struct
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from check_kit import row, section_of, turns
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from tokenizers_for_tests import make_tokenizer
 
 from llava_compete.check.check import check_data
 from llava_compete.check.clean_rows import with_image_paths
 from llava_compete.check.output import RowWriter
 from llava_compete.check.row_checks import PROBLEMS, TextSide, check_row
-from llava_compete.cli import main
 from llava_compete.data.config import DataSection, SourceSection
 from llava_compete.data.dataset import build_datasets
 from llava_compete.data.tables import load_source
 from llava_compete.errors import UserError
 from llava_compete.vision.image_decoder import open_image
 from llava_compete.vision.image_processing import LlavaCompeteImageProcessor
-
-
-def turns(question="<image>\nWhat?", answer="That."):
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-
-
-def row(row_id, image="good.png", conversations=None, **extra):
-    images = {} if image is None else {"image": image}
-    return {"id": row_id, **images, "conversations": turns() if conversations is None else conversations, **extra}
-
-
-def bomb_png():
-    """A valid header that promises 30,000 × 30,000 pixels."""
-
-    def chunk(kind, content):
-        body = kind + content
-        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
-
-    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
-
-
-@pytest.fixture
-def images(tmp_path):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(folder / "good.png")
-    buffer = io.BytesIO()
-    Image.fromarray(noise).save(buffer, "JPEG")
-    (folder / "truncated.jpg").write_bytes(buffer.getvalue()[:-400])
-    (folder / "empty.jpg").write_bytes(b"")
-    (folder / "text.jpg").write_text("<html>404 Not Found</html>")
-    (folder / "bomb.png").write_bytes(bomb_png())
-    (folder / "folder.jpg").mkdir()
-    Image.new("RGB", (3, 40)).save(folder / "tiny.png")
-    Image.new("RGB", (600, 10)).save(folder / "strip.png")
-    Image.new("CMYK", (40, 40)).save(folder / "cmyk.jpg")
-    return folder
-
 
 BROKEN = {
     "not_a_mapping": ["only a text", None, 7, [row("a")]],
@@ -143,18 +96,6 @@ BROKEN = {
     "undecodable_text": [row("a", conversations=turns(answer="caf\ufffd"))],
     "cut_to_limit": [row("a", conversations=turns() + turns("why " * 200))],
 }
-
-
-def section_of(tmp_path, images, rows):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(item) + "\n" for item in rows))
-    source = {"name": "broken", "path": path, "image_folder": images}
-    return DataSection(sources=[source], max_length=150, cache_dir=tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def text_side():
-    return TextSide(make_tokenizer("byte_bpe", "chatml"), num_image_tokens=16)
 
 
 @pytest.mark.parametrize("kind", BROKEN)
@@ -251,16 +192,6 @@ def test_broken_files_are_named_and_every_row_is_written(name, tmp_path, images,
         assert all(len(item.message) <= 301 and "\n" not in item.message for item in items)
 
 
-def test_what_cannot_be_read_is_kept_with_its_reason(tmp_path, images):
-    section = section_of(tmp_path, images, [row("a")])
-    (tmp_path / "rows.jsonl").write_text("{oops\n")
-    with RowWriter(None, tmp_path / "bad.jsonl", section.sources) as writer:
-        check_data(section, None, workers=0, sink=writer)
-    bad = json.loads((tmp_path / "bad.jsonl").read_text())
-    assert bad["row"] == "{oops"
-    assert bad["reasons"][0].startswith("not_json: rows.jsonl, line 1: ")
-
-
 _JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -326,41 +257,6 @@ def test_token_statistics(tmp_path, images, text_side):
     assert 0 < source.supervised_tokens < source.tokens - 16
 
 
-def test_command_writes_report_and_both_files_and_exits_with_1(tmp_path, images, capsys):
-    section_of(tmp_path, images, [row("a"), row("b", image="gone.png"), row("c")])
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        f"data:\n  cache_dir: {tmp_path}\n  sources:\n"
-        f"    - {{name: broken, path: {tmp_path}/rows.jsonl, image_folder: {images}}}\n"
-    )
-    files = {name: tmp_path / name for name in ("report.json", "clean.jsonl", "bad.jsonl")}
-    command = ["data", "check", str(config), "--workers", "2", "--json", str(files["report.json"])]
-    command += ["--write-clean", str(files["clean.jsonl"]), "--write-bad", str(files["bad.jsonl"])]
-    assert main(command) == 1
-    assert "image_missing" in capsys.readouterr().out
-    report = json.loads(files["report.json"].read_text())
-    assert (report["errors"], report["problems"]["image_missing"]["first"][0]["id"]) == (1, "b")
-    assert [json.loads(line)["id"] for line in files["clean.jsonl"].open()] == ["a", "c"]
-    bad = json.loads(files["bad.jsonl"].read_text())
-    assert (bad["row"]["id"], bad["reasons"][0].split(":")[0]) == ("b", "image_missing")
-    # The clean file is fit to train on.
-    assert main(["data", "check", str(config), f"data.sources=[{{name: clean, path: {files['clean.jsonl']}, "
-                 f"image_folder: {images}}}]", "--json", str(files["report.json"])]) == 0  # fmt: skip
-
-
-def test_command_makes_the_tables_of_good_sources(tmp_path, images):
-    section_of(tmp_path, images, [row("a"), row("b")])
-    (tmp_path / "bad.jsonl").write_text(json.dumps(row("a", image="gone.png")) + "\n")
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        f"cache_dir: {tmp_path}/tables\nsources:\n"
-        f"  - {{name: good, path: {tmp_path}/rows.jsonl, image_folder: {images}}}\n"
-        f"  - {{name: bad, path: {tmp_path}/bad.jsonl, image_folder: {images}}}\n"
-    )
-    assert main(["data", "check", str(config), "--workers", "1", "--json", str(tmp_path / "r.json"), "--convert"]) == 1
-    assert len(list((tmp_path / "tables").glob("*.arrow"))) == 1
-
-
 def test_a_source_that_is_not_there_does_not_hide_the_others(tmp_path, images, text_side):
     section = section_of(tmp_path, images, [row("a"), row("b", image="gone.png")])
     gone = SourceSection(name="gone", path=tmp_path / "gone.json")
@@ -368,28 +264,6 @@ def test_a_source_that_is_not_there_does_not_hide_the_others(tmp_path, images, t
     assert dict(report.counts) == {"file_unreadable": 1, "image_missing": 1}
     assert "gone.json: no such file" in report.first["file_unreadable"][0].message
     assert (report.sources["gone"].rows, report.sources["broken"].rows) == (0, 2)
-
-
-def test_max_length_beyond_the_models_context_is_refused_before_the_check(tmp_path, images, capsys):
-    section_of(tmp_path, images, [row("a")])
-    model = {"model_type": "llama", "hidden_size": 64, "max_position_embeddings": 128}
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        f"model: {{vision_tower: null, language_model: {{config: {json.dumps(model)}}}, tokenizer: {{train_on: data}}}}"
-        f"\ndata:\n  max_length: 129\n  cache_dir: {tmp_path}\n  sources:\n"
-        f"    - {{name: s, path: {tmp_path}/rows.jsonl, image_folder: {images}}}\n"
-    )
-    assert main(["data", "check", str(config), "--json", str(tmp_path / "report.json")]) == 2
-    assert "data.max_length: found 129, but the language model's context is 128" in capsys.readouterr().err
-
-
-def test_a_link_that_leads_to_itself_is_one_clear_line(tmp_path):
-    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
-    config = tmp_path / "config.yaml"
-    config.write_text(f"cache_dir: {tmp_path}\nsources: [{{name: s, path: {tmp_path}/loop.jsonl}}]\n")
-    report = tmp_path / "report.json"
-    assert main(["data", "check", str(config), "--json", str(report)]) == 1
-    assert list(json.loads(report.read_text())["problems"]) == ["file_unreadable"]
 
 
 def test_problems_count_rows(tmp_path, images):
@@ -401,58 +275,3 @@ def test_rows_without_an_id_are_no_duplicates(tmp_path, images):
     anonymous = {"image": "good.png", "conversations": turns()}
     report = check_data(section_of(tmp_path, images, [anonymous, row("0"), row("2"), anonymous]), None)
     assert dict(report.counts) == {"id_missing": 2}
-
-
-def test_embedded_images_are_written_as_files(tmp_path, images):
-    good = (images / "good.png").read_bytes()
-    rows = [
-        {**row(str(n)), "image": {"bytes": content, "path": "p.png"}} for n, content in enumerate([good, b"?", good])
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    sources = [SourceSection(name="embedded", path=tmp_path / "rows.parquet")]
-    section = DataSection(sources=sources, cache_dir=tmp_path / "cache")
-    with RowWriter(tmp_path / "good.jsonl", tmp_path / "bad.jsonl", sources) as writer:
-        report = check_data(section, None, sink=writer)
-    assert dict(report.counts) == {"image_unreadable": 1}
-    clean = section.model_copy(update={"sources": [SourceSection(name="clean", path=tmp_path / "good.jsonl")]})
-    again = check_data(clean, None)
-    assert (again.sources["clean"].good_rows, again.num_errors) == (2, 0)
-    bad = json.loads((tmp_path / "bad.jsonl").read_text())
-    assert (tmp_path / bad["row"]["image"]).read_bytes() == b"?"
-
-
-def test_several_sources_are_written_apart_and_stale_files_replaced(tmp_path, images):
-    section = section_of(tmp_path, images, [row("a"), row("b", image="gone.png")])
-    sources = [source.model_copy(update={"name": name}) for source in section.sources for name in ("one", "two")]
-    stale = tmp_path / "bad.two.jsonl"
-    stale.write_text("from an earlier run\n")
-    with pytest.raises(KeyboardInterrupt), RowWriter(None, tmp_path / "bad.jsonl", sources):
-        raise KeyboardInterrupt
-    assert stale.read_text() == "from an earlier run\n"
-    with RowWriter(tmp_path / "good.jsonl", tmp_path / "bad.jsonl", sources) as writer:
-        check_data(section.model_copy(update={"sources": sources[:1]}), None, sink=writer)
-    ids = {path.name: [json.loads(line) for line in path.open()] for path in tmp_path.glob("*.*.jsonl")}
-    assert {name: len(rows) for name, rows in ids.items()} == {
-        "good.one.jsonl": 1, "bad.one.jsonl": 1, "good.two.jsonl": 0, "bad.two.jsonl": 0,
-    }  # fmt: skip
-    assert not list(tmp_path.glob(".*.partial"))
-
-
-def test_output_never_overwrites_a_source(tmp_path, images, capsys):
-    section = section_of(tmp_path, images, [row("a")])
-    source = section.sources[0].path
-    with pytest.raises(UserError, match="is a data source"):
-        RowWriter(source, None, section.sources)
-    with pytest.raises(UserError, match="or another output"):
-        RowWriter(tmp_path / "x.jsonl", tmp_path / "x.jsonl", section.sources)
-    config = tmp_path / "config.yaml"
-    config.write_text(f"sources: [{{name: s, path: {source}}}]\n")
-    before = source.read_bytes()
-    assert main(["data", "check", str(config), "--json", str(source)]) == 2
-    assert "is a data source" in capsys.readouterr().err
-    assert source.read_bytes() == before
-    # Said before the check, not after it.
-    assert main(["data", "check", str(config), "--json", str(source / "report.json")]) == 2
-    assert "its folder cannot be made" in capsys.readouterr().err
-    assert main(["data", "check", str(config), "--json", str(images)]) == 2
-    assert "a folder" in capsys.readouterr().err

@@ -1,17 +1,11 @@
 """Sources to batches: formats, mixtures, held-out rows, failing rows, packing."""
 
-import io
 import json
 import pickle
-import tarfile
-from types import SimpleNamespace
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from rows_kit import MESSAGES, png, processor_with, row, section
 from tiny import tiny_model
 from tokenizers_for_tests import make_tokenizer
 
@@ -19,47 +13,10 @@ from llava_compete.config import parse_config
 from llava_compete.data.collator import Collator
 from llava_compete.data.config import DataSection
 from llava_compete.data.dataset import build_datasets
-from llava_compete.data.records import RecordError, parse_row
-from llava_compete.data.source_files import read_rows, source_files
+from llava_compete.data.records import parse_row
+from llava_compete.data.source_files import source_files
 from llava_compete.errors import UserError
 from llava_compete.parts import IGNORE_INDEX
-from llava_compete.vision.image_decoder import open_image
-
-
-class Resize:
-    """Stands in for an image processor: 4 × 4 pixels."""
-
-    def preprocess(self, images):
-        return {"pixel_values": np.stack([np.asarray(i.resize((4, 4)), np.float32).transpose(2, 0, 1) for i in images])}
-
-
-def processor_with(tokenizer):
-    return SimpleNamespace(
-        tokenizer=tokenizer,
-        image_processor=Resize(),
-        num_image_tokens=6,
-        tiling=None,
-        tokens_per_image=lambda sizes: 6,
-        open_image=open_image,
-    )
-
-
-@pytest.fixture
-def processor():
-    tokenizer = make_tokenizer("byte_bpe", "chatml")
-    return processor_with(tokenizer)
-
-
-def png(color="red"):
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), color).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def row(row_id, image="a.png", answer="Red."):
-    question = "What color?" if image is None else "<image>\nWhat color?"
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return {"id": row_id, **({} if image is None else {"image": image}), "conversations": turns}
 
 
 @pytest.fixture
@@ -72,17 +29,6 @@ def source(tmp_path):
         return {"name": name, "path": path}
 
     return write
-
-
-def section(tmp_path, *sources, **options):
-    return DataSection(sources=list(sources), cache_dir=tmp_path / "cache", **options)
-
-
-MESSAGES = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": [{"type": "text", "text": "First"}, {"type": "image"}, {"type": "image"}]},
-    {"role": "assistant", "content": [{"type": "text", "text": "Two, an <image> each."}]},
-]
 
 
 def test_all_spellings_of_a_row_agree():
@@ -110,91 +56,6 @@ def test_the_white_space_around_a_placeholder_is_the_files_own():
     turns[0] = {"from": "human", "value": "What is it?"}
     found = parse_row({"id": "1", "image": "a", "conversations": turns}, "0").messages[0]["content"]
     assert found == [image, {"type": "text", "text": "\nWhat is it?"}]
-
-
-def test_formats_give_the_same_rows(tmp_path, processor):
-    (tmp_path / "a.png").write_bytes(png())
-    rows = [row("0"), row("1", None), row("2")]
-    (tmp_path / "list.json").write_text("\ufeff " + json.dumps(rows, indent=1))
-    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    embedded = [{**item, "image": {"bytes": png(), "path": None} if "image" in item else None} for item in rows]
-    pq.write_table(pa.Table.from_pylist(embedded), tmp_path / "table.parquet")
-    (tmp_path / "tars").mkdir()
-    with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
-        for item in rows:
-            files = {"json": json.dumps({key: item[key] for key in ("id", "conversations")}).encode()}
-            for suffix, content in (files | ({"png": png()} if "image" in item else {})).items():
-                info = tarfile.TarInfo(f"{item['id']}.{suffix}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    read = {}
-    for name in ("list.json", "lines.jsonl", "table.parquet", "tars"):
-        bundle = build_datasets(section(tmp_path, {"name": "s", "path": tmp_path / name}), processor, 0)
-        read[name] = [bundle.train[index] for index in range(len(bundle.train))]
-    for items in read.values():
-        for item, expected in zip(items, read["list.json"], strict=True):
-            assert item["sample_id"] == expected["sample_id"]
-            assert torch.equal(item["input_ids"], expected["input_ids"])
-            assert (item["pixel_values"] is None) == (expected["pixel_values"] is None)
-            assert item["pixel_values"] is None or torch.equal(item["pixel_values"], expected["pixel_values"])
-
-
-def test_a_long_list_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("llava_compete.data.json_rows._CHUNK", 7)
-    rows = [row(str(index), answer="x" * index) for index in range(40)]
-    path = tmp_path / "rows.json"
-    for indent in (None, 2):
-        path.write_text(json.dumps(rows, indent=indent))
-        assert list(read_rows(path)) == rows
-    path.write_text(json.dumps([1, 23, "a"]) + "\n")
-    assert list(read_rows(path)) == [1, 23, "a"]
-    path.write_text("[]")
-    assert list(read_rows(path)) == []
-    path.write_text(json.dumps(rows)[:-50])
-    assert isinstance(list(read_rows(path))[-1], RecordError)
-
-
-def test_a_table_may_have_a_null_in_place_of_each_missing_key(tmp_path):
-    """Parquet writes every column in every row."""
-    rows = [row("0"), {"id": "1", "messages": MESSAGES, "images": ["a", "b"]}]
-    rows[0]["conversations"][0]["role"] = None
-    keys = {key for item in rows for key in item}
-    table = [{key: item.get(key) for key in sorted(keys)} for item in rows]
-    table[1]["messages"] = [{"role": m["role"], "content": None, "value": str(m["content"])} for m in MESSAGES[1:]]
-    table[1]["images"] = None
-    pq.write_table(pa.Table.from_pylist(table), tmp_path / "rows.parquet")
-    first, second = (parse_row(raw, "?") for raw in read_rows(tmp_path / "rows.parquet"))
-    assert first == parse_row(row("0"), "?")
-    assert [message["role"] for message in second.messages] == ["user", "assistant"]
-
-
-def write_tar(path, files):
-    with tarfile.open(path, "w") as tar:
-        for name, content in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-
-def test_tars_keep_the_order_of_images_and_rows_of_one_name(tmp_path):
-    content = json.dumps({"conversations": row("")["conversations"]}).encode()
-    numbered = [(f"a.{number}.png", str(number).encode()) for number in range(12)]
-    write_tar(tmp_path / "rows.tar", [("a.json", content), *numbered, ("a.json", content), ("a.0.png", b"other")])
-    first, second = read_rows(tmp_path / "rows.tar")
-    assert [image["bytes"] for image in first["image"]] == [str(number).encode() for number in range(12)]
-    assert [image["bytes"] for image in second["image"]] == [b"other"]
-
-
-def test_images_of_a_folder_of_tables_are_beside_them(tmp_path, processor):
-    folder = tmp_path / "tables"
-    folder.mkdir()
-    (folder / "a.png").write_bytes(png())
-    pq.write_table(pa.Table.from_pylist([row("0")]), folder / "0.parquet")
-    data = section(tmp_path, {"name": "s", "path": folder})
-    assert build_datasets(data, processor, 0).train[0]["pixel_values"].shape == (1, 3, 4, 4)
-    write_tar(folder / "0.tar", [])
-    with pytest.raises(UserError, match=r"both parquet and tar files"):
-        build_datasets(data, processor, 0)
 
 
 def test_items_and_batches(tmp_path, source, processor):

@@ -6,27 +6,22 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from in_process_kit import LAUNCHER, at_step, run_stage_here
+from in_process_kit import LAUNCHER, assert_same_curve, at_step, fail, run_stage_here
 from nan_worker import breaking_backward
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from stage_kit import fresh_model, read_metrics, stage_config, tiny_moe, write_data
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from llava_compete.config import parse_config
 from llava_compete.errors import UserError
-from llava_compete.evaluation.answerer import load_for_inference
 from llava_compete.model.build import load_checkpoint
-from llava_compete.model.lora import merge_adapters
 from llava_compete.model.upcycle import upcycle
-from llava_compete.moe.config import MoeConfig
-from llava_compete.parts import part_of
 from llava_compete.train import checkpoints, run, saving, trainer
 from llava_compete.train.callbacks import progress as watch
 from llava_compete.train.config import TrainConfig
@@ -44,23 +39,6 @@ def _forget_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
-
-
-def _kinds(model: torch.nn.Module) -> set[str]:
-    """Names of the classes of peft's base layers."""
-    return {type(module).__name__ for name, module in model.named_modules() if name.endswith("base_layer")}
-
-
-def _assert_same_curve(left: Path, right: Path, tolerance: float = 1e-5) -> None:
-    pairs = list(zip(read_metrics(left), read_metrics(right), strict=True))
-    assert len(pairs) == 6
-    for one, other in pairs:
-        assert one["sample_checksum"] == other["sample_checksum"]
-        assert one["competition_layers"] == other["competition_layers"]
-        for key in ("loss", "grad_norm", *(key for key in one if key.endswith("_loss"))):
-            # Single terms of a small competition jump by about 1e-8 where a tie falls the other way.
-            exact = key in ("loss", "grad_norm", "lm_loss") or key.endswith("aux_loss")
-            assert one[key] == pytest.approx(other[key], rel=tolerance, abs=1e-9 if exact else 1e-6), (one["step"], key)
 
 
 def test_stages_one_after_the_other(data: Path, tmp_path: Path) -> None:
@@ -122,9 +100,9 @@ def test_loss_does_not_depend_on_micro_batches_or_checkpointing(data: Path, tmp_
     straight = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
     one = run_stage_here(stage_config("sft", data, tmp_path / "8x1", training=straight, **FRESH))
     split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
-    _assert_same_curve(one, run_stage_here(stage_config("sft", data, tmp_path / "1x8", training=split, **FRESH)))
+    assert_same_curve(one, run_stage_here(stage_config("sft", data, tmp_path / "1x8", training=split, **FRESH)))
     recomputed = {**straight, "activation_checkpointing": True}
-    _assert_same_curve(
+    assert_same_curve(
         one, run_stage_here(stage_config("sft", data, tmp_path / "recomputed", training=recomputed, **FRESH))
     )
 
@@ -134,7 +112,7 @@ def test_resume_equals_straight(data: Path, tmp_path: Path, monkeypatch: pytest.
     training = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_steps": 4}
     straight = run_stage_here(stage_config("sft", data, tmp_path / "straight", training=training, **FRESH))
     broken = stage_config("sft", data, tmp_path / "broken", training=training, **FRESH)
-    at_step(monkeypatch, 5, _fail)
+    at_step(monkeypatch, 5, fail)
     with pytest.raises(KeyboardInterrupt):
         run_stage_here(broken)
     assert [path.name for path in checkpoints.list_complete(tmp_path / "broken")] == ["checkpoint-4"]
@@ -143,12 +121,8 @@ def test_resume_equals_straight(data: Path, tmp_path: Path, monkeypatch: pytest.
         run_stage_here({**broken, "seed": 1})
     with pytest.raises(UserError, match=r"per_device_train_batch_size was 4, is 2"):
         run_stage_here({**broken, "training": {**broken["training"], "per_device_train_batch_size": 2}})
-    _assert_same_curve(straight, run_stage_here(broken), tolerance=1e-6)
+    assert_same_curve(straight, run_stage_here(broken), tolerance=1e-6)
     assert load_file(straight / "model.safetensors").keys() == load_file(tmp_path / "broken/model.safetensors").keys()
-
-
-def _fail(callback: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(
@@ -160,7 +134,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(
     stopped = run_stage_here(config)
     assert checkpoints.read_finished(stopped) is None
     assert [path.name for path in checkpoints.list_complete(stopped)] == ["checkpoint-3"]
-    _assert_same_curve(straight, run_stage_here(config), tolerance=1e-6)
+    assert_same_curve(straight, run_stage_here(config), tolerance=1e-6)
 
 
 def test_non_finite_steps_are_skipped_then_stop_therun_stage_here(
@@ -222,100 +196,17 @@ def test_exactly_the_trainable_tensors_change(data: Path, tmp_path: Path) -> Non
     assert changed == {name for name in before if name.startswith("model.multi_modal_projector.")}
 
 
-def test_lora_resume_equals_straight(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = run_stage_here(
-        stage_config("pretrain_align", data, tmp_path / "start", training={"max_steps": 1}, deepspeed=None)
-    )
-
-    def stage(name: str, micro: int) -> dict[str, Any]:
-        return stage_config(
-            "pft",
-            data,
-            tmp_path / name,
-            model={"checkpoint": str(start)},
-            trainable={"projector": "full", "language": {"mode": "lora", "lora_rank": 2}},
-            training={
-                "per_device_train_batch_size": micro,
-                "gradient_accumulation_steps": 8 // micro,
-                "save_steps": 4,
-            },
-            deepspeed=None,
-        )
-
-    straight = run_stage_here(stage("straight", 8))
-    at_step(monkeypatch, 5, _fail)
-    with pytest.raises(KeyboardInterrupt):
-        run_stage_here(stage("broken", 2))
-    _assert_same_curve(straight, run_stage_here(stage("broken", 2)))
-
-
 def test_a_checkpoint_of_weights_alone_is_not_gone_on_from(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = {"save_steps": 2, "save_only_model": True}
     config = stage_config("sft", data, tmp_path / "out", training=training, **FRESH)
-    at_step(monkeypatch, 3, _fail)
+    at_step(monkeypatch, 3, fail)
     with pytest.raises(KeyboardInterrupt):
         run_stage_here(config)
     assert not list((tmp_path / "out" / "checkpoint-2").glob("optimizer*"))
     with pytest.raises(UserError, match=r"checkpoint-2: holds the model alone \(training\.save_only_model\)"):
         run_stage_here(config)
-
-
-@pytest.mark.parametrize("quantization", [None, "4bit"])
-def test_lora_stage_writes_a_plain_merged_checkpoint(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str | None
-) -> None:
-    training = {"max_steps": 2}
-    start = run_stage_here(stage_config("pretrain_align", data, tmp_path / "start", training=training, deepspeed=None))
-    trainable = {"projector": "full", "language": {"mode": "lora", "lora_rank": 2}}
-    model = {"checkpoint": str(start), "quantization": quantization}
-    layers: set[str] = set()
-    at_step(monkeypatch, 1, lambda callback: layers.update(_kinds(callback.trainer.core_model)))
-    tuned = run_stage_here(
-        stage_config(
-            "pft", data, tmp_path / "lora", model=model, trainable=trainable, training=training, deepspeed=None
-        )
-    )
-    before, after = load_file(start / "model.safetensors"), load_file(tuned / "model.safetensors")
-    assert before.keys() == after.keys()
-    changed = {part_of(name) for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"projector", "language"}
-    assert (tuned / "adapter" / "adapter_config.json").is_file()
-    assert load_checkpoint(tuned)[0].config.stage == "pft"
-    assert ("Linear4bit" in layers) == (quantization is not None)
-
-
-def test_adapters_carry_what_trained_in_full_beside_them(data: Path, tmp_path: Path) -> None:
-    """The final adapter and that of a checkpoint, merged or put on for an evaluation, are the stage's own result."""
-    training = {"max_steps": 2, "save_steps": 1, "learning_rate": 0.01}
-    dense = run_stage_here(
-        stage_config("pretrain_align", data, tmp_path / "dense", training={"max_steps": 1}, deepspeed=None)
-    )
-    start = tmp_path / "start"
-    upcycle(dense, start, MoeConfig.model_validate({"language": {}}))
-    moe = {"competition_rate": 0.5, "competition_warmup_ratio": 0}
-    trainable = {"projector": "full", "language": {"mode": "lora", "lora_rank": 2}}
-    config = stage_config("sft", data, tmp_path / "lora", trainable=trainable, training=training, deepspeed=None)
-    tuned = run_stage_here(config | {"model": {"checkpoint": str(start)}, "moe": moe})
-    expected, before = load_file(tuned / "model.safetensors"), load_file(start / "model.safetensors")
-    in_full = [name for name in expected if "projector" in name or name.endswith(".router.weight")]
-    assert len(in_full) > 4
-    for name in in_full:
-        assert not torch.allclose(expected[name], before[name], atol=1e-4), name
-    for adapter in (tuned / "adapter", tuned / "checkpoint-2"):
-        merge_adapters(adapter, tmp_path / f"merged-{adapter.name}", start)
-        merged = load_file(tmp_path / f"merged-{adapter.name}" / "model.safetensors")
-        evaluated, _ = load_for_inference(str(start), torch.device("cpu"), adapter=str(adapter))
-        for found in (merged, evaluated.state_dict()):
-            for name, tensor in expected.items():
-                torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=f"{adapter.name}: {name}")
-    foreign = shutil.copytree(tuned / "adapter", tmp_path / "foreign")
-    save_file({"no.such.weight": torch.zeros(2)}, foreign / "trained.safetensors")
-    with pytest.raises(UserError, match=r"foreign: trained\.safetensors has 1 unknown, such as no\.such\.weight"):
-        load_for_inference(str(start), torch.device("cpu"), adapter=str(foreign))
-    with pytest.raises(UserError, match="not an adapter directory"):
-        load_for_inference(str(start), torch.device("cpu"), adapter=str(start))
 
 
 def test_held_out_loss_and_answers(data: Path, tmp_path: Path) -> None:
@@ -432,6 +323,6 @@ def test_a_compiled_model_trains_alike(how: Any, data: Path, tmp_path: Path) -> 
     options = {"model": model, "moe": moe, "deepspeed": None}
     plain = run_stage_here(stage_config("sft", data, tmp_path / "plain", **options))
     compiled = {"torch_compile": how, "torch_compile_backend": "aot_eager"}
-    _assert_same_curve(
+    assert_same_curve(
         plain, run_stage_here(stage_config("sft", data, tmp_path / "compiled", training=compiled, **options))
     )

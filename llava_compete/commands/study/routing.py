@@ -1,7 +1,8 @@
 """Do routers differ, and does competition help? Small tasks on which routing decides, many seeds, paired tests.
 
-By default facts of 8 tasks and one teacher, 12 rules, 10 seeds: minutes on two cores. --full: every task and rule, 30
-seeds (8 on bytes), three learning rates; it says first how long that takes here. Finished runs are kept in --out: the
+By default facts of 8 tasks and one teacher, 15 rules, 10 seeds: minutes on two cores. --full: every task and rule, 30
+seeds (8 on bytes), three learning rates; it says first how long that takes here. --explore: what was tried to make the
+judge better, --confirm: the best of that on seeds that had no part in choosing it. Finished runs are kept in --out: the
 same command goes on after a stop. Writes routing.json (every run's score), routing.png and README.md into --out.
 """
 
@@ -19,8 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     preset = parser.add_mutually_exclusive_group()
     preset.add_argument("--full", action="store_true", help="every task, rule and learning rate")
+    preset.add_argument("--explore", action="store_true", help="what was tried to make the judge better, seeds from 0")
+    preset.add_argument("--confirm", action="store_true", help="the best of that on fresh seeds, from 100")
     preset.add_argument("--quick", action="store_true", help="three rules and two seeds on the smallest task")
-    parser.add_argument("--seeds", type=int, help="runs a rule (default: 10, with --full 30)")
+    parser.add_argument("--seeds", type=int, help="runs a rule (default: 10; --explore 5, --full, --confirm 30)")
     parser.add_argument("--minutes", type=float, help="stop after this time and report what has run")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (default: cpu)")
     parser.add_argument("--out", type=Path, default=Path("outputs/routing"), help="runs and results")
@@ -42,7 +45,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.quick:
         plan = grid.quick_plan()
     else:
-        make = grid.full_plan if arguments.full else grid.default_plan
+        make = grid.default_plan
+        for preset in ("full", "explore", "confirm"):
+            if getattr(arguments, preset):
+                make = getattr(grid, f"{preset}_plan")
         plan = make() if arguments.seeds is None else make(arguments.seeds)
     if arguments.full:
         sys.stderr.write(f"about {grid.estimated_hours(plan, out, device):.1f} hours on this machine\n")

@@ -17,16 +17,21 @@ from tqdm import tqdm
 
 from llava_compete.errors import UserError
 from llava_compete.files import read_json, write_json
-from llava_compete.study.routing.rules import RULES
+from llava_compete.study.routing.rules import EXPLORED, RULES
 from llava_compete.study.routing.tasks import TASKS, Task
 from llava_compete.study.routing.training import train
 
 logger = logging.getLogger(__name__)
 _DEFAULT_RULES = ("softmax", "published", "distil_only", "judge_all", "judge_c80", "judge_mean", "random", "dense_all")
+_CONTROLS = ("dense_all_start", "fixed", "dense_active")
 # Routers of other papers that have a result beside them.
 _RIVALS = ("tc_moe", "moe_plus_plus", "autonomy", "coupled")
-_FIRST_RULES = (*_DEFAULT_RULES, "judge_all_none", "judge_c50", "fixed", "dense_active")
-_SECOND_RULES = tuple(name for name in RULES if name not in _FIRST_RULES)
+_FIRST_RULES = (*_DEFAULT_RULES, *_CONTROLS, "judge_all_none", "judge_c50")
+_SECOND_RULES = tuple(name for name in RULES if name not in (*_FIRST_RULES, *EXPLORED))
+_SMALL = ("facts_8", "teacher_competition_1000")
+_JUDGES = ("softmax", "judge_all", "judge_c80", "judge_mean")
+_BEST = ("mean_pair",)
+_FRESH = 100
 _TEACHERS = tuple(name for name in TASKS if name.startswith("teacher"))
 # A price is met by so many more steps, to a whole percent; below this it is none.
 _LEAST_PRICE = 0.005
@@ -52,11 +57,14 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Blocks of (tasks, rules, rates), most wanted first; `seeds` runs a unit, on bytes at most `byte_seeds`."""
+    """Blocks of (tasks, rules, rates), most wanted first; `seeds` runs a unit from `first_seed` on, on bytes at most
+    `byte_seeds`. `equal_arithmetic`: with softmax of as many more steps as a rule costs."""
 
     blocks: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[float, ...]], ...]
     seeds: int
     byte_seeds: int = 8
+    first_seed: int = 0
+    equal_arithmetic: bool = True
 
     def units(self) -> Iterator[Unit]:
         """In order, each once."""
@@ -70,17 +78,29 @@ class Plan:
         yield from dict.fromkeys(listed)
 
     def seeds_of(self, unit: Unit) -> list[int]:
-        return list(range(min(self.seeds, self.byte_seeds) if unit.task == "bytes" else self.seeds))
+        count = min(self.seeds, self.byte_seeds) if unit.task == "bytes" else self.seeds
+        return list(range(self.first_seed, self.first_seed + count))
 
 
 def default_plan(seeds: int = 10) -> Plan:
-    """Facts of 8 tasks and the teacher that competes, 12 rules, one rate."""
-    return Plan(((("facts_8", "teacher_competition_1000"), (*_DEFAULT_RULES, *_RIVALS), (1.0,)),), seeds)
+    """Facts of 8 tasks and the teacher that competes, 15 rules, one rate."""
+    return Plan(((_SMALL, (*_DEFAULT_RULES, *_CONTROLS, *_RIVALS), (1.0,)),), seeds)
+
+
+def explore_plan(seeds: int = 5) -> Plan:
+    """The tasks of the default, and all that was tried to make the judge better, at equal samples only."""
+    rules = (*_JUDGES, *EXPLORED)
+    return Plan(tuple(((task,), rules, (1.0,)) for task in reversed(_SMALL)), seeds, equal_arithmetic=False)
+
+
+def confirm_plan(seeds: int = 30) -> Plan:
+    """What was best among the explored, on seeds that had no part in choosing it."""
+    return Plan(((_SMALL, (*_JUDGES, *_BEST), (1.0,)),), seeds, first_seed=_FRESH)
 
 
 def full_plan(seeds: int = 30) -> Plan:
     """Every task and rule, three rates (two on bytes)."""
-    facts, every = ("facts_8", "facts_24"), tuple(RULES)
+    facts, every = ("facts_8", "facts_24"), (*_FIRST_RULES, *_SECOND_RULES)
     return Plan(
         (
             (facts, _FIRST_RULES, (1.0,)),
@@ -132,7 +152,7 @@ def run(plan: Plan, out: Path, device: str, minutes: float | None = None) -> boo
         for unit in units:
             if not _do(unit, plan, out, device, bar, ends):
                 return False
-            more = equal_arithmetic(unit, out)
+            more = equal_arithmetic(unit, out) if plan.equal_arithmetic else None
             if more is None:
                 continue
             bar.total = (bar.total or 0) + len(_missing(more, plan, out)) * more.steps

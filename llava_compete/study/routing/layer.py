@@ -18,6 +18,7 @@ from llava_compete.moe.ternary import TernaryRouter
 from llava_compete.moe.zero_computation import CONSTANT_STD, CONSTANTS
 from llava_compete.study.routing.choice import Choice, largest
 from llava_compete.study.routing.draws import generator_of, normal, uniform
+from llava_compete.study.routing.judging import Judging
 from llava_compete.study.routing.mixture import Mixture, Question
 from llava_compete.study.routing.operators import RouterAux
 from llava_compete.study.routing.routers import Routers, random_choice
@@ -25,7 +26,6 @@ from llava_compete.study.routing.routers import uniform as uniform_rows
 from llava_compete.study.routing.rules import COMPETITION, Rule
 from llava_compete.study.routing.slotted import free_answers
 
-MEAN_DECAY = 0.9
 _REMOE_GROWTH, _REMOE_START = 1.2, 1e-8
 
 
@@ -91,7 +91,8 @@ class MoeLayer:
             self.widths.intermediate,
         )
         self.up = uniform((experts, inner, self.widths.inputs), self.widths.inputs, seeds, (key, "up"), device)
-        self.down = uniform((experts, inner, hidden), inner, seeds, (key, "down"), device)
+        fan_in = widths.intermediate if rule.expert_start else inner
+        self.down = uniform((experts, inner, hidden), fan_in, seeds, (key, "down"), device)
         self.router = Routers(
             rule,
             {name: self._start(name, shape, seeds, key) for name, shape in self._router_shapes().items()},
@@ -99,8 +100,7 @@ class MoeLayer:
             [generator_of(seed, key, "draws") for seed in seeds],
         )
         runs = len(seeds)
-        self.means = torch.zeros(runs, experts, hidden, device=device)
-        self.seen = torch.zeros(runs, 1, experts, dtype=torch.bool, device=device)
+        self.judging = Judging(rule, key, (runs, experts, hidden), device)
         self.sparsity_R = torch.full((runs,), _REMOE_START, device=device)
         self.aux_R = torch.zeros(runs, device=device)
         self._extra_R, self._forwards = torch.zeros(runs, device=device), 0
@@ -164,7 +164,9 @@ class MoeLayer:
         choice = self.router(x_RTD, training, None if self.before is None else self.before.logits_RTS)
         self.logits_RTS = choice.logits_RTE
         hidden = self._hidden(x_RTD, choice.low_RTEH)
-        question = self._question(choice, competing_R) if rule.judge and training else None
+        question = None
+        if rule.judge and training and competing_R is not None:
+            question = self.judging.question(x_RTD.detach(), choice, competing_R)
         # A shared expert adds a column of weights; no judged rule has one.
         weights = choice.weights_RTE * choice.chosen_RTE if rule.router == "default_moe" else choice.weights_RTE
         output = Mixture.apply(hidden, weights, down, choice.logits_RTE if question else None, question)
@@ -172,13 +174,13 @@ class MoeLayer:
             of_router = (self.router.weights[f"free_experts.{name}"] for name in ("constants", "gates"))
             output = output + free_answers(x_RTD, choice.free_RTS, *of_router)
         if rule.router == "default_moe":
-            output = output + torch.bmm(choice.weights_RTE * (~choice.chosen_RTE & self.seen), self.means)
+            output = output + self._means_of_others(choice)
         if training:
             self.aux_R = self._aux(choice, sequences)
             if rule.coupling_coef:
                 self.aux_R = self.aux_R + rule.coupling_coef * self._coupling()
             self._count(choice, question)
-            self._end_step(hidden, choice)
+            self._end_step(x_RTD, hidden, choice)
         if rule.response is not None and competing_R is not None:
             output = self._respond(hidden, output, choice, sequences, competing_R, training)
         return output
@@ -220,48 +222,33 @@ class MoeLayer:
         excess = (norms - own.unsqueeze(2)).relu() + (norms - own.unsqueeze(1)).relu()
         return excess.mean((1, 2))
 
-    def _question(self, choice: Choice, competing_R: Tensor | None) -> Question | None:
-        judge = self.rule.judge
-        assert judge is not None
-        if competing_R is None:
-            return None
-        probs, chosen = choice.logits_RTE.detach().softmax(-1), choice.chosen_RTE
-        least = probs.masked_fill(~chosen, torch.inf).amin(-1, keepdim=True)
-        asked = (probs >= judge.margin * least) & ~chosen
-        if judge.contenders is not None:
-            asked &= largest(probs.masked_fill(chosen, -1.0), judge.contenders)[0]
-        by_mean = None
-        if judge.answers != "full":
-            asked = asked if judge.answers == "both" else torch.zeros_like(asked)
-            by_mean = self.seen & ~chosen & ~asked
-        strength = competing_R.float().view(-1, 1, 1)
-        return Question(choice.logits_RTE, asked, chosen, strength, judge.subtracts_output, self.means.clone(), by_mean)
-
     @torch.no_grad()
     def _count(self, choice: Choice, question: Question | None) -> None:
         self._forwards += 1
         if question is not None:
-            self._extra_R += question.asked_RTE.sum(-1).float().mean(1) * question.strength_R11.flatten() / 3
+            judged = (question.strength != 0).float().mean((1, 2))
+            self._extra_R += question.asked_RTE.sum(-1).float().mean(1) * judged / 3
+            if self.rule.judge is not None and self.rule.judge.estimate == "linear":
+                # A map of the token has D x D products, an expert D x I and I x D.
+                assert question.estimated_RTE is not None
+                share = self.widths.hidden / (2 * self.widths.intermediate)
+                self._extra_R += question.estimated_RTE.sum(-1).float().mean(1) * judged * share / 3
         self._extra_R += self.widths.unchosen
         if self.rule.router == "remoe":
             self._extra_R += choice.chosen_RTE.sum(-1).float().mean(1) - self.widths.num_chosen
 
     @torch.no_grad()
-    def _end_step(self, hidden: Tensor, choice: Choice) -> None:
+    def _end_step(self, x_RTD: Tensor, hidden: Tensor, choice: Choice) -> None:
         self.router.end_step(choice)
         if self.rule.router == "remoe":
             too_many = choice.chosen_RTE.sum(-1).float().mean(1) - self.widths.num_chosen
             self.sparsity_R = self.sparsity_R * _REMOE_GROWTH ** torch.sign(too_many)
-        judge = self.rule.judge
-        if self.rule.router == "default_moe" or (judge is not None and judge.answers != "full"):
-            chosen = choice.chosen_RTE.float()
-            count = chosen.sum(1)
-            mean_hidden = torch.einsum("rte,rtei->rei", chosen, hidden) / count.clamp(min=1).unsqueeze(-1)
-            answer = torch.einsum("rei,reio->reo", mean_hidden, self.down)
-            now, before = (count > 0).unsqueeze(-1), self.seen.transpose(1, 2)
-            moved = torch.where(before, MEAN_DECAY * self.means + (1 - MEAN_DECAY) * answer, answer)
-            self.means = torch.where(now, moved, self.means)
-            self.seen = self.seen | now.transpose(1, 2)
+        self.judging.end_step(x_RTD, hidden, self.down, choice)
+
+    def _means_of_others(self, choice: Choice) -> Tensor:
+        """Default MoE's: running means speak for the experts that are not chosen."""
+        others = choice.weights_RTE * (~choice.chosen_RTE & self.judging.seen_RFE)
+        return torch.bmm(others, self.judging.means_RFEO[:, 0])
 
     def _respond(
         self, hidden: Tensor, output: Tensor, choice: Choice, sequences: int, competing_R: Tensor, training: bool

@@ -7,6 +7,7 @@ would cost a sparse one is counted (`MoeLayer.price_R`). Suffixes: R runs, T tok
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,17 +17,19 @@ from torch import Tensor
 class Question(NamedTuple):
     """What the loss is asked about a step: see `rules.Judge`.
 
-    asked_RTE: experts that answer themselves. strength_R11: 1 in the runs that judge in this step, else 0. means_REO:
-    running means that answer where `by_mean_RTE`.
+    asked_RTE: experts that answer themselves. strength: 1 in the runs that judge in this step, else 0, or with what a
+    token's term is multiplied; [R, 1 or T, 1]. estimate: of g [R, T, O], <g, answer> [R, T, E] where estimated_RTE.
+    last_RTE: the least probable of the choice, for the baseline `last`.
     """
 
     logits_RTE: Tensor
     asked_RTE: Tensor
     chosen_RTE: Tensor
-    strength_R11: Tensor
-    subtracts_output: bool
-    means_REO: Tensor | None
-    by_mean_RTE: Tensor | None
+    strength: Tensor
+    baseline: str
+    estimated_RTE: Tensor | None = None
+    estimate: Callable[[Tensor], Tensor] | None = None
+    last_RTE: Tensor | None = None
 
 
 class Mixture(torch.autograd.Function):
@@ -56,13 +59,14 @@ class Mixture(torch.autograd.Function):
 
 def _judge(grad: Tensor, output: Tensor, answers: Tensor, question: Question) -> Tensor:
     """The term's gradient by the logits: that of sum over asked j of p_j <g, Y_j - y>, all but p constant."""
-    probs = question.logits_RTE.detach().softmax(-1)
-    asked = question.asked_RTE
-    if question.means_REO is not None and question.by_mean_RTE is not None:
-        by_mean = torch.bmm(grad, question.means_REO.transpose(1, 2))
-        answers = torch.where(question.by_mean_RTE, by_mean, answers)
-        asked = asked | question.by_mean_RTE
-    if question.subtracts_output:
-        answers = answers - (grad * output).sum(-1, keepdim=True)
-    answers = answers * (asked & ~question.chosen_RTE) * question.strength_R11
+    probs, asked = question.logits_RTE.detach().softmax(-1), question.asked_RTE
+    baseline: Tensor | float = 0.0
+    if question.baseline == "output":
+        baseline = (grad * output).sum(-1, keepdim=True)
+    elif question.last_RTE is not None:
+        baseline = (answers * question.last_RTE).sum(-1, keepdim=True)
+    if question.estimated_RTE is not None and question.estimate is not None:
+        answers = torch.where(question.estimated_RTE, question.estimate(grad), answers)
+        asked = asked | question.estimated_RTE
+    answers = (answers - baseline) * (asked & ~question.chosen_RTE) * question.strength
     return torch._softmax_backward_data(answers, probs, -1, probs.dtype)

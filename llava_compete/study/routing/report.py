@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_compete.evaluation.compare.statistics import PairedT
+from llava_compete.study.routing import first_study
 from llava_compete.study.routing.results import Row, Runs, half_width
 from llava_compete.study.routing.rules import RULES
 from llava_compete.study.routing.tasks import TASKS
@@ -55,7 +56,33 @@ def describe(runs: Runs, command: str, finished: bool) -> str:
             for row in runs.rows(name)
         ]
         lines += _by_rate(runs, name)
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *_beside_the_first_study(runs), ""])
+
+
+def _beside_the_first_study(runs: Runs) -> list[str]:
+    """What a first study found, rule by rule; nothing where no rule is in it."""
+    lines = [
+        "",
+        "## Beside a first study",
+        "",
+        "The same designs in another program, whose summary is in `llava_compete/study/routing/first_study.py`: minus",
+        "softmax at equal samples, then scores, which have no interval there. *Outside*: of its interval; *apart*:",
+        "further from it than both intervals allow; of 20 that are alike, one is.",
+        "",
+        "| task | rule | here | there | |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    rows = [(name, row) for name in runs.tasks() for row in first_study.beside(runs, name)]
+    for name, row in rows:
+        score = row.their_half is None
+        here, there = (_number(value, name) if score else _signed(value, name) for value in (row.ours, row.theirs))
+        if not score:
+            here += "" if row.half is None else f" ± {_number(row.half, name)}"
+            there += f" ± {_number(row.their_half or 0.0, name)}"
+        verdict = "apart" if row.apart else "outside" if row.outside else "" if score else "agrees"
+        title = RULES[row.rule].title + (", variance about one mean" if row.pooled else "")
+        lines.append(f"| {TASKS[name].title} | {title} | {here} | {there} | {verdict} |")
+    return lines if rows else []
 
 
 def _by_rate(runs: Runs, task: str) -> list[str]:
@@ -90,6 +117,10 @@ def _number(value: float, task: str) -> str:
     return f"{value:.{_digits(task)}f}"
 
 
+def _signed(value: float, task: str) -> str:
+    return f"{value:+.{_digits(task)}f}"
+
+
 def _price(price: float) -> str:
     return f"{100 * price:+.0f}%" if abs(price) > 0.0005 else "0"
 
@@ -100,8 +131,8 @@ def _test(test: PairedT | None, task: str) -> str:
         return "-"
     half = half_width(test)
     if half is None:
-        return f"{test.mean:+.{_digits(task)}f}"
-    text = f"{test.mean:+.{_digits(task)}f} ± {half:.{_digits(task)}f}"
+        return _signed(test.mean, task)
+    text = f"{_signed(test.mean, task)} ± {_number(half, task)}"
     return f"**{text}**" if abs(test.mean) > half else text
 
 

@@ -65,6 +65,12 @@ class TeacherStudent:
         return self.layers[0](x, training=training, competing_R=competing_R, fixed_RTE=fixed)
 
 
+def own_share(seed: int, gate: Gate, samples: int) -> float:
+    """The mean variance of a coordinate of the test targets over their variance about one mean of all coordinates."""
+    targets = _data(seed, gate, samples)[3]
+    return float((targets - targets.mean(0)).square().mean() / (targets - targets.mean()).square().mean())
+
+
 def _data(seed: int, gate: Gate, samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Inputs and noisy targets [N, D], test inputs and targets, of the teacher that `seed` draws."""
     rng = generator_of(seed, "teacher", gate)

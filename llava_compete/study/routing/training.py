@@ -40,6 +40,8 @@ def train(
     optimizer = RunsAdamW(network.parameters, torch.tensor(rates), steps, network.warmup, network.floor)
     competing = _schedule(rule, seeds, steps, task.layers)
     for step in range(steps):
+        for layer in network.layers:
+            layer.judging.progress = step / steps
         now = [None if competing is None else _any(competing[step, layer], device) for layer in range(task.layers)]
         network.loss_R(step, now).sum().backward()
         optimizer.step()
@@ -56,7 +58,9 @@ def _schedule(rule: Rule, seeds: Sequence[int], steps: int, layers: int) -> Tens
     warmup = rule.response.warmup if rule.response else 0.0
     marks = torch.zeros(steps, layers, len(seeds), dtype=torch.bool)
     if held.rate == 1 and warmup == 0:
-        return ~marks
+        first, end = (round(share * steps) for share in (rule.judge.period if rule.judge else (0.0, 1.0)))
+        marks[first:end] = True
+        return marks
     names = [str(layer) for layer in range(layers)]
     for run, seed in enumerate(seeds):
         schedule = CompetitionSchedule.build(seed, steps, names, held.rate, warmup, layers)

@@ -9,12 +9,12 @@ from llava_compete.moe.block import SparseMoeBlock
 from llava_compete.moe.layer_config import MoeLayerConfig
 from llava_compete.moe.state import RoutingState, TokenGroups
 from llava_compete.study.routing.layer import MoeLayer, Widths
-from llava_compete.study.routing.rules import RULES, Judge, Response
+from llava_compete.study.routing.rules import EXPLORED, RULES, Judge, Response
 
 WIDTHS = Widths(num_experts=6, num_chosen=2, hidden=8, intermediate=6)
 SEEDS = (3, 4, 5)
 ALL_COMPETE = dataclasses.replace(RULES["published"], response=Response(rate=1.0, warmup=0.0))
-JUDGED = [rule for rule in RULES.values() if rule.judge and rule.judge.rate == 1]
+JUDGED = [rule for rule in RULES.values() if rule.judge and rule.judge.rate == 1 and rule.name not in EXPLORED]
 CASES = [RULES[name] for name in ("softmax", "sigmoid", "xmoe", "perturbed_cosine", "shared_softmax", "shared_sigmoid")]
 CASES += [
     RULES["bias_balanced"],
@@ -42,7 +42,7 @@ def block_of(rule, layer, run):
         judge: Judge = rule.judge
         config |= {
             "competition_judge": "loss",
-            "competition_baseline": "output" if judge.subtracts_output else "none",
+            "competition_baseline": judge.baseline,
             "competition_answers": judge.answers,
         }
         if judge.answers != "mean":

@@ -9,7 +9,8 @@ from llava_compete import cli
 from llava_compete.errors import UserError
 from llava_compete.evaluation.compare.statistics import paired_t
 from llava_compete.files import write_json
-from llava_compete.study.routing import grid, report, results, tasks
+from llava_compete.study.routing import first_study, grid, report, results, tasks, teacher
+from llava_compete.study.routing.rules import EXPLORED
 
 TASK = "teacher_competition_1000"
 RULES = ("softmax", "judge_all", "random")
@@ -71,6 +72,42 @@ def test_differences_are_paired_by_seed_at_equal_samples_arithmetic_and_best_rat
     assert row.best == paired_t([-1.0, 0.0, -0.5])
     text = report.describe(results.Runs(tmp_path), "command", True)
     assert "| +13% | **+2.8 ± 1.9** | -0.2 ± 4.4 |" in text
+
+
+def test_numbers_stand_beside_those_of_the_first_study(tmp_path):
+    seeds = range(4)
+    keep(tmp_path, "softmax", [80.0, 80.5, 81.0, 80.5])
+    keep(tmp_path, "judge_all", [83.7, 84.2, 84.7, 84.1])  # +3.675 beside +3.7 ± 0.6
+    keep(tmp_path, "judge_mean", [86.0, 80.5, 88.0, 82.5])  # +3.75 ± 5.4 beside +2.5 ± 0.6
+    keep(tmp_path, "published", [80.0, 80.6, 81.0, 80.5])  # 0 ± 0.1 beside -5.9 ± 0.5
+    task = "teacher_competition_1000"
+    keep(tmp_path, "softmax", [0.3, 0.31, 0.32, 0.33], task=task)
+    runs = results.Runs(tmp_path)
+    rows = {(row.rule, row.theirs): row for row in first_study.beside(runs, "facts_8")}
+    verdicts = {rule: (row.outside, row.apart) for (rule, _), row in rows.items()}
+    assert verdicts["judge_all"] == (False, False)
+    assert verdicts["judge_mean"] == (True, False)
+    assert verdicts["published"] == (True, True)
+    own, pooled = first_study.beside(runs, task)
+    assert own.ours == pytest.approx(0.315)
+    expected = 0.0
+    for seed, score in zip(seeds, [0.3, 0.31, 0.32, 0.33], strict=True):
+        targets = teacher._data(seed, "competition", 1000)[3]
+        squares = [score * ((targets[:, o] - targets[:, o].mean()) ** 2).sum() for o in range(targets.shape[1])]
+        expected += float(sum(squares) / ((targets - targets.mean()) ** 2).sum()) / 4
+    assert pooled.ours == pytest.approx(expected, rel=1e-4)
+    text = report.describe(runs, "command", True)
+    assert "judged by the loss, baseline output, all asked | +3.7 ± 0.1 | +3.7 ± 0.6 | agrees |" in text
+    assert "| softmax, variance about one mean | 0." in text
+
+
+def test_explored_rules_are_in_no_other_preset_and_confirmed_on_fresh_seeds():
+    explored, fresh = grid.explore_plan(), grid.confirm_plan()
+    assert {unit.rule for unit in explored.units()} > set(EXPLORED)
+    assert not set(EXPLORED) & {unit.rule for unit in (*grid.default_plan().units(), *grid.full_plan().units())}
+    unit = grid.Unit("facts_8", "softmax")
+    assert not set(explored.seeds_of(unit)) & set(fresh.seeds_of(unit))
+    assert len(fresh.seeds_of(unit)) == 30
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,13 @@ def test_runs_of_a_seed_share_data_order_and_start():
         assert all(torch.equal(a, b) for a, b in zip(made[0].parameters, other.parameters, strict=True))
 
 
+def test_a_dense_layer_can_start_as_experts_do():
+    made = [MoeLayer(RULES[name], Widths(6, 2, 8, 4), [0], 0, "cpu") for name in ("dense_all", "dense_all_start")]
+    assert torch.equal(made[0].up, made[1].up)
+    torch.testing.assert_close(made[0].down * 6**0.5, made[1].down)
+    assert made[1].down.detach().abs().max().item() == pytest.approx(1 / 4**0.5, rel=0.1)
+
+
 def test_what_the_teachers_say_is_what_their_gate_chooses():
     inputs, noisy, test_inputs, test_targets = teacher._data(0, "softmax", 4000)
     assert test_targets.std() == pytest.approx(1, abs=0.1)
@@ -84,8 +91,9 @@ def test_running_means_answer_for_experts_that_are_not_asked():
     """Against the sum over tokens and experts written out."""
     layer = MoeLayer(RULES["judge_mean"], Widths(4, 2, 6, 3), [0], 0, "cpu")
     x, judged = torch.randn(1, 7, 6), torch.ones(1, dtype=torch.bool)
-    layer.seen[:], layer.means = True, torch.randn(layer.means.shape)
-    means = layer.means.clone()
+    kept = layer.judging
+    kept.seen_RFE[:], kept.means_RFEO = True, torch.randn(kept.means_RFEO.shape)
+    means = kept.means_RFEO[:, 0].clone()
     plain = layer(x)
     pull = torch.randn(plain.shape)
     router = layer.router.weights["weight"]

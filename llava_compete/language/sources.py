@@ -110,14 +110,24 @@ _TEXT_PART_NAMES = {
 
 
 def load_language_model(
-    language: LanguageModelSection, *, attention: str | None = None, trust_remote_code: bool = False
+    language: LanguageModelSection,
+    *,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+    on_meta: bool = False,
 ) -> Any:
-    """The named causal LM, or the text part of the named multimodal model, every weight of it read from its files."""
+    """The named causal LM, or the text part of the named multimodal model, every weight of it read from its files.
+
+    on_meta: checked alike, but nothing is read.
+    """
     name, config = str(language.name), text_config_of(language, trust_remote_code=trust_remote_code)
     gguf = gguf_options(name)
     multimodal = PreTrainedConfig.get_config_dict(name, **gguf)[0].get("model_type") != config.model_type
+    options: dict[str, Any] = {**gguf}
     if gguf:  # left in GGUF's blocks, the weights could neither be trained nor saved
-        gguf["quantization_config"] = GgufConfig(dequantize=True)
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    if on_meta:
+        options["device_map"] = {"": "meta"}
     try:
         language_model, info = AutoModelForCausalLM.from_pretrained(
             name,
@@ -126,7 +136,7 @@ def load_language_model(
             key_mapping=_TEXT_PART_NAMES if multimodal else None,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with the other wrong keys
-            **gguf,
+            **options,
         )
     except (OSError, ValueError, NotImplementedError, SafetensorError) as error:
         raise UserError(f"language_model.name: {name}: {str(error).splitlines()[0]}") from error
@@ -137,6 +147,15 @@ def load_language_model(
     head, embeddings = language_model.get_output_embeddings(), language_model.get_input_embeddings()
     language_model.config.tie_word_embeddings = head.weight is embeddings.weight
     return language_model
+
+
+def causal_name(stored_name: str) -> str:
+    """What a tensor in the files of a causal LM, or of a multimodal model, is called in the causal LM alone."""
+    for pattern, ours in _TEXT_PART_NAMES.items():
+        name, found = re.subn(pattern, ours, stored_name)
+        if found:
+            return name
+    return stored_name
 
 
 def load_tokenizer(

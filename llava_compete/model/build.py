@@ -15,18 +15,23 @@ from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from llava_compete.errors import UserError
-from llava_compete.files import read_json
 from llava_compete.language.chat_encoding import stop_token_ids
 from llava_compete.language.sources import load_language_model, load_tokenizer, text_config_of
 from llava_compete.language.templates import set_chat_template
 from llava_compete.language.tokenizer import add_image_token
-from llava_compete.model.checkpoint import load_checkpoint, read_config, save_checkpoint
+from llava_compete.model.checkpoint import (
+    load_checkpoint,
+    read_text_config,
+    read_weight_headers,
+    save_checkpoint,
+)
 from llava_compete.model.config import LlavaCompeteConfig
+from llava_compete.model.handover import language_headers, read_embeddings, read_handover, write_handover
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.place_experts import make_projector, make_tower
 from llava_compete.model.processor import LlavaCompeteProcessor
 from llava_compete.model.section import ModelSection
-from llava_compete.model.unread import load_unread
+from llava_compete.model.unread import load_unread, stored_otherwise
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.config import MoeConfig
 from llava_compete.vision.image_processing import LlavaCompeteImageProcessor
@@ -41,25 +46,51 @@ logger = logging.getLogger(__name__)
 
 
 def build_model(
-    section: ModelSection, moe: MoeConfig | None, seed: int, tokenizer: Any = None, *, unread: bool = False
+    section: ModelSection, moe: MoeConfig | None, seed: int, tokenizer: Any = None
 ) -> tuple[LlavaCompeteForConditionalGeneration, LlavaCompeteProcessor]:
     """Model (float parameters in `section.dtype`, on the CPU, training mode) and processor.
 
     moe: for a checkpoint, settings to lay over its own; for a new model, experts with random weights from the start.
     tokenizer: the one trained on the run's data where the section says so.
-    unread: leave a checkpoint's weights in their files (`unread.py`) where they lie there as they are in the model.
     """
+    _begin(section, seed)
+    model, processor = _load(section, moe) if section.checkpoint is not None else _make(section, moe, tokenizer)
+    return _finished(model, section), processor
+
+
+def build_unread(
+    section: ModelSection, moe: MoeConfig | None, seed: int, tokenizer: Any, directory: Path, *, makes: bool
+) -> tuple[LlavaCompeteForConditionalGeneration, LlavaCompeteProcessor]:
+    """The same with weights that are still in files (`unread.py`); quantised ones are there.
+
+    directory: where a model is handed over (`handover.py`) whose weights do not lie anywhere as they are in the model.
+    makes: whether this process writes there first; the others come after it.
+    """
+    _begin(section, seed)
+    if section.quantization is not None:
+        return build_model(section, moe, seed)
+    found = None
+    if section.checkpoint is not None and (found := load_unread(section.checkpoint, **_options(section))) is not None:
+        _lay_over(*found, section, moe)
+    if found is None:
+        if makes:
+            new = section.checkpoint is None
+            write_handover(*(_make(section, moe, tokenizer, unread=True) if new else _load(section, moe)), directory)
+        found = read_handover(directory, section)
+    return _finished(found[0], section), found[1]
+
+
+def _begin(section: ModelSection, seed: int) -> None:
     torch.manual_seed(seed)
     _check_attention(section)
-    if section.checkpoint is not None:
-        model, processor = _load(section, unread)
-        if moe is not None:
-            apply_moe_settings(model, moe)
-    else:
-        model, processor = _make(section, moe, tokenizer)
+
+
+def _finished(
+    model: LlavaCompeteForConditionalGeneration, section: ModelSection
+) -> LlavaCompeteForConditionalGeneration:
     if model.vision_tower is not None and section.tile_batch is not None:
         _set_tile_batch(model.vision_tower, section.tile_batch)
-    return model.train(), processor
+    return model.train()
 
 
 def _set_tile_batch(tower: VisionTower, tile_batch: int) -> None:
@@ -76,28 +107,49 @@ def _set_tile_batch(tower: VisionTower, tile_batch: int) -> None:
     tower.tile_batch = tile_batch
 
 
-def _load(section: ModelSection, unread: bool) -> tuple[LlavaCompeteForConditionalGeneration, LlavaCompeteProcessor]:
-    """The checkpoint that `section` names, with the section's chat template where it names one."""
+def _options(section: ModelSection) -> dict[str, Any]:
+    """How a checkpoint is loaded."""
+    attention = {} if section.attention is None else {"attn_implementation": section.attention}
+    dtype = getattr(torch, section.dtype)
+    return {**attention, "dtype": dtype, "trust_remote_code": section.trust_remote_code}
+
+
+def _load(
+    section: ModelSection, moe: MoeConfig | None
+) -> tuple[LlavaCompeteForConditionalGeneration, LlavaCompeteProcessor]:
+    """The checkpoint that `section` names, with what `section` and `moe` lay over it."""
     assert section.checkpoint is not None
-    options: dict[str, Any] = {} if section.attention is None else {"attn_implementation": section.attention}
-    options |= {"dtype": getattr(torch, section.dtype), "trust_remote_code": section.trust_remote_code}
-    found = load_unread(section.checkpoint, **options) if unread and section.quantization is None else None
-    model, processor = found or load_checkpoint(section.checkpoint, **options, **_quantized(section))
+    model, processor = load_checkpoint(section.checkpoint, **_options(section), **_quantized(section))
+    _lay_over(model, processor, section, moe)
+    return model, processor
+
+
+def _lay_over(
+    model: LlavaCompeteForConditionalGeneration,
+    processor: LlavaCompeteProcessor,
+    section: ModelSection,
+    moe: MoeConfig | None,
+) -> None:
+    """The section's chat template where it names one, and the MoE settings."""
     if section.chat_template is not None:
         _refuse_growth(set_chat_template(processor.tokenizer, section.chat_template), section)
         processor.chat_template = processor.tokenizer.chat_template
         model.generation_config = default_generation_config(processor.tokenizer, model.config)
-    return model, processor
+    if moe is not None:
+        apply_moe_settings(model, moe)
 
 
 def _make(
-    section: ModelSection, moe: MoeConfig | None, trained_tokenizer: Any
+    section: ModelSection, moe: MoeConfig | None, trained_tokenizer: Any, *, unread: bool = False
 ) -> tuple[LlavaCompeteForConditionalGeneration, LlavaCompeteProcessor]:
-    """A new model out of its parts: language model's config and tokenizer, the tower, the whole config, the weights."""
+    """A new model out of its parts: language model's config and tokenizer, the tower, the whole config, the weights.
+
+    unread: leave the language model on the meta device where its files have its tensors as they are in the model.
+    """
     text_config, tokenizer = _language_of(section, trained_tokenizer)
     config = build_config(section, moe, text_config, tokenizer)
     config.dtype = getattr(torch, section.dtype)
-    model = _join(section, config, tokenizer).to(config.dtype)
+    model = _join(section, config, tokenizer, unread).to(config.dtype)
     model.generation_config = default_generation_config(tokenizer, config)
     return model, processor_of(config, tokenizer)
 
@@ -188,7 +240,9 @@ def build_config(
     return config
 
 
-def _join(section: ModelSection, config: LlavaCompeteConfig, tokenizer: Any) -> LlavaCompeteForConditionalGeneration:
+def _join(
+    section: ModelSection, config: LlavaCompeteConfig, tokenizer: Any, unread: bool
+) -> LlavaCompeteForConditionalGeneration:
     """The model with every part's weights: pretrained where named, else random."""
     language = section.language_model
     assert language is not None
@@ -196,16 +250,14 @@ def _join(section: ModelSection, config: LlavaCompeteConfig, tokenizer: Any) -> 
     if language.name is None:
         model = LlavaCompeteForConditionalGeneration(config)
         new_parts.append("language_model (no name given)")
-    elif (own := _own_experts(language.name)) is not None:
-        model = _join_own(section, config, own, moe=config.moe)
+    elif (own := read_text_config(language.name)) is not None:
+        model = _join_own(section, config, own, config.moe, unread)
     else:
         if config.moe is not None:
             raise UserError(
                 "moe: experts of a pretrained model come from `llava-compete upcycle`, not from random weights"
             )
-        language_model = load_language_model(
-            language, attention=section.attention, trust_remote_code=section.trust_remote_code
-        )
+        language_model = _language_model(section, unread)
         tied = language_model.config.tie_word_embeddings
         config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
         with torch.device("meta"):
@@ -216,9 +268,21 @@ def _join(section: ModelSection, config: LlavaCompeteConfig, tokenizer: Any) -> 
         new_parts.append("projector")
         if not load_pretrained(model.vision_tower, section.vision_tower):
             new_parts.append("vision_tower (no pretrained weights named)")
-    _fit_vocabulary(model, tokenizer)
+    _fit_vocabulary(model, tokenizer, language.name)
     logger.info("new parts with random weights: %s", ", ".join(new_parts) or "none")
     return model
+
+
+def _language_model(section: ModelSection, unread: bool) -> Any:
+    language = section.language_model
+    assert language is not None
+    options: dict[str, Any] = {"attention": section.attention, "trust_remote_code": section.trust_remote_code}
+    if unread and (headers := language_headers(str(language.name))):
+        model = load_language_model(language, **options, on_meta=True)
+        if (name := stored_otherwise(model, headers)) is None:
+            return model
+        logger.info("%s: %s is stored in another form, so that one process reads the model whole", language.name, name)
+    return load_language_model(language, **options)
 
 
 def _add_new_eyes(model: LlavaCompeteForConditionalGeneration) -> None:
@@ -229,24 +293,19 @@ def _add_new_eyes(model: LlavaCompeteForConditionalGeneration) -> None:
         model.model.multi_modal_projector = make_projector(config, None, model.routing)
 
 
-def _own_experts(name: str) -> LlavaCompeteConfig | None:
-    """The config of a text-only checkpoint of ours, such as an imported Mixtral; None for any other language model."""
-    path = Path(name) / "config.json"
-    if not path.is_file() or read_json(path).get("model_type") != LlavaCompeteConfig.model_type:
-        return None
-    own = read_config(name)
-    if own.tower is not None:
-        raise UserError(f"language_model.name: {name}: has a vision tower; give it as model.checkpoint")
-    return own
-
-
 def _join_own(
-    section: ModelSection, config: LlavaCompeteConfig, own: LlavaCompeteConfig, moe: dict[str, Any] | None
+    section: ModelSection, config: LlavaCompeteConfig, own: LlavaCompeteConfig, moe: dict[str, Any] | None, unread: bool
 ) -> LlavaCompeteForConditionalGeneration:
     """A model whose language part, experts included, is that of a text-only checkpoint of ours."""
     assert section.language_model is not None
-    attention = {} if section.attention is None else {"attn_implementation": section.attention}
-    loaded, _ = load_checkpoint(section.language_model.name or "", dtype=getattr(torch, section.dtype), **attention)
+    name, options = section.language_model.name or "", {**_options(section), "trust_remote_code": False}
+    loaded = None
+    if unread:
+        loaded, _ = load_checkpoint(name, device_map={"": "meta"}, **options)
+        if stored_otherwise(loaded, read_weight_headers(name)) is not None:
+            loaded = None
+    if loaded is None:
+        loaded, _ = load_checkpoint(name, **options)
     config.moe = own.moe
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = own.tie_word_embeddings
     with torch.device("meta"):
@@ -258,11 +317,13 @@ def _join_own(
     return model
 
 
-def _fit_vocabulary(model: LlavaCompeteForConditionalGeneration, tokenizer: Any) -> None:
-    """Grow the embeddings where the tokenizer has more tokens than the language model."""
+def _fit_vocabulary(model: LlavaCompeteForConditionalGeneration, tokenizer: Any, name: str | None) -> None:
+    """Grow the embeddings where the tokenizer has more tokens than the language model `name`."""
     size = _vocabulary(model)
     if len(tokenizer) > size:
         logger.info("vocabulary grows from %d to %d for the tokenizer's new tokens", size, len(tokenizer))
+        if name is not None:
+            read_embeddings(model, name)
         model.resize_token_embeddings(len(tokenizer))
         model.config.text_config.vocab_size = _vocabulary(model)
 

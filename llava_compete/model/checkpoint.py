@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llava_compete.errors import UserError
-from llava_compete.files import mode_by_umask
+from llava_compete.files import mode_by_umask, read_json
 from llava_compete.language.loading_report import damage_named, refuse_wrong_keys
 from llava_compete.language.remote_code import copy_remote_code, register_remote_code
 from llava_compete.model.config import LlavaCompeteConfig
@@ -101,6 +101,18 @@ def read_config(directory: str | Path, trust_remote_code: bool = False) -> Llava
         )
     register_remote_code(directory, content.get("text_config") or {}, trust_remote_code)
     return LlavaCompeteConfig.from_pretrained(directory)
+
+
+def read_text_config(name: str) -> LlavaCompeteConfig | None:
+    """The config of a text-only checkpoint of ours that is named as a language model, such as an imported Mixtral; None
+    for any other."""
+    path = Path(name) / "config.json"
+    if not path.is_file() or read_json(path).get("model_type") != LlavaCompeteConfig.model_type:
+        return None
+    own = read_config(name)
+    if own.tower is not None:
+        raise UserError(f"language_model.name: {name}: has a vision tower; give it as model.checkpoint")
+    return own
 
 
 def read_weight_headers(directory: str | Path, stem: str = MODEL) -> dict[str, TensorFacts]:

@@ -37,7 +37,8 @@ class LanguageHead:
         if len(below) != 1 or head is None:
             raise UserError(f"{type(causal).__name__}: no layers with a separate output head, expected a causal LM")
         self.language_model: Any = causal.get_submodule(below[0])
-        self.tied = self._tied_names(causal, f"{below[0]}.")
+        self._below = f"{below[0]}."
+        self.tied = self._tied_names(causal)
         self._name = next(name for name, module in causal.named_children() if module is head)
         setattr(causal, below[0], _Done())
         self.causal = causal
@@ -56,16 +57,13 @@ class LanguageHead:
             setattr(self.causal, self._name, module)
         return self.causal(inputs_embeds=hidden_states, use_cache=False, return_dict=True).logits
 
-    @staticmethod
-    def _tied_names(causal: PreTrainedModel, below: str) -> dict[str, str] | None:
+    def own_name(self, name: str) -> str:
+        """The name that a tensor of the causal LM has in our model."""
+        if name.startswith(self._below):
+            return f"model.language_model.{name.removeprefix(self._below)}"
+        return f"lm_head.{name.rpartition('.')[2]}"
+
+    def _tied_names(self, causal: PreTrainedModel) -> dict[str, str] | None:
         """transformers' map from tied parameters to their sources, by the names they have in our model."""
         keys = causal._tied_weights_keys
-        if keys is None:
-            return None
-
-        def ours(name: str) -> str:
-            if name.startswith(below):
-                return f"model.language_model.{name.removeprefix(below)}"
-            return f"lm_head.{name.rpartition('.')[2]}"
-
-        return {ours(tied): ours(source) for tied, source in keys.items()}
+        return None if keys is None else {self.own_name(tied): self.own_name(source) for tied, source in keys.items()}

@@ -8,6 +8,7 @@ there.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +34,35 @@ def load_unread(
     """
     headers = read_weight_headers(directory)
     model, processor = load_checkpoint(directory, dtype=dtype, device_map={"": "meta"}, **options)
-    tensors: dict[str, Any] = {**dict(model.named_parameters()), **model.state_dict(keep_vars=True)}
-    places = {id(tensor): headers[name] for name, tensor in tensors.items() if name in headers}
-    wanted = {name: tensor for name, tensor in tensors.items() if name not in model.all_tied_weights_keys}
-    unlike = [name for name, tensor in wanted.items() if _shape(places.get(id(tensor))) != tuple(tensor.shape)]
-    unlike += [name for name in model.all_tied_weights_keys if name in headers]
-    if unlike:
-        logger.info("%s: %s is stored in another form, so that the model is read whole", directory, unlike[0])
+    if (name := stored_otherwise(model, headers)) is not None:
+        logger.info("%s: %s is stored in another form, so that the model is read whole", directory, name)
         return None
-    _fill(model, places)
+    fill(model, headers)
     return model, processor
 
 
-def _shape(facts: TensorFacts | None) -> tuple[int, ...] | None:
-    return None if facts is None else facts.shape
+def stored_otherwise(model: Any, headers: Mapping[str, TensorFacts]) -> str | None:
+    """The first tensor of a model of transformers' kind that is not stored under its name, once and in its shape."""
+    tensors = _tensors(model)
+    places = {id(tensor): headers[name].shape for name, tensor in tensors.items() if name in headers}
+    for name, tensor in tensors.items():
+        is_tied = name in model.all_tied_weights_keys
+        if (is_tied and name in headers) or (not is_tied and places.get(id(tensor)) != tuple(tensor.shape)):
+            return name
+    return None
 
 
-def _fill(model: LlavaCompeteForConditionalGeneration, places: dict[int, TensorFacts]) -> None:
-    """Parameters without weights, and buffers with what is stored or else with what the model's classes compute."""
+def _tensors(model: nn.Module) -> dict[str, Any]:
+    """All that is or could be stored."""
+    return {**dict(model.named_parameters()), **model.state_dict(keep_vars=True)}
+
+
+def fill(model: LlavaCompeteForConditionalGeneration, headers: Mapping[str, TensorFacts]) -> None:
+    """Parameters without weights, and buffers with what is stored or else with what the model's classes compute.
+
+    model: on the meta device; every parameter of it is among `headers`.
+    """
+    places = {id(tensor): headers[name] for name, tensor in _tensors(model).items() if name in headers}
     made: dict[int, Any] = {}  # one for one, so that ties stay
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):

@@ -7,6 +7,7 @@ every rank of the launcher. Everything a rank refuses is refused by all ranks to
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -59,7 +60,7 @@ from llava_compete.train.sharding import (
     whole,
     zero_stage,
 )
-from llava_compete.train.starting_point import moe_settings, start_model
+from llava_compete.train.starting_point import HANDOVER, moe_settings, start_model
 from llava_compete.train.stopping import StopOnSignal
 from llava_compete.train.trainer import StageTrainer
 from llava_compete.train.waiting import wait_for_all
@@ -307,6 +308,7 @@ def _save_final(config: TrainConfig, trainer: StageTrainer, rank: Rank) -> None:
     trainer.save_merged(staged, base=base)
     wait_for_all()
     if rank.is_main:
+        shutil.rmtree(config.output_dir / HANDOVER, ignore_errors=True)
         stage_card(staged, config.output_dir, read_config(staged, config.model.trust_remote_code))
         checkpoints.install_model(staged, config.output_dir)
     wait_for_all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerFast
@@ -18,7 +19,7 @@ from llava_compete.data.text.sources import read_source
 from llava_compete.errors import UserError
 from llava_compete.language.sources import missing_control_tokens
 from llava_compete.language.tokenizer import train_byte_level_bpe
-from llava_compete.model.build import build_model, refuse_other_architecture
+from llava_compete.model.build import build_model, build_unread, refuse_other_architecture
 from llava_compete.model.checkpoint import read_config
 from llava_compete.moe.config import MoeConfig
 from llava_compete.moe.terms import still_used
@@ -30,19 +31,30 @@ if TYPE_CHECKING:  # `plan` reads recipes with this module where DeepSpeed is no
 _TOKENIZER_DOCUMENTS = 200_000
 
 
+# Below the output directory: what rank 0 hands over to the others (`model.handover`); gone once they have read it.
+HANDOVER = Path("run") / "start"
+
+
 def start_model(config: TrainConfig, rank: Rank, *, unread: bool = False) -> tuple[Any, Any, MoeConfig | None]:
-    """Model (its config's stage and parents set), processor, and the MoE settings in force; `unread` as `build_model`.
+    """Model (its config's stage and parents set), processor, and the MoE settings in force.
 
     Rank 0 must get here before the others: it trains the tokenizer, where the config asks for one, and they read it.
+
+    unread: leave weights in files (`model.unread`), those of a new model in HANDOVER.
     """
+    stored = None
     if config.model.checkpoint is None:
         _refuse_untrained_tokens(config)
-        moe = config.moe or None
-        model, processor = build_model(config.model, moe, config.seed, _tokenizer(config, rank))
+        moe, tokenizer = config.moe or None, _tokenizer(config, rank)
     else:
-        stored = read_config(config.model.checkpoint, config.model.trust_remote_code)
+        stored, tokenizer = read_config(config.model.checkpoint, config.model.trust_remote_code), None
         moe = moe_in_force(config, stored.moe)
-        model, processor = build_model(config.model, moe, config.seed, unread=unread)
+    if unread:
+        place = config.output_dir / HANDOVER
+        model, processor = build_unread(config.model, moe, config.seed, tokenizer, place, makes=rank.is_main)
+    else:
+        model, processor = build_model(config.model, moe, config.seed, tokenizer)
+    if stored is not None:
         model.config.parents = [*(stored.parents or []), stored.stage]
     model.config.stage = config.stage
     if moe is not None and rank.is_main:

@@ -8,6 +8,7 @@ split into ranks and micro-batches.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ from llava_compete.train.held_out import validation_loss
 from llava_compete.train.metrics import StepMetrics, learning_rates, peak_memory_gib, scalars
 from llava_compete.train.saving import SavingTrainer, has_adapters
 from llava_compete.train.sharded_start import is_unread, partition
+from llava_compete.train.starting_point import HANDOVER
 from llava_compete.train.stopping import deaf_children
+from llava_compete.train.waiting import wait_for_all
 
 # Settings of an optimizer's groups that a resume with --allow-changed obeys; the rest is the optimizer's own state.
 _OBEYED = ("weight_decay", "betas", "eps")
@@ -164,6 +167,9 @@ class StageTrainer(SavingTrainer):
         expert_parallel.spread(self.model, self.expert_ranks)
         if is_unread(self.model):
             partition(self.model, self.args.hf_deepspeed_config.config)
+            wait_for_all()
+            if self.args.should_save:
+                shutil.rmtree(Path(self.args.output_dir) / HANDOVER, ignore_errors=True)
         try:
             return super().train(*args, **kwargs)
         except (RuntimeError, MemoryError) as error:

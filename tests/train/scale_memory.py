@@ -27,9 +27,10 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import LANGUAGE, TOWER, tiny_model
+from transformers import AutoModelForCausalLM
 
 from llava_compete.manifest import git_state
-from llava_compete.model.build import build_model, load_checkpoint, save_checkpoint
+from llava_compete.model.build import build_model, build_unread, load_checkpoint, save_checkpoint
 from llava_compete.model.section import ModelSection
 from llava_compete.parts import Part
 from llava_compete.train import trainable
@@ -48,6 +49,7 @@ CONFIG = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "layers": {"every": 2}}
 LARGE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "vocab_size": 32000}
 WIDE = {"width": 768, "head_width": 64, "layers": 13, "mlp_ratio": 4.0, "patch_size": 14, "image_size": 224}
+NEW_SIZE = "bytes of a new model"  # a file that says it
 LORA: dict[Part, PartTraining] = {"vision": PartTraining(mode="full"), "language": PartTraining(mode="lora")}
 
 
@@ -73,10 +75,9 @@ class Memory(NamedTuple):
 # ---- what ranks do: each of these gives what is measured, after what comes before it ----
 
 
-def start(folder: Path, *, streams: bool, adapted: bool = False) -> tuple[Any, Any]:
+def start(section: dict[str, Any], place: Path, *, streams: bool, adapted: bool = False) -> tuple[Any, Any]:
     """Up to an engine without an optimizer."""
-    section = ModelSection.model_validate({"checkpoint": str(folder)})
-    model, processor = build_model(section, None, seed=0, unread=streams)
+    model, processor = build(section, place, streams)
     if adapted:
         model = with_adapters(model, LORA)
         trainable.apply(model, LORA)
@@ -86,14 +87,40 @@ def start(folder: Path, *, streams: bool, adapted: bool = False) -> tuple[Any, A
     return engine, processor
 
 
-def measured_start(folder: Path, streams: bool, out: Path) -> Callable[[], Any]:
+def build(section: dict[str, Any], place: Path, streams: bool) -> tuple[Any, Any]:
+    """As a stage does: with `streams` rank 0 first makes what no files have, in `place`; else every rank reads all."""
+    model = ModelSection.model_validate(section)
+    if not streams:
+        return build_model(model, None, seed=0)
+    makes = dist.get_rank() == 0
+    if makes:
+        built = build_unread(model, None, 0, None, place, makes=True)
+    dist.barrier()
+    return built if makes else build_unread(model, None, 0, None, place, makes=False)
+
+
+def checkpoint(folder: Path) -> dict[str, Any]:
+    return {"checkpoint": str(folder)}
+
+
+def joined(folder: Path) -> dict[str, Any]:
+    """A tower and a projector with random weights, and the language model that `make_models` has saved there."""
+    vision = TOWER["vision_cfg"] if folder.name == "tiny" else WIDE
+    tower = {"config": {**TOWER, "vision_cfg": vision}}
+    return {"vision_tower": tower, "language_model": {"name": str(folder / "language")}, "chat_template": "chatml"}
+
+
+def measured_start(
+    section: Callable[[Path], dict[str, Any]], folder: Path, streams: bool, out: Path
+) -> Callable[[], Any]:
+    tiny = folder.with_name("tiny")
     for first in (False, True):  # libraries import much of themselves, and set memory aside, when they are first used
-        start(folder.with_name("tiny"), streams=first)
-    return partial(start, folder, streams=streams)
+        start(section(tiny), tiny / "start", streams=first)
+    return partial(start, section(folder), folder / "start", streams=streams)
 
 
 def measured_save(folder: Path, streams: bool, out: Path) -> Callable[[], None]:
-    engine, processor = start(folder, streams=True)
+    engine, processor = start(checkpoint(folder), out, streams=True)
 
     def save() -> None:
         if streams:
@@ -107,7 +134,7 @@ def measured_save(folder: Path, streams: bool, out: Path) -> Callable[[], None]:
 
 
 def measured_save_of_adapters(folder: Path, streams: bool, out: Path) -> Callable[[], None]:
-    engine, processor = start(folder, streams=True, adapted=True)
+    engine, processor = start(checkpoint(folder), out, streams=True, adapted=True)
     model = engine.module
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -115,8 +142,7 @@ def measured_save_of_adapters(folder: Path, streams: bool, out: Path) -> Callabl
         if streams:
             stream_trained(model, trained, out / ADAPTER_DIR, SHARD_BYTES)
             if dist.get_rank() == 0:
-                section = ModelSection.model_validate({"checkpoint": str(folder)})
-                base, _ = build_model(section, None, seed=0, unread=True)
+                base, _ = build_unread(ModelSection(checkpoint=folder), None, 0, None, out, makes=True)
                 save_merged(base, LORA, processor, out, SHARD_BYTES)
             return
         state = engine._zero3_consolidated_16bit_state_dict()
@@ -129,8 +155,10 @@ def measured_save_of_adapters(folder: Path, streams: bool, out: Path) -> Callabl
     return save
 
 
-CASES = {
-    "start, without the optimizer": measured_start,
+NEW = "start of a new model, without the optimizer"
+CASES: dict[str, Callable[[Path, bool, Path], Callable[[], Any]]] = {
+    "start, without the optimizer": partial(measured_start, checkpoint),
+    NEW: partial(measured_start, joined),
     "model directory": measured_save,
     "adapters, a part that trained in full, and the merged directory": measured_save_of_adapters,
 }
@@ -193,10 +221,18 @@ def measure(ranks: int, prepare: Callable[[], Callable[[], Any]]) -> Memory:
 
 def make_models(folder: Path) -> None:
     """Checkpoints of a random model, and of a tiny one beside it."""
-    save_checkpoint(*tiny_model(moe={"language": EXPERTS}), folder.with_name("tiny"))
+    tiny = folder.with_name("tiny")
+    save_checkpoint(*tiny_model(moe={"language": EXPERTS}), tiny)
+    for place, sizes in ((tiny, {}), (folder, LARGE)):
+        model, processor = tiny_model(language={**LANGUAGE, **sizes}, tower=None)
+        causal = AutoModelForCausalLM.from_config(model.config.text_config)
+        causal.save_pretrained(place / "language")
+        processor.tokenizer.save_pretrained(place / "language")
     tower = {**TOWER, "vision_cfg": WIDE}
     model, processor = tiny_model(moe={"language": EXPERTS}, language={**LANGUAGE, **LARGE}, tower=tower)
     save_checkpoint(model, processor, folder)
+    new, _ = build_model(ModelSection.model_validate(joined(folder)), None, seed=0)
+    (folder / NEW_SIZE).write_text(str(sum(p.nbytes for p in new.parameters())), encoding="ascii")
 
 
 def main(out: Path) -> None:
@@ -207,6 +243,7 @@ def main(out: Path) -> None:
         builder.start()  # by itself, so that nothing of it is in the ranks' memory
         builder.join()
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        new_size = int((folder / NEW_SIZE).read_text(encoding="ascii"))
         results = []
         for case, make in CASES.items():
             for ranks in (2, 4):
@@ -214,7 +251,9 @@ def main(out: Path) -> None:
                     saved = Path(name) / "saved"
                     peak = measure(ranks, partial(make, folder, streams, saved))
                     shutil.rmtree(saved, ignore_errors=True)
-                    results.append({"case": case, "ranks": ranks, "streams": streams, **peak._asdict()})
+                    weights = new_size if case == NEW else size
+                    facts = {"case": case, "ranks": ranks, "streams": streams, "checkpoint_bytes": weights}
+                    results.append({**facts, **peak._asdict()})
                     print(json.dumps(results[-1]), flush=True)
     out.mkdir(parents=True, exist_ok=True)
     facts = {"date": str(date.today()), "commit": git_state().get("commit", "?")[:10], "checkpoint_bytes": size}
@@ -224,20 +263,24 @@ def main(out: Path) -> None:
 
 def report(facts: dict[str, Any], results: list[dict[str, Any]]) -> str:
     size = facts["checkpoint_bytes"]
+    new = next(result["checkpoint_bytes"] for result in results if result["case"] == NEW)
     lines = [
         "# Host memory of ZeRO-3's starts and saves",
         "",
         f"`python tests/train/scale_memory.py eval/results/scale_memory`, {facts['date']}, {facts['commit']}: ranks on",
         f"a CPU (gloo), a random model of {size / 4e6:.0f}M parameters in float32 ({size / MIB:,.0f} MiB), shards of",
-        f"{SHARD_BYTES // MIB} MiB. Peaks of all ranks together beyond what they had before, in MiB: PSS, in which a",
-        "page that several map counts once (beside it in checkpoints), and RSS.",
+        f"{SHARD_BYTES // MIB} MiB; the new model, which joins a language model's directory and a tower with random",
+        f"weights, has {new / 4e6:.0f}M ({new / MIB:,.0f} MiB).",
+        "Peaks of all ranks together beyond what they had before, in MiB: PSS, in which a page that",
+        "several map counts once (beside it in checkpoints), and RSS.",
         "",
         "| | processes | whole: PSS | RSS | streamed: PSS | RSS |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for whole, streamed in zip(results[::2], results[1::2], strict=True):
         cells = [
-            f"{one['pss'] / MIB:,.0f} ({one['pss'] / size:.2f}) | {one['rss'] / MIB:,.0f}" for one in (whole, streamed)
+            f"{one['pss'] / MIB:,.0f} ({one['pss'] / one['checkpoint_bytes']:.2f}) | {one['rss'] / MIB:,.0f}"
+            for one in (whole, streamed)
         ]
         lines.append(f"| {whole['case']} | {whole['ranks']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -13,6 +13,8 @@ import deepspeed
 import pytest
 import torch
 from launch_kit import train_launched
+from safetensors.torch import load_file
+from stage_kit import fresh_model, read_metrics
 from tiny import tiny_model
 from torch import Tensor
 
@@ -22,9 +24,11 @@ from llava_compete.parts import Part
 from llava_compete.train.adapters import with_adapters
 from llava_compete.train.config import PartTraining
 from llava_compete.train.sharded_start import is_unread, partition
+from llava_compete.train.starting_point import HANDOVER
 
-sys.path.append(str(Path(__file__).parents[1] / "moe"))
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("moe", "model")]
 from group_kit import of_ranks
+from start_kit import named, save_language_model, save_tower
 
 RANKS = 3
 ADAPTED: dict[Part, PartTraining] = {"vision": PartTraining(mode="lora"), "language": PartTraining(mode="lora")}
@@ -101,3 +105,34 @@ def test_a_stage_that_began_with_parts_goes_on_as_if_it_had_not_stopped(
     shutil.copytree(straight / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
     again = run("again")
     assert (again / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("joined", [False, True], ids=["random", "joined, with adapters"])
+def test_a_new_model_that_ranks_read_in_parts_trains_as_one_that_each_built(
+    data: Path, tmp_path: Path, joined: bool
+) -> None:
+    """ZeRO-3 against ZeRO-2, where every rank builds the model whole."""
+    model, trainable = fresh_model(), {}
+    if joined:
+        language, tower = save_language_model(tmp_path / "language"), save_tower(tmp_path / "tower", pickled=False)
+        model = named(tower, language).model_dump(mode="json", exclude_unset=True)
+        trainable = {"trainable": {"vision": "full", "projector": "full", "language": {"mode": "lora", "lora_rank": 2}}}
+        model |= {"chat_template": "plain"}  # of which adapters would not train new tokens
+    runs = {
+        zero: train_launched(
+            *(data, tmp_path, zero, 4, 1),
+            **{"stage": "pft", "model": model, "deepspeed": zero, "training": {"max_steps": 2}, **trainable},
+        )
+        for zero in ("zero2", "zero3")
+    }
+    for whole, parts in zip(*(read_metrics(out) for out in runs.values()), strict=True):
+        assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+        assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
+    expected, found = (load_file(out / "model.safetensors") for out in runs.values())
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    assert (runs["zero3"] / "config.json").read_bytes() == (runs["zero2"] / "config.json").read_bytes()
+    assert not (runs["zero3"] / HANDOVER).exists()

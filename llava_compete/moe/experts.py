@@ -8,6 +8,7 @@ fused, gate first) and plain, biases optional.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +23,9 @@ from llava_compete.moe.coupling import coupling_loss
 from llava_compete.moe.implementations import ExpertWeights, choose
 from llava_compete.moe.judged import JudgedOutput, Judgement
 from llava_compete.moe.layer_config import MoeLayerConfig
-from llava_compete.moe.parallel import ExpertRanks
+from llava_compete.moe.parallel import Call, ExpertRanks
 from llava_compete.moe.precision import compute_dtype, without_autocast
 from llava_compete.moe.recomputed import Recomputation, RecomputedContest, chunks
-from llava_compete.moe.routers import with_shared
 from llava_compete.moe.slots import Slots
 
 # Elements of all experts' outputs, or of their hidden rows where the loss judges, at a time where a competition runs in
@@ -159,13 +159,22 @@ class PackedExperts(nn.Module):
             x_TD = x_TD.to(weights.down.dtype)
             if choices_TC is None or weights_TC is None:
                 return self._compete(weights, x_TD)._replace(coupling=coupling)
-            run = self._run if self.ranks is None else self._run_across
-            output_TO, answers = run(weights, x_TD, choices_TC, weights_TC, shared_weight, heard_T)
+            calls: list[Call] = []
+            if self.ranks is None:
+                output_TO, answers = self._run(weights, x_TD, choices_TC, weights_TC, shared_weight, heard_T)
+            else:
+                ranks = self.ranks
+
+                def call() -> None:  # a competition that teaches gathers its tokens while the chosen experts run
+                    calls.append(ranks.call(x_TD.detach()))
+
+                options = (shared_weight, heard_T, call if teaches else None)
+                output_TO, answers = self._run_across(weights, x_TD, choices_TC, weights_TC, *options)
             if judged_logits_TE is not None and self._has_answers:
                 output_TO = self._judged(weights, output_TO, judged_logits_TE, x_TD, choices_TC)
             if answers is None and coupling is None and not teaches:
                 return output_TO
-            contest = self._responses(weights, x_TD) if teaches else None
+            contest = self._responses(weights, x_TD, calls) if teaches else None
             return ExpertsOutput(output_TO, contest, answers, coupling)
 
     def coupling(self, proxies_RD: Tensor, up_EMD: Tensor) -> Tensor:
@@ -199,30 +208,51 @@ class PackedExperts(nn.Module):
         weights_TC: Tensor,
         shared_weight: float,
         heard_T: Tensor | None,
+        begin: Callable[[], None] | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The same over ranks: each runs its experts on the rows that come to it, one choice of weight 1 a row. The
-        answers have zeros for the experts of others."""
+        answers have zeros for the experts of others. `begin` is called when rows have come."""
         assert self.ranks is not None
+        beside = self._borrowed(weights, shared_weight) if shared_weight else None
         if shared_weight:
-            choices_TC = with_shared(choices_TC, self.num_experts - 1)
-            weights_TC = with_shared((1 - shared_weight) * weights_TC, shared_weight)
+            weights_TC = (1 - shared_weight) * weights_TC
         else:
             choices_TC, weights_TC = self.slots.runs(choices_TC, weights_TC)
         found: list[Tensor | None] = []
 
         def run(x_RD: Tensor, expert_R1: Tensor, heard_R: Tensor | None) -> Tensor:
+            if begin is not None:
+                begin()
             one_R1 = x_RD.new_ones(expert_R1.shape, dtype=torch.float32)
             y_RO, answers_LP = self._run(weights, x_RD, expert_R1, one_R1, 0.0, heard_R)
             found.append(answers_LP)
             return y_RO
 
-        output_TO = self.ranks.run_chosen(x_TD, choices_TC, weights_TC, run, heard_T)
+        output_TO = self.ranks.run_chosen(x_TD, choices_TC, weights_TC, run, heard_T, beside)
         (answers_LP,) = found
         if answers_LP is None:
             return output_TO, None
         answers_EP = answers_LP.new_zeros(self.num_experts, answers_LP.shape[1])
         answers_EP[self.ranks.local] = answers_LP
         return output_TO, answers_EP
+
+    def _borrowed(self, weights: ExpertWeights, shared_weight: float) -> Callable[[Tensor], Tensor]:
+        """The shared expert's part in the outputs [t, O] of tokens [t, D], by its weights, which come from its rank."""
+        assert self.ranks is not None
+        names = [name for name in ("up", "up_bias", "down", "down_bias") if getattr(weights, name) is not None]
+        loan = self.ranks.lend(tuple(getattr(weights, name) for name in names))
+        shared: list[ExpertWeights] = []
+
+        def run(x_tD: Tensor) -> Tensor:
+            if not shared:
+                lent: dict[str, Any] = {"up_bias": None, "down_bias": None}
+                lent |= dict(zip(names, loan.wait(), strict=True))
+                shared.append(ExpertWeights(**lent, **{**self.weights_options, "slots": Slots(1)}))
+            first_t1 = torch.zeros(len(x_tD), 1, dtype=torch.int64, device=x_tD.device)
+            weight_t1 = torch.full_like(first_t1, shared_weight, dtype=torch.float32)
+            return self._run(shared[0], x_tD, first_t1, weight_t1, 0.0, None)[0]
+
+        return run
 
     @property
     def _has_answers(self) -> bool:
@@ -272,11 +302,12 @@ class PackedExperts(nn.Module):
         return act_fn(gate) * up
 
     @torch.no_grad()
-    def _responses(self, weights: ExpertWeights, x_TD: Tensor) -> Responses:
-        """What a competition finds that only teaches."""
+    def _responses(self, weights: ExpertWeights, x_TD: Tensor, calls: list[Call]) -> Responses:
+        """What a competition finds that only teaches; over ranks it has been called."""
         if self.ranks is None:
             return self._respond(weights, x_TD)
-        return self.ranks.respond(x_TD, self.num_winners, lambda x_GD: self._respond(weights, x_GD).affinity_TE)
+        (call,) = calls
+        return self.ranks.respond(call, self.num_winners, lambda x_GD: self._respond(weights, x_GD).affinity_TE)
 
     def _respond(self, weights: ExpertWeights, x_TD: Tensor) -> Responses:
         """By the experts of `weights`, in chunks and without dropout, so that nothing is kept."""

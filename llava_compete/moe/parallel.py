@@ -4,6 +4,7 @@ The mathematics stays where it is. A rank runs its own experts by the functions 
 tokens that others sent; the rest of the block, from the router to the losses, sees tokens, affinities and outputs as if
 all experts were here. What a passage needs from the host are the numbers of rows that each rank sends to each: one
 vector a layer on a router's step. Every rank comes to every passage, forwards and backwards, also without a token.
+A shared expert, which every token would have to travel to, travels itself (`Loan`), and runs while rows do.
 
 Backwards a passage goes the other way, so that a rank's experts get the gradients of all the group's losses. Nothing is
 dropped: in the worst case one rank gets the tokens of all. Suffixes: T tokens of this rank, G of all ranks of the group
@@ -14,7 +15,7 @@ width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from llava_compete.moe.competition import Picked, Responses
 from llava_compete.moe.pairs import Combine, Dispatch, DistinctRows, Pairs
+from llava_compete.moe.passages import Flight, Gather, Loan, Passage, exchanged, gathering
 from llava_compete.moe.routers import top_experts
 
 
@@ -33,6 +35,13 @@ class Trip(NamedTuple):
     sent: list[int]  # rows to each rank
     received: list[int]
     expert_R: Tensor  # int64, from 0 in this rank's experts; rows of a rank come by expert
+
+
+class Call(NamedTuple):
+    """Tokens of all ranks on their way here, and how many each has."""
+
+    lengths: list[int]
+    flight: Flight
 
 
 class ExpertRanks:
@@ -57,6 +66,7 @@ class ExpertRanks:
         weights_TK: Tensor,
         run: Callable[[Tensor, Tensor, Tensor | None], Tensor],
         heard_T: Tensor | None,
+        beside: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """The weighted sums [T, O] of the selected experts' outputs.
 
@@ -64,14 +74,21 @@ class ExpertRanks:
             selected_TK: numbers of experts, E for none.
             run: rows [R, D], their experts here [R, 1] and which of them are heard [R], to outputs [R, O].
             heard_T: 1 for each token whose answers count, else 0; None where nobody asks.
+            beside: this rank's tokens [t, D] to what is added to their sums [t, O]. Half of them run while rows travel
+                to the experts, half while outputs come back.
         """
         trip = self._plan(selected_TK)
         pairs, travels = trip.pairs, sum(trip.sent)  # rows of no expert, which come last, stay
-        heard_R = None if heard_T is None else self._there(heard_T.index_select(0, pairs.token_P)[:travels], trip)
-        x_RD = self._there(Dispatch.apply(x_TD, pairs)[:travels], trip)
-        y_PO = self._back(run(x_RD, trip.expert_R[:, None], heard_R), trip)
-        y_PO = F.pad(y_PO, (0, 0, 0, len(pairs.token_P) - travels))
-        return Combine.apply(y_PO, weights_TK.to(y_PO.dtype), pairs)
+        going = self._there(Dispatch.apply(x_TD, pairs)[:travels], trip)
+        heard = None if heard_T is None else self._there(heard_T.index_select(0, pairs.token_P)[:travels], trip)
+        first, second = x_TD.tensor_split(2)
+        added = [] if beside is None else [beside(first)]
+        x_RD, heard_R = going.wait(), None if heard is None else heard.wait()
+        coming = self._back(run(x_RD, trip.expert_R[:, None], heard_R), trip)
+        added += [] if beside is None else [beside(second)]
+        y_PO = F.pad(coming.wait(), (0, 0, 0, len(pairs.token_P) - travels))
+        output_TO = Combine.apply(y_PO, weights_TK.to(y_PO.dtype), pairs)
+        return output_TO + torch.cat(added) if added else output_TO
 
     def _plan(self, selected_TK: Tensor) -> Trip:
         pairs = Pairs.sort(selected_TK, self.num_experts, has_idle=True)
@@ -83,11 +100,15 @@ class ExpertRanks:
         expert_R = torch.repeat_interleave(experts_NL.flatten(), received_NL.flatten(), output_size=sum(received))
         return Trip(pairs, sent, received, expert_R)
 
-    def _there(self, rows_PH: Tensor, trip: Trip) -> Tensor:
-        return _Exchange.apply(rows_PH, trip.sent, trip.received, self.group)
+    def _there(self, rows_PH: Tensor, trip: Trip) -> Passage:
+        return Passage(rows_PH, trip.sent, trip.received, self.group)
 
-    def _back(self, rows_RH: Tensor, trip: Trip) -> Tensor:
-        return _Exchange.apply(rows_RH, trip.received, trip.sent, self.group)
+    def _back(self, rows_RH: Tensor, trip: Trip) -> Passage:
+        return Passage(rows_RH, trip.received, trip.sent, self.group)
+
+    def lend(self, packed: tuple[Tensor, ...]) -> Loan:
+        """Begin to lend the last expert to all ranks; `packed` are this rank's parameters."""
+        return Loan(packed, self.group)
 
     # ---- a competition ----
 
@@ -100,25 +121,29 @@ class ExpertRanks:
                 wins among all has won here: so many winners of each rank are enough, and no other output is kept.
         """
         lengths = self._lengths(x_TD)
-        here = contest(_Gather.apply(x_TD, lengths, self.group), min(num_winners, self.num_local))
+        here = contest(Gather.apply(x_TD, lengths, self.group), min(num_winners, self.num_local))
         affinity_TE = self._home(here.affinity_TE, lengths)
         # A token's affinities are NaN where one output is not finite: also those of the other ranks' experts.
         affinity_TE = torch.add(affinity_TE, affinity_TE.sum(-1, keepdim=True), alpha=0)
         winners_TK = top_experts(affinity_TE.detach(), num_winners)
         trip = self._plan(winners_TK)
         start = sum(lengths[: self.rank])
-        token_R = self._there(trip.pairs.token_P + start, trip)
+        token_R = self._there(trip.pairs.token_P + start, trip).wait()
         slot_R = (here.winners_TK.index_select(0, token_R) == trip.expert_R[:, None]).int().argmax(1)
         rows_R = token_R * here.winners_TK.shape[1] + slot_R
-        won_PO = self._back(DistinctRows.apply(here.won_TKO.flatten(0, 1), rows_R), trip)
+        won_PO = self._back(DistinctRows.apply(here.won_TKO.flatten(0, 1), rows_R), trip).wait()
         won_TKO = DistinctRows.apply(won_PO, trip.pairs.place_TK.flatten()).view(*winners_TK.shape, won_PO.shape[1])
         return Picked(affinity_TE, winners_TK, won_TKO)
 
-    @torch.compiler.disable
-    def respond(self, x_TD: Tensor, num_winners: int, respond: Callable[[Tensor], Tensor]) -> Responses:
-        """Affinities and winners of a competition that only teaches; `respond`: tokens [G, D] to affinities [G, L]."""
+    def call(self, x_TD: Tensor) -> Call:
+        """Begin to gather tokens, without gradients."""
         lengths = self._lengths(x_TD)
-        affinity_TE = self._home(respond(_gathered(x_TD, lengths, self.group)), lengths)
+        return Call(lengths, gathering(x_TD, lengths, self.group))
+
+    @torch.compiler.disable
+    def respond(self, call: Call, num_winners: int, respond: Callable[[Tensor], Tensor]) -> Responses:
+        """Affinities and winners of a competition that only teaches; `respond`: tokens [G, D] to affinities [G, L]."""
+        affinity_TE = self._home(respond(call.flight.wait()), call.lengths)
         affinity_TE = torch.add(affinity_TE, affinity_TE.sum(-1, keepdim=True), alpha=0)
         return Responses(affinity_TE, top_experts(affinity_TE, num_winners))
 
@@ -138,9 +163,11 @@ class ExpertRanks:
         """
         lengths = self._lengths(x_TD)
         contested_NTL = contested_TE.view(-1, self.size, self.num_local).transpose(0, 1)
+        here = [lengths[self.rank]] * self.size
         # As bytes: not every backend sends booleans.
-        contested_GL = self._spread(contested_NTL.flatten(0, 1).to(torch.uint8), lengths).bool()
-        x_GD, grad_GO = (_gathered(tensor, lengths, self.group) for tensor in (x_TD, grad_TO))
+        asked = Flight(contested_NTL.flatten(0, 1).to(torch.uint8), here, lengths, self.group)
+        coming = [gathering(tensor, lengths, self.group) for tensor in (x_TD, grad_TO)]
+        contested_GL, x_GD, grad_GO = asked.wait().bool(), *(flight.wait() for flight in coming)
         return self._home(values(x_GD, grad_GO, contested_GL), lengths)
 
     # ---- passages ----
@@ -155,48 +182,5 @@ class ExpertRanks:
     def _home(self, values_GL: Tensor, lengths: list[int]) -> Tensor:
         """Values of all tokens and this rank's experts -> of this rank's tokens and all experts, [T, E]."""
         here = [lengths[self.rank]] * self.size
-        values_NTL = _Exchange.apply(values_GL, lengths, here, self.group).view(self.size, here[0], self.num_local)
+        values_NTL = exchanged(values_GL, lengths, here, self.group).view(self.size, here[0], self.num_local)
         return values_NTL.transpose(0, 1).reshape(here[0], self.num_experts)
-
-    def _spread(self, rows_NT: Tensor, lengths: list[int]) -> Tensor:
-        """Rows for each rank, as many as tokens, one rank's behind another's -> those for this one, [G, ...]."""
-        return _exchanged(rows_NT, [lengths[self.rank]] * self.size, lengths, self.group)
-
-
-class _Exchange(torch.autograd.Function):
-    """Rows by the rank that they go to -> rows by the rank that they are from; `sent` and `received` are numbers."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.back = received, sent, group
-        return _exchanged(rows, sent, received, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchanged(grad, *ctx.back), None, None, None
-
-
-class _Gather(torch.autograd.Function):
-    """Tokens of this rank -> of all, by rank; backwards each rank's sum over what all made of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, lengths: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.lengths, ctx.group, ctx.here = lengths, group, len(x_TH)
-        return _gathered(x_TH, lengths, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad_GH: Tensor) -> tuple[Tensor, None, None]:
-        size = len(ctx.lengths)
-        grad_NTH = _exchanged(grad_GH, ctx.lengths, [ctx.here] * size, ctx.group).view(size, ctx.here, -1)
-        return grad_NTH.sum(0), None, None
-
-
-def _exchanged(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-    here = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(here, rows.contiguous(), received, sent, group=group)
-    return here
-
-
-def _gathered(x_TH: Tensor, lengths: list[int], group: dist.ProcessGroup) -> Tensor:
-    """By a passage from all to all, since ranks have unlike numbers of tokens."""
-    return _exchanged(x_TH.repeat(len(lengths), 1), [len(x_TH)] * len(lengths), lengths, group)

@@ -75,7 +75,8 @@ class Weights:
 
 @dataclass(frozen=True)
 class Layer:
-    """One mixture in one micro-batch: tokens, their width and their outputs', choices, experts, bytes of a number."""
+    """One mixture in one micro-batch: tokens, their width and their outputs', choices that travel, experts, bytes of a
+    number; `lent`: parameters of a shared expert, which travels in place of its tokens."""
 
     part: Part
     tokens: int
@@ -85,6 +86,7 @@ class Layer:
     experts: int
     itemsize: int
     judged: bool
+    lent: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,9 @@ def _layer(block: SparseMoeBlock, tokens: int, itemsize: int) -> Layer:
     output, width = packed.down_proj.shape[1], block.hidden_size
     choices, experts = block.config.num_experts_per_tok, block.config.num_experts
     judged = block.config.competition_judge == "loss" and block.config.competition_answers != "mean"
-    return Layer(block.part, tokens, width, output, choices, experts, itemsize, judged)  # type: ignore[arg-type]
+    lent = sum(parameter[0].numel() for parameter in packed.parameters(recurse=False)) if block.router.num_shared else 0
+    choices -= lent > 0
+    return Layer(block.part, tokens, width, output, choices, experts, itemsize, judged, lent)  # type: ignore[arg-type]
 
 
 def collective(size: float, members: int, apart: int, cluster: Cluster) -> Sent:
@@ -150,12 +154,13 @@ def reductions(weights: Weights, zero_stage: int, spread: int, accumulation: int
 
 
 def travel(layer: Layer, spread: int, checkpointing: bool, cluster: Cluster) -> Sent:
-    """Of a router's step: tokens there and outputs back for each choice, forwards (with checkpointing twice) and
-    backwards."""
+    """Of a router's step: tokens there and outputs back for each choice, and a shared expert's weights, forwards (with
+    checkpointing twice) and backwards, where these are gradients in float32."""
     if spread == 1:
         return Sent()
     rows = layer.choices * layer.tokens * (layer.width + layer.output) * layer.itemsize
-    return passage(rows, spread, cluster) * (3 if checkpointing else 2)
+    forwards = passage(rows + layer.lent * layer.itemsize, spread, cluster)
+    return forwards * (2 if checkpointing else 1) + passage(rows + layer.lent * 4, spread, cluster)
 
 
 def contest(layer: Layer, spread: int, checkpointing: bool, cluster: Cluster) -> Sent:

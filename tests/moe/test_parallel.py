@@ -14,6 +14,7 @@ from group_kit import of_ranks
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from llava_compete.moe import passages
 from llava_compete.moe.block import SparseMoeBlock
 from llava_compete.moe.parallel import ExpertRanks
 from llava_compete.moe.router_table import ROUTER_CLASSES
@@ -137,6 +138,40 @@ def spread(case: Case, ranks: int, rank: int) -> dict[str, Tensor]:
 def test_cases_that_send_all_tokens_to_one_rank_do(name: str) -> None:
     load_E = together(CASES[name], 2)["sums"][1:5]
     assert load_E[:2].sum() == load_E.sum() > 0
+
+
+def watched(rank: int) -> list[str]:
+    """What one rank begins, waits for and computes in a step of a shared router, in order."""
+    found: list[str] = []
+    begin, wait = passages.Flight.__init__, passages.Flight.wait
+
+    def begins(self: passages.Flight, rows: Tensor, *where: Any) -> None:
+        begin(self, rows, *where)
+        found.append("begin")
+
+    def waits(self: passages.Flight) -> Tensor:
+        found.append("wait")
+        return wait(self)
+
+    def computes(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found.append("product")
+        output.register_hook(lambda _: found.append("gradient"))
+
+    case = Case({"router": "shared_softmax", "num_experts_per_tok": 3})
+    block, mine = make(case), data(case, 2)
+    block.experts.spread(ExpertRanks(4, dist.group.WORLD))
+    block.experts.act_fn.register_forward_hook(computes)
+    passages.Flight.__init__, passages.Flight.wait = begins, waits  # type: ignore[method-assign]
+    step(block, *mine[rank], 5, case)
+    return found
+
+
+def test_the_shared_expert_runs_while_rows_travel() -> None:
+    """On both ways, forwards and backwards; between the two run the experts that rows have come to."""
+    forwards = ["begin", "product", "wait", "product", "begin", "product", "wait"]
+    backwards = ["begin", "gradient", "wait", "gradient", "begin", "gradient", "wait"]
+    for found in of_ranks(2, watched):
+        assert found == forwards + backwards
 
 
 def errors(case: Case, ranks: int, parts: list[dict[str, Tensor]]) -> dict[str, float]:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from llava_compete.cli import main
-from llava_compete.moe import parallel
+from llava_compete.moe import passages
 from llava_compete.moe.block import SparseMoeBlock
 from llava_compete.moe.layer_config import MoeLayerConfig
 from llava_compete.moe.parallel import ExpertRanks
@@ -50,33 +50,36 @@ def _sent(config: dict[str, Any], competing: bool) -> int:
     block.experts.spread(ExpertRanks(4, dist.group.WORLD))
     block.state.competition_enabled, block.state.competing = True, frozenset({block.name} if competing else ())
     block.state.begin("language", TokenGroups.from_mask(torch.ones(1, TOKENS), 2))
-    found, plain = [], parallel._exchanged
+    found, flight, mail = [], passages.Flight.__init__, passages._Mail.send
 
-    def counted(rows: torch.Tensor, *where: Any) -> torch.Tensor:
-        found.append(rows.nbytes)
-        return plain(rows, *where)
+    def counted(self: Any, rows: torch.Tensor, *where: Any, **how: Any) -> None:
+        found.append(rows.nbytes)  # what one rank sends to all, or all to one: on average so much of each
+        (flight if isinstance(self, passages.Flight) else mail)(self, rows, *where, **how)
 
-    parallel._exchanged = counted
+    passages.Flight.__init__ = passages._Mail.send = counted
     try:
         with block.state.recording():
             output = block(torch.randn(1, TOKENS, WIDTH, requires_grad=True))
         (output.square().sum() + block.state.records[block.name].aux_loss).backward()
     finally:
-        parallel._exchanged = plain
+        passages.Flight.__init__, passages._Mail.send = flight, mail
     return sum(found)
 
 
 def test_passages_of_tokens_are_those_that_are_sent() -> None:
     """Over two ranks; what a rank keeps for itself is half of what it shares out evenly."""
     judged = {"competition_judge": "loss", "competition_margin": 0.0}
-    cases = [({"router": "softmax"}, False), ({}, True), (judged, False)]
+    shared = {"router": "shared_softmax"}
+    cases = [({"router": "softmax"}, False), ({}, True), (judged, False), (shared, False)]
     found = torch.tensor(of_ranks(2, lambda rank: [_sent(*case) for case in cases])).double().mean(0)
     pair = Cluster(1, 2)
     layer = Layer("language", TOKENS, WIDTH, OUTPUT, 2, 4, 4, judged=True)
+    lends = Layer("language", TOKENS, WIDTH, OUTPUT, 1, 4, 4, judged=False, lent=8 * (WIDTH + OUTPUT))
     expected = [
         travel(layer, 2, False, pair),
         contest(layer, 2, False, pair),
         travel(layer, 2, False, pair) + judgement(layer, 2, pair),
+        travel(lends, 2, False, pair),
     ]
     assert [2 * one.inside for one in expected] == found.tolist()
     assert all(one.beyond == 0 for one in expected)

@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +97,35 @@ def run_bench(folder: Path, num_rows: int, workers: tuple[int, ...]) -> dict[str
     }
 
 
+def table(by_step: dict[str, dict[str, float]]) -> list[str]:
+    """Lines of a table: each version's steps, what decoding is of their sum, and Pillow's path (version 1) over the
+    sum; over the sum without the resize too, which no way of resizing could exceed."""
+    steps = list(next(iter(by_step.values())))
+    lines = [f"| pixels | {' | '.join(steps)} | sum, ms | decoding | version 1 over it | without any resize |"]
+    lines.append("| --- " * (len(steps) + 5) + "|")
+    for name, times in by_step.items():
+        total, pillow = sum(times.values()), sum(by_step[f"{name.split(',')[0]}, version 1"].values())
+        cells = [f"{times[step]:.2f}" for step in steps]
+        cells += [f"{total:.2f}", f"{times['decode'] / total:.0%}", f"{pillow / total:.2f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} | {pillow / (total - times['resize']):.2f} |")
+    return lines
+
+
 def photographs(side: int = PHOTOGRAPH[0]) -> dict[str, Any]:
-    """Decoding and resizing of a large JPEG, whole and in draft mode: milliseconds of processor time."""
+    """Decoding and resizing of a large JPEG, whole by Pillow's path and ours, and in draft mode: milliseconds of
+    processor time."""
     width, height = side, side * PHOTOGRAPH[1] // PHOTOGRAPH[0]
     buffer = io.BytesIO()
     photograph(width, height, np.random.default_rng(0)).save(buffer, "JPEG", quality=90)
     content = [buffer.getvalue()]
     found: dict[str, Any] = {"size": [width, height], "to": TARGET_SIZE}
-    for name, draft in (("whole", False), ("draft", True)):
-        processor = LlavaCompeteImageProcessor(TARGET_SIZE, resize_mode="pad", version=LATEST_PIXELS, jpeg_draft=draft)
+    ways: tuple[tuple[str, PixelVersion, bool], ...] = (
+        ("pillow", 1, False),
+        ("whole", LATEST_PIXELS, False),
+        ("draft", LATEST_PIXELS, True),
+    )
+    for name, version, draft in ways:
+        processor = LlavaCompeteImageProcessor(TARGET_SIZE, resize_mode="pad", version=version, jpeg_draft=draft)
         seconds = [_timed(partial(processor.preprocess, content))[1] for _ in range(5)]
         found[name] = round(1000 * min(seconds), 2)
     return found
@@ -163,10 +184,12 @@ def steps(dataset: ConversationDataset, processor: Any, collate: Collator, count
     )
     items = [dataset[number] for number in numbers]
     batches = _timed(lambda: [collate(items[at : at + BATCH_SIZE]) for at in range(0, len(items), BATCH_SIZE)])
-    names = ("read", "decode", "resize", "tokenise", "collate")
+    # What a worker does with a finished batch: its tensors go into memory that the trainer shares.
+    handed = _timed(lambda: [ForkingPickler.dumps(batch) for batch in batches[0]])
+    names = ("read", "decode", "resize", "tokenise", "collate", "hand over")
     return {
         name: round(1000 * result[1] / len(numbers), 3)
-        for name, result in zip(names, (read, images, pixels, encode, batches), strict=True)
+        for name, result in zip(names, (read, images, pixels, encode, batches, handed), strict=True)
     }
 
 

@@ -168,6 +168,8 @@ class PieceEncoder:
 
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     """Length of the longest common prefix."""
+    if second[: len(first)] == first:  # nearly always, and no loop
+        return len(first)
     pairs = enumerate(zip(first, second, strict=False))
     return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
 

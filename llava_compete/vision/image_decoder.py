@@ -55,9 +55,9 @@ def open_image(source: str | Path | bytes, name: str | None = None, wanted: Want
     """
     with _opened(source, name) as (image, label):
         if wanted is None or not isinstance(image, JpegImageFile):
-            return upright_rgb(image, label)
+            return upright_rgb(image, label, ours=True)
         size = _upright_size(image, label)
-        rgb = upright_rgb(_drafted(image, size, wanted(size)), label)
+        rgb = upright_rgb(_drafted(image, size, wanted(size)), label, ours=True)
         rgb.info["draft"] = (rgb.size, size)
         return rgb
 
@@ -108,8 +108,9 @@ def _opened(source: str | Path | bytes, name: str | None) -> Iterator[tuple[Imag
             yield image, label
 
 
-def upright_rgb(image: Image.Image, label: str = "image") -> Image.Image:
-    """The RGB image that `open_image` makes of a Pillow image's file; the image itself is not changed.
+def upright_rgb(image: Image.Image, label: str = "image", *, ours: bool = False) -> Image.Image:
+    """The RGB image that `open_image` makes of a Pillow image's file; the image itself is not changed, unless it is
+    `ours` alone: then a JPEG, or a part cut out of one, comes back without a copy.
 
     Raises:
         BadImageError: as `open_image`, for an image that Pillow has opened but not yet read, or of no pixels.
@@ -126,7 +127,7 @@ def upright_rgb(image: Image.Image, label: str = "image") -> Image.Image:
             and "transparency" not in image.info
             and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
         ):
-            rgb = image.copy()
+            rgb = image if ours and type(image) in (JpegImageFile, Image.Image) else image.copy()
         else:
             rgb = _to_rgb(ImageOps.exif_transpose(image), label)
         rgb.info = {"source_mode": mode}  # and nothing of the file: its orientation would be applied twice

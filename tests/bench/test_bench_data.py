@@ -33,8 +33,15 @@ def test_the_plain_loop_reads_the_same_rows(tmp_path, few_images):
         answers = one["labels"] != IGNORE_INDEX
         assert torch.equal(one["labels"][answers], other["labels"][answers])
     times = bench.steps(ours, processor, Collator(processor), count=4)
-    assert set(times) == {"read", "decode", "resize", "tokenise", "collate"}
+    assert set(times) == {"read", "decode", "resize", "tokenise", "collate", "hand over"}
     assert times["decode"] > 0
+
+
+def test_the_table_says_what_decoding_is_of_a_sample():
+    times = {"1": {"decode": 2.0, "resize": 5.0, "collate": 1.0}, "3": {"decode": 2.0, "resize": 1.5, "collate": 0.5}}
+    *_, first, last = bench.table({f"224 pixels, version {number}": steps for number, steps in times.items()})
+    assert first == "| 224 pixels, version 1 | 2.00 | 5.00 | 1.00 | 8.00 | 25% | 1.00 | 2.67 |"
+    assert last == "| 224 pixels, version 3 | 2.00 | 1.50 | 0.50 | 4.00 | 50% | 2.00 | 3.20 |"
 
 
 def test_a_gpu_takes_the_images_that_plan_counts() -> None:

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure and print."""
-    from llava_compete.bench.data import make_rows, processor_for, run_bench
+    from llava_compete.bench.data import make_rows, processor_for, run_bench, table
     from llava_compete.bench.data_scale import run_scale
 
     with tempfile.TemporaryDirectory() as folder:
@@ -37,12 +37,14 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         write_text(arguments.json, text + "\n")
     sys.stdout.write(text + "\n")
-    over = [f"{name}: {ratio:.2f}" for name, ratio in result["pillow_over"].items() if not name.endswith("version 1")]
-    sys.stdout.write(f"time of Pillow's path (version 1) over that of others: {'; '.join(over)}\n")
+    sys.stdout.write(
+        "\n".join(["milliseconds of processor time a sample:", *table(result["milliseconds_by_step"]), ""])
+    )
     photo = result["large_photographs"]
     sys.stdout.write(
-        f"a JPEG of {photo['size'][0]}x{photo['size'][1]} to {photo['to']} pixels: {photo['whole']:.0f} ms, with "
-        f"jpeg_draft {photo['draft']:.0f} ms\n"
+        f"a JPEG of {photo['size'][0]}x{photo['size'][1]} to {photo['to']} pixels: {photo['pillow']:.0f} ms by version "
+        f"1, {photo['whole']:.0f} by the latest ({photo['pillow'] / photo['whole']:.2f}), with jpeg_draft "
+        f"{photo['draft']:.0f} ({photo['pillow'] / photo['draft']:.2f})\n"
     )
     gpu = result["gpu"]
     rate, workers = gpu["samples_per_second_a_worker"], gpu["workers"]

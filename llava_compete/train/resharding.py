@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from deepspeed.checkpoint import ds_to_universal
+from torch import nn
 
 from llava_compete.errors import UserError
 
@@ -49,6 +50,28 @@ def convert(checkpoint: Path) -> None:
 def load_universal(sharding: Any) -> None:
     """Make DeepSpeed read the merged files; `sharding` is the Trainer's DeepSpeed config."""
     sharding.config.setdefault("checkpoint", {})["load_universal"] = True
+
+
+@torch.no_grad()
+def load_buffers(model: nn.Module, checkpoint: Path) -> None:
+    """Give `model` the buffers of the run that wrote `checkpoint`: DeepSpeed reads parameters from merged files, and
+    nothing else, so that a router's bias and a batch norm's statistics would begin anew.
+
+    Raises:
+        UserError: a buffer that is not there.
+    """
+    folder = checkpoint / (checkpoint / LATEST).read_text(encoding="utf-8").strip()
+    stored: dict[str, Any] = {}
+    # Of ZeRO-3 there is a file a rank; buffers are whole in each.
+    for path in sorted(folder.glob("*_model_states.pt"))[:1]:
+        stored = torch.load(path, map_location="cpu", mmap=True, weights_only=False)["module"]
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in parameters or not isinstance(tensor, torch.Tensor):
+            continue
+        if name not in stored:
+            raise UserError(f"{folder}: has no buffer {name}, which the model has")
+        tensor.copy_(stored[name])
 
 
 def mend_loaded_state(optimizer: Any, settings: Sequence[dict[str, Any]], rates: Sequence[float]) -> None:

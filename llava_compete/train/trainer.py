@@ -246,6 +246,7 @@ class StageTrainer(SavingTrainer):
             group.update({key: now[key] for key in _OBEYED if key in now}, lr=rate)
         if self.deepspeed is not None and self.deepspeed.load_universal_checkpoint():
             universal.mend_loaded_state(optimizer, self._group_settings, rates)
+            universal.load_buffers(self.deepspeed.module, Path(checkpoint))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         """The step's gradient norm; a non-finite one marks the step as bad and keeps it from the weights."""

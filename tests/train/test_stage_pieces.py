@@ -293,3 +293,24 @@ def test_loaded_universal_state_gets_its_own_steps_and_settings() -> None:
         ("a", 0.01, 0.5),
         ("b", 0.02, 0.5),
     ]
+
+
+def test_buffers_come_with_a_universal_checkpoint(tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+
+    trained, fresh = model(), model()
+    trained(torch.randn(4, 2))
+    state, weights = trained.state_dict(), fresh[0].weight.detach().clone()
+    (tmp_path / "latest_universal").write_text("global_step1_universal", encoding="utf-8")
+    file = tmp_path / "global_step1_universal" / "mp_rank_00_model_states.pt"
+    file.parent.mkdir()
+    torch.save({"module": state}, file)
+    universal.load_buffers(fresh, tmp_path)
+    assert torch.equal(fresh[1].running_mean, trained[1].running_mean)
+    assert int(fresh[1].num_batches_tracked) == 1
+    assert torch.equal(fresh[0].weight, weights), "DeepSpeed reads parameters"
+    del state["1.running_var"]
+    torch.save({"module": state}, file)
+    with pytest.raises(UserError, match=r"has no buffer 1\.running_var"):
+        universal.load_buffers(fresh, tmp_path)

@@ -25,6 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from llava_compete.bench.train import CPU_SHAPE, GPU_LIMIT, fit, run_bench
+    from llava_compete.manifest import package_versions
 
     shape, device = CPU_SHAPE, torch.device("cpu")
     if torch.cuda.is_available():
@@ -46,4 +47,4 @@ def run(arguments: argparse.Namespace) -> None:
     sys.stdout.write(f"softmax over dense        {result['softmax_over_dense']:+.1%}  (aim: at most 15%)\n")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.json, result)
+        write_json(arguments.json, {**result, "versions": package_versions()})

@@ -1,7 +1,7 @@
 """A model directory out of weights that no rank holds whole: gathered tensor by tensor, written shard by shard.
 
 Under ZeRO-3 each parameter is put together from all ranks, and experts that are spread over ranks by the first group of
-them. All ranks go through the tensors in one order; rank 0 holds one shard of them at a time, the others one tensor.
+them. All ranks go through the tensors in one order; rank 0 holds one shard of them at a time, the others their parts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
 from torch import Tensor
 
 from llava_compete.model.build import save_checkpoint
@@ -44,6 +45,8 @@ class _Held(NamedTuple):
             return _on_first(self.tensor.detach().contiguous(), self.ranks)
         if not hasattr(self.tensor, "ds_shape"):
             return self._copied() if _is_first() else None
+        if _lies_in_parts(self.tensor):
+            return _joined(self.tensor)
         with deepspeed.zero.GatheredParameters([self.tensor]):
             return self._copied() if _is_first() else None
 
@@ -105,6 +108,25 @@ def _held(model: Any) -> Iterator[tuple[str, _Held]]:
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
                 yield f"{path}.{name}".lstrip("."), _Held(buffer, None)
+
+
+def _lies_in_parts(parameter: Any) -> bool:
+    """Whether all ranks have plain parts of it at hand: not read from disks, not quantised, not whole just now."""
+    part = parameter.ds_tensor
+    return (
+        parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE
+        and part.status == PartitionedParamStatus.AVAILABLE
+        and not hasattr(part, "ds_quant_scale")
+        and dist.get_world_size(parameter.ds_process_group) == dist.get_world_size()
+    )
+
+
+def _joined(parameter: Any) -> Tensor | None:
+    """The parts of all ranks, on rank 0 alone: DeepSpeed's gathering makes it whole on each, on a CPU twice."""
+    part, group = parameter.ds_tensor.detach().contiguous(), parameter.ds_process_group
+    flat = part.new_empty(len(part) * dist.get_world_size(group)) if _is_first() else None
+    dist.gather(part, None if flat is None else list(flat.split(len(part))), dst=0, group=group)
+    return None if flat is None else flat[: parameter.ds_numel].view(parameter.ds_shape).cpu()
 
 
 def _on_first(here: Tensor, ranks: ExpertRanks) -> Tensor | None:

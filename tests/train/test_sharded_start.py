@@ -19,8 +19,11 @@ from tiny import tiny_model
 from torch import Tensor
 
 from llava_compete.model.build import load_checkpoint, save_checkpoint
+from llava_compete.model.checkpoint import read_weight_headers
+from llava_compete.model.lora import TRAINED
 from llava_compete.model.unread import load_unread
 from llava_compete.parts import Part
+from llava_compete.train import streaming
 from llava_compete.train.adapters import with_adapters
 from llava_compete.train.config import PartTraining
 from llava_compete.train.sharded_start import is_unread, partition
@@ -40,8 +43,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def whole(directory: Path, half: bool, rank: int) -> dict[str, Any]:
-    """The model of all ranks' parts by rank 0; of the others how many numbers they hold."""
+def parts(directory: Path, half: bool, rank: int) -> Any:
+    """The model of which this rank has its part alone."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
@@ -52,6 +55,12 @@ def whole(directory: Path, half: bool, rank: int) -> dict[str, Any]:
     assert is_unread(model)
     partition(model, {**CONFIG, "bf16": {"enabled": half}})
     assert not is_unread(model)
+    return model
+
+
+def whole(directory: Path, half: bool, rank: int) -> dict[str, Any]:
+    """The model of all ranks' parts, and how many numbers this one holds."""
+    model = parts(directory, half, rank)
     held = sum(parameter.ds_tensor.numel() for parameter in model.parameters())
     values: dict[str, Any] = {**dict(model.named_buffers())}
     for name, parameter in model.named_parameters():
@@ -85,6 +94,23 @@ def test_parts_of_all_ranks_are_the_plain_load(directory: Path, half: bool) -> N
         for name, tensor in expected.items():
             is_parameter = isinstance(tensor, torch.nn.Parameter)
             assert torch.equal(found[name], tensor.to(torch.bfloat16) if half and is_parameter else tensor), name
+
+
+def saved(directory: Path, half: bool, out: Path, rank: int) -> None:
+    model = parts(directory, half, rank)
+    wrong = [name for name, one in streaming._held(model) if (one.whole() is None) != (rank > 0)]
+    assert not wrong
+    streaming.stream_trained(model, dict(model.named_parameters()), out, 2**14)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_parts_are_joined_on_rank_0_alone_and_saved(directory: Path, half: bool, tmp_path: Path) -> None:
+    of_ranks(RANKS, lambda rank: saved(directory, half, tmp_path, rank))
+    found, expected = read_weight_headers(tmp_path, TRAINED), plain(directory)
+    parameters = {name for name, tensor in expected.items() if isinstance(tensor, torch.nn.Parameter)}
+    assert found.keys() == parameters
+    for name, facts in found.items():
+        assert torch.equal(facts.whole(), expected[name].to(torch.bfloat16) if half else expected[name]), name
 
 
 @pytest.mark.slow

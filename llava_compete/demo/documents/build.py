@@ -9,6 +9,8 @@ folder:
     eval/documents_{receipt,table,chart,letter}_test.parquet    a page and a question a row
     eval/meta.json  rows, chance, blind and SHA-256 of each test; SHA-256 of the training files and of the fonts
 
+`FORMS` are the same of filled forms (`forms`): eight questions a page in instruct.json, one test, documents_form.
+
 Columns of a test: image (embedded), question, answer, type, id. Everything follows from the seeds, page by page; pixels
 also from the fonts' version and Pillow's.
 """
@@ -18,9 +20,9 @@ from __future__ import annotations
 import hashlib
 import random
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -32,25 +34,62 @@ from llava_compete.demo.build import (
     write_llava_json,
     write_test_table,
 )
-from llava_compete.demo.documents.layouts import LAYOUTS
-from llava_compete.demo.documents.paper import fonts_digest
+from llava_compete.demo.documents.forms import form
+from llava_compete.demo.documents.layouts import LAYOUTS, Page
+from llava_compete.demo.documents.paper import Question, fonts_digest
 from llava_compete.files import read_json, write_json
 
 GENERATOR = "1"  # raise when the same settings give other data
 TRAIN_SEED, TEST_SEED = 31, 32
-NUM_TEST = 200  # questions of each kind of page
-READ_PROMPT, READ_LINES = "Read the first lines.", 6
-# Types asked for in tests, in turn; training asks for all.
-TESTED = {"receipt": ("total", "date"), "table": ("cell",), "chart": ("largest",), "letter": ("total", "date")}
 
 
-def build_documents(out_dir: str | Path, train_pages: int, force: bool = False) -> DemoSummary:
-    """Build in `out_dir`; a complete copy of the same generator, fonts and size is kept unless `force`.
+class Collection(NamedTuple):
+    """Pages of some kinds, and what is asked about them.
+
+    layouts: kind -> what draws a page; tested: of each kind the types asked for in its test, in turn; training asks
+        for all; num_questions: of a page of training; num_test: questions of a test; per_page: of them about one page.
+    read_lines: of the page's text, what its first stage reads.
+    """
+
+    name: str
+    layouts: dict[str, Callable[[random.Random], Page]]
+    tested: dict[str, tuple[str, ...]]
+    read_prompt: str
+    read_lines: int
+    num_questions: int
+    num_test: int = 200
+    per_page: int = 1
+
+
+PAGES = Collection(
+    "pages",
+    dict(LAYOUTS),
+    {"receipt": ("total", "date"), "table": ("cell",), "chart": ("largest",), "letter": ("total", "date")},
+    read_prompt="Read the first lines.",
+    read_lines=6,
+    num_questions=2,
+)
+FORMS = Collection(
+    "forms",
+    {"form": form},
+    {"form": ("total", "date", "largest", "cell")},
+    read_prompt="Read it.",
+    read_lines=6,
+    num_questions=8,
+    num_test=480,
+    per_page=4,
+)
+
+
+def build_documents(
+    out_dir: str | Path, train_pages: int, force: bool = False, collection: Collection = PAGES
+) -> DemoSummary:
+    """Build a collection in `out_dir`; a complete copy of the same generator, fonts and size is kept unless `force`.
 
     Raises:
         UserError: no fonts, or a folder of something else.
     """
-    target, identity = Path(out_dir), f"{GENERATOR}/{train_pages}/{fonts_digest()}"
+    target, identity = Path(out_dir), f"{collection.name}/{GENERATOR}/{train_pages}/{fonts_digest()}"
     meta_file = target / "eval" / "meta.json"
     if meta_file.is_file() and not force:
         there = read_json(meta_file)
@@ -61,10 +100,10 @@ def build_documents(out_dir: str | Path, train_pages: int, force: bool = False) 
     shutil.rmtree(partial, ignore_errors=True)
     for name in ("images", "eval"):
         (partial / name).mkdir(parents=True)
-    counts = _write_training(partial, train_pages)
+    counts = _write_training(partial, train_pages, collection)
     tasks = {}
-    for number, kind in enumerate(LAYOUTS):
-        rows = _test_rows(kind, TEST_SEED + number)
+    for number, kind in enumerate(collection.layouts):
+        rows = _test_rows(kind, TEST_SEED + number, collection)
         tasks[f"documents_{kind}"] = write_test_table(rows, partial / "eval" / f"documents_{kind}_test.parquet")
     checksums = {f"{name}.json": _sha256([partial / f"{name}.json"]) for name in counts}
     checksums["images"] = _sha256(sorted((partial / "images").iterdir()))
@@ -76,18 +115,18 @@ def build_documents(out_dir: str | Path, train_pages: int, force: bool = False) 
     return DemoSummary(target, counts, built=True)
 
 
-def _write_training(out: Path, count: int) -> dict[str, int]:
+def _write_training(out: Path, count: int, collection: Collection) -> dict[str, int]:
     read, instruct = [], []
-    kinds = list(LAYOUTS)
+    kinds = list(collection.layouts)
     for number in tqdm(range(count), desc="pages", unit="page", disable=None):
         rng = random.Random(f"{TRAIN_SEED}/{number}")
-        page = LAYOUTS[kinds[number % len(kinds)]](rng)
+        page = collection.layouts[kinds[number % len(kinds)]](rng)
         name = f"{number:06d}.png"
         (out / "images" / name).write_bytes(png_bytes(page.image))
         row = {"id": f"page-{number:06d}", "image": name}
-        turns = [(READ_PROMPT, "\n".join(page.lines[:READ_LINES]))]
+        turns = [(collection.read_prompt, "\n".join(page.lines[: collection.read_lines]))]
         read.append({**row, "conversations": llava_turns(turns)})
-        asked = rng.sample(page.questions, 2)
+        asked = rng.sample(page.questions, min(collection.num_questions, len(page.questions)))
         turns = [(question.text, question.answer) for question in asked]
         instruct.append({**row, "conversations": llava_turns(turns)})
     return {
@@ -96,23 +135,29 @@ def _write_training(out: Path, count: int) -> dict[str, int]:
     }
 
 
-def _test_rows(kind: str, seed: int) -> list[dict[str, Any]]:
-    """A question a page, the types in turn; no page is one of training, whose seeds are others."""
+def _test_rows(kind: str, seed: int, collection: Collection) -> list[dict[str, Any]]:
+    """Some questions a page, the types in turn; no page is one of training, whose seeds are others."""
     rows = []
-    for number in tqdm(range(NUM_TEST), desc=f"test pages, {kind}", unit="page", disable=None):
-        page = LAYOUTS[kind](random.Random(f"{seed}/{number}"))
-        wanted = TESTED[kind][number % len(TESTED[kind])]
-        question = next(question for question in page.questions if question.kind == wanted)
-        rows.append(
-            {
-                "image": png_bytes(page.image),
-                "question": question.text,
-                "answer": question.answer,
-                "type": question.kind,
-                "id": f"{kind}-{number:03d}",
-            }
-        )
+    types, per_page = collection.tested[kind], collection.per_page
+    for number in tqdm(range(collection.num_test // per_page), desc=f"test pages, {kind}", unit="page", disable=None):
+        page = collection.layouts[kind](random.Random(f"{seed}/{number}"))
+        image = png_bytes(page.image)
+        for place in range(number * per_page, (number + 1) * per_page):
+            question = _first(page.questions, types[place % len(types)])
+            rows.append(
+                {
+                    "image": image,
+                    "question": question.text,
+                    "answer": question.answer,
+                    "type": question.kind,
+                    "id": f"{kind}-{place:03d}",
+                }
+            )
     return rows
+
+
+def _first(questions: list[Question], kind: str) -> Question:
+    return next(question for question in questions if question.kind == kind)
 
 
 def _sha256(files: Iterable[Path]) -> str:

@@ -313,6 +313,7 @@ def test_out_of_memory_says_what_did_not_fit(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("how", [True, "layers"])
 def test_a_compiled_model_trains_alike(how: Any, data: Path, tmp_path: Path) -> None:
     """One layer and one block: each is compiled for either kind of step, and again when lengths change."""

@@ -101,7 +101,8 @@ def test_version_2_is_two_levels_away_in_a_chart() -> None:
 
 def test_pixels_are_the_same_with_and_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     image = picture(100, 70)
-    assert resizing.pixels_of(image).shape == (1, 4, 70, 100)
+    # Pillow lends its fours since 11.2.1; of an older one everything is a copy.
+    assert resizing.pixels_of(image).shape == (1, 4 if hasattr(image, "__arrow_c_array__") else 3, 70, 100)
     processors = [
         LlavaCompeteImageProcessor(48, resize_mode=mode, version=version)
         for mode in ("pad", "crop", "squash")

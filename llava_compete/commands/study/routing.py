@@ -1,6 +1,6 @@
 """Do routers differ, and does competition help? Small tasks on which routing decides, many seeds, paired tests.
 
-By default facts of 8 tasks and one teacher, 15 rules, 10 seeds: minutes on two cores. --full: every task and rule, 30
+By default facts of 8 tasks and one teacher, 13 rules, 10 seeds: minutes on two cores. --full: every task and rule, 30
 seeds (8 on bytes), three learning rates; it says first how long that takes here. --explore: what was tried to make the
 judge better, --confirm: the best of that on seeds that had no part in choosing it. Finished runs are kept in --out: the
 same command goes on after a stop. Writes routing.json (every run's score), routing.png and README.md into --out.

@@ -22,15 +22,17 @@ from llava_compete.study.routing.tasks import TASKS, Task
 from llava_compete.study.routing.training import train
 
 logger = logging.getLogger(__name__)
-_DEFAULT_RULES = ("softmax", "published", "distil_only", "judge_all", "judge_c80", "judge_mean", "random", "dense_all")
-_CONTROLS = ("dense_all_start", "fixed", "dense_active")
+_DEFAULT_RULES = (
+    *("softmax", "published", "distil_only", "judge_all", "judge_c80", "judge_mean"),
+    *("random", "dense_all", "dense_all_start"),
+)
 # Routers of other papers that have a result beside them.
 _RIVALS = ("tc_moe", "moe_plus_plus", "autonomy", "coupled")
-_FIRST_RULES = (*_DEFAULT_RULES, *_CONTROLS, "judge_all_none", "judge_c50")
+_FIRST_RULES = (*_DEFAULT_RULES, "judge_all_none", "judge_c50", "fixed", "dense_active")
 _SECOND_RULES = tuple(name for name in RULES if name not in (*_FIRST_RULES, *EXPLORED))
 _SMALL = ("facts_8", "teacher_competition_1000")
-_JUDGES = ("softmax", "judge_all", "judge_c80", "judge_mean")
-_BEST = ("mean_pair",)
+_JUDGES = ("softmax", "judge_mean", "judge_c80", "judge_all")
+_BEST = ("relative_c80", "mean_pair", "mean_near")
 _FRESH = 100
 _TEACHERS = tuple(name for name in TASKS if name.startswith("teacher"))
 # A price is met by so many more steps, to a whole percent; below this it is none.
@@ -83,19 +85,20 @@ class Plan:
 
 
 def default_plan(seeds: int = 10) -> Plan:
-    """Facts of 8 tasks and the teacher that competes, 15 rules, one rate."""
-    return Plan(((_SMALL, (*_DEFAULT_RULES, *_CONTROLS, *_RIVALS), (1.0,)),), seeds)
+    """Facts of 8 tasks and the teacher that competes, 13 rules, one rate."""
+    return Plan(((_SMALL, (*_DEFAULT_RULES, *_RIVALS), (1.0,)),), seeds)
 
 
 def explore_plan(seeds: int = 5) -> Plan:
     """The tasks of the default, and all that was tried to make the judge better, at equal samples only."""
     rules = (*_JUDGES, *EXPLORED)
-    return Plan(tuple(((task,), rules, (1.0,)) for task in reversed(_SMALL)), seeds, equal_arithmetic=False)
+    return Plan(tuple(((task,), rules, (1.0,)) for task in _SMALL), seeds, equal_arithmetic=False)
 
 
 def confirm_plan(seeds: int = 30) -> Plan:
     """What was best among the explored, on seeds that had no part in choosing it."""
-    return Plan(((_SMALL, (*_JUDGES, *_BEST), (1.0,)),), seeds, first_seed=_FRESH)
+    rules = ("softmax", "judge_c80", "judge_mean", *_BEST)
+    return Plan(tuple(((task,), rules, (1.0,)) for task in reversed(_SMALL)), seeds, first_seed=_FRESH)
 
 
 def full_plan(seeds: int = 30) -> Plan:

@@ -11,7 +11,7 @@ from PIL import Image
 from llava_compete.cli import main
 from llava_compete.data.records import parse_row
 from llava_compete.demo.emoji import build
-from llava_compete.demo.emoji.table import KINDS, VENDORS, held_out, main_colour, read_things, with_article
+from llava_compete.demo.emoji.table import KINDS, VENDORS, held_out, main_colour, read_others, read_things, with_article
 from llava_compete.evaluation.config import EVAL_ROOT
 
 RED, GREEN, BLUE = (220, 30, 30, 255), (40, 170, 60, 255), (40, 80, 220, 255)
@@ -33,7 +33,15 @@ def pictures(tmp_path_factory):
                 image.save(path, compress_level=1)
                 images[vendor] = f"images/{vendor}/{code}.png"
             entries.append({"code": code, "name": name.title() if index else f"{name} face", "images": images})
-    entries.append({**entries[0], "code": "z", "name": "grinning face"})
+    for number in range(6):  # beside the things: nobody asks for their names
+        other = {vendor: f"images/{vendor}/z{number}.png" for vendor in (*VENDORS, "openmoji")}
+        for place, path in enumerate(other.values()):
+            image = Image.new("RGBA", (24, 28), (RED, GREEN, BLUE)[number % 3])
+            image.putpixel((number, place), (number, place, 99, 255))
+            image.save(folder / path, compress_level=1)
+        entries.append(
+            {"code": f"z{number}", "name": f"grinning {number}", "group": "smileys-emotion", "images": other}
+        )
     (folder / "emoji.json").write_text(json.dumps(entries))
     return folder
 
@@ -48,10 +56,15 @@ def built(pictures, tmp_path_factory):
 
 def test_training_shows_neither_the_fourth_vendor_nor_unseen_things(built, pictures):
     things = read_things(pictures)
+    others = read_others(pictures, things)
     unseen = held_out(things)
+    unseen_others = held_out(others)
     assert len(things) == 144
     assert len(unseen) == 51
-    hidden = {thing.images[vendor] for thing in things for vendor in thing.images if thing.name in unseen}
+    assert len(unseen_others) == 2
+    everything = [*things, *others]
+    hidden = {path for thing in everything for path in thing.images.values() if thing.name in unseen | unseen_others}
+    looked_at = set()
     for name in ("names", "captions", "instruct"):
         rows = json.loads((built / f"{name}.json").read_text())
         assert len({row["id"] for row in rows}) == len(rows)
@@ -59,12 +72,14 @@ def test_training_shows_neither_the_fourth_vendor_nor_unseen_things(built, pictu
             shown = parse_row(row, "?").images
             assert not any("openmoji" in image or image in hidden for image in shown)
             assert all((pictures / image).is_file() for image in shown)
+            looked_at |= {image for image in shown if "/z" in image}
             if row["id"].startswith("text-"):  # Python's own words, such as key
                 continue
             said = {word.strip(".,?:").lower() for turn in row["conversations"] for word in turn["value"].split()}
             assert not said & unseen
     named = {row["conversations"][1]["value"] for row in json.loads((built / "names.json").read_text())}
     assert named == {thing.name for thing in things} - unseen
+    assert looked_at
     assert any("image" not in row for row in rows)
     assert {len(parse_row(row, "?").images) for row in rows} == {0, 1, 2, 4}
 
@@ -73,7 +88,8 @@ def test_answers_are_true_and_balanced(built, pictures):
     things = read_things(pictures)
     kind_of = {thing.name: thing.kind for thing in things}
     meta = json.loads((built / "eval/meta.json").read_text())["tasks"]
-    drawn = {(pictures / path).read_bytes(): path for thing in things for path in thing.images.values()}
+    everything = [*things, *read_others(pictures, things)]
+    drawn = {(pictures / path).read_bytes(): path for thing in everything for path in thing.images.values()}
     for task, types in build.TESTS.items():
         rows = pq.read_table(built / f"eval/{task}_test.parquet").to_pylist()
         assert meta[task]["n"] == len(rows)
@@ -99,7 +115,7 @@ def test_answers_are_true_and_balanced(built, pictures):
                     assert sorted(Counter(kinds).values()) == [1, 3]
                 case "colour":
                     assert row["answer"] == main_colour(pictures / shown[0])
-        assert set(answers) <= set(types)
+        assert set(answers) == set(types)
         for kind in set(answers) & {"yes_no", "same", "odd"}:
             assert max(answers[kind].values()) - min(answers[kind].values()) <= 1
 

@@ -3,13 +3,16 @@
 Output, below the output folder (the pictures stay where `llava-compete fetch emoji` put them):
 
     names.json           the name of each training picture                              (pretrain_align)
-    captions.json        name, kind, colour, a sentence: three of them in turns; English (pft)
+    captions.json        one picture in three turns (name, kind, colour, style, a sentence), four in a turn each;
+                         English                                                        (pft)
     instruct.json        all question types, some in several turns, some of text only   (sft)
     eval/emoji_vendor_test.parquet   things of training, as OpenMoji draws them: a vendor that training never shows
     eval/emoji_new_test.parquet      things that training neither shows nor names, as the three vendors draw them
     eval/emoji_both_test.parquet     those things as OpenMoji draws them
     eval/meta.json                   for each test: rows, chance, blind, SHA-256
     text/train.jsonl, text/validation.jsonl   English: what Python's functions do, and prose of Python's manual
+
+"Things" are those of table.py, which have a name and a kind; colour and style are asked of all emoji, held out alike.
 
 Columns of a test: images (embedded), question, answer, type, id, things (what is drawn). Answers are balanced inside
 each type as far as pictures allow. Everything follows from the seeds; the text also from Python's version.
@@ -21,6 +24,7 @@ import hashlib
 import random
 import shutil
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +36,32 @@ from llava_compete.demo.build import (
     write_test_table,
 )
 from llava_compete.demo.emoji.python_text import function_rows, manual_prose
-from llava_compete.demo.emoji.questions import WORDING, Asker, Question, description
-from llava_compete.demo.emoji.table import KINDS, UNSEEN_VENDOR, VENDORS, Thing, held_out, read_things, with_article
+from llava_compete.demo.emoji.questions import STYLES, WORDING, Asker, Question, description
+from llava_compete.demo.emoji.table import (
+    KINDS,
+    UNSEEN_VENDOR,
+    VENDORS,
+    Thing,
+    held_out,
+    read_others,
+    read_things,
+    with_article,
+)
 from llava_compete.files import read_json, write_json, write_json_lines
 
-GENERATOR = "7"  # raise when the same settings give other data
+GENERATOR = "8"  # raise when the same settings give other data
 TRAIN_SEED, TEST_SEED = 21, 22
-NUM_TEXT_ONLY = 160
+NUM_TEXT_ONLY = 400
 # Rows of instruct.json by type, beside names.
-INSTRUCT = {"kind": 120, "yes_no": 300, "describe": 60, "colour": 240, "same": 360, "odd": 240, "style": 120}
+INSTRUCT = {"kind": 120, "yes_no": 300, "describe": 60, "colour": 160, "same": 400, "odd": 320, "style": 100}
 SEVERAL_TURNS, WORDS_ALONE = 60, 20
+# Rows of four pictures: a picture costs four tokens and little more, so that a row teaches four times as much.
+GALLERIES, IN_GALLERIES = 600, ("name", "kind", "colour", "style")
+LOOKS = ("colour", "style")  # asked of every emoji
 TESTS = {
-    "emoji_vendor": dict.fromkeys(("name", "kind", "yes_no", "describe", "colour", "same", "odd"), 80),
-    "emoji_new": dict.fromkeys(("kind", "yes_no", "colour", "same", "odd", "style"), 80),
-    "emoji_both": dict.fromkeys(("kind", "yes_no", "colour", "same", "odd"), 80),
+    "emoji_vendor": {**dict.fromkeys(("name", "kind", "yes_no", "describe", "colour"), 80), "same": 120, "odd": 120},
+    "emoji_new": {**dict.fromkeys(("kind", "yes_no", "colour", "style"), 80), "same": 120, "odd": 120},
+    "emoji_both": {**dict.fromkeys(("kind", "yes_no", "colour"), 80), "same": 120, "odd": 120},
 }
 
 
@@ -65,21 +81,17 @@ def build_emoji(out_dir: str | Path, pictures: str | Path, force: bool = False) 
     for name in ("eval", "text"):
         (partial / name).mkdir(parents=True)
 
-    unseen = held_out(things)
-    seen = [thing for thing in things if thing.name not in unseen]
-    new = [thing for thing in things if thing.name in unseen]
-    asker = Asker(folder, seen, VENDORS, VENDORS, random.Random(TRAIN_SEED))
-    counts = _write_training(partial, asker)
-    every_vendor = (*VENDORS, UNSEEN_VENDOR)
+    pool = _Pool(folder, things, read_others(folder, things))
+    counts = _write_training(partial, pool.askers(new=False, vendors=VENDORS, rng=random.Random(TRAIN_SEED)))
     rng = random.Random(TEST_SEED)
     askers = {
-        "emoji_vendor": Asker(folder, seen, (UNSEEN_VENDOR,), every_vendor, rng),
-        "emoji_new": Asker(folder, new, VENDORS, VENDORS, rng),
-        "emoji_both": Asker(folder, new, (UNSEEN_VENDOR,), every_vendor, rng),
+        "emoji_vendor": pool.askers(new=False, vendors=(UNSEEN_VENDOR,), rng=rng),
+        "emoji_new": pool.askers(new=True, vendors=VENDORS, rng=rng),
+        "emoji_both": pool.askers(new=True, vendors=(UNSEEN_VENDOR,), rng=rng),
     }
     meta: dict[str, Any] = {"generator": GENERATOR, "table": source, "rows": counts, "tasks": {}}
-    for task, asker in askers.items():
-        rows = [row for kind, count in TESTS[task].items() for row in _test_rows(asker, kind, count)]
+    for task, asks in askers.items():
+        rows = [row for kind, count in TESTS[task].items() for row in _test_rows(asks.about(kind), kind, count)]
         meta["tasks"][task] = write_test_table(rows, partial / "eval" / f"{task}_test.parquet")
     write_json(partial / "eval" / "meta.json", meta)
     if target.exists():
@@ -88,18 +100,50 @@ def build_emoji(out_dir: str | Path, pictures: str | Path, force: bool = False) 
     return DemoSummary(target, counts, built=True)
 
 
-def _write_training(out: Path, asker: Asker) -> dict[str, int]:
+@dataclass(frozen=True)
+class _Askers:
+    """things: asks about things with a name. looks: about any emoji."""
+
+    things: Asker
+    looks: Asker
+
+    def about(self, kind: str) -> Asker:
+        return self.looks if kind in LOOKS else self.things
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """What there is to ask about."""
+
+    folder: Path
+    things: list[Thing]
+    others: list[Thing]
+
+    def askers(self, new: bool, vendors: tuple[str, ...], rng: random.Random) -> _Askers:
+        """On things that training never shows, if `new`, else on the rest, as `vendors` draw them."""
+        hidden = held_out(self.things) | held_out(self.others)
+        things = [thing for thing in self.things if (thing.name in hidden) == new]
+        others = [thing for thing in self.others if (thing.name in hidden) == new]
+        second = vendors if vendors == VENDORS else (*VENDORS, UNSEEN_VENDOR)
+        return _Askers(
+            *(Asker(self.folder, asked_of, vendors, second, rng) for asked_of in (things, [*things, *others]))
+        )
+
+
+def _write_training(out: Path, askers: _Askers) -> dict[str, int]:
+    asker = askers.things
     pictures = [(thing, vendor) for thing in asker.things for vendor in VENDORS]
     names = [_row(f"{t.code}-{v}-name", t.images[v], WORDING["name"], t.name) for t, v in pictures]
-    turns = [_conversation(asker, t, t.images[v], f"{t.code}-{v}-turns") for t, v in pictures]
+    turns = [_conversation(asker, t, v, f"{t.code}-{v}-turns") for t, v in pictures]
+    galleries = [_gallery(askers, f"gallery-{number:04d}") for number in range(GALLERIES)]
     text = function_rows(NUM_TEXT_ONLY)
     english = [
         {"id": f"text-{n:04d}", "conversations": llava_turns([pair], with_image=False)} for n, pair in enumerate(text)
     ]
-    captions = turns + english[::2]
+    captions = turns + galleries + english[::2]
     instruct = (
         names
-        + _asked(asker, INSTRUCT, "instruct")
+        + _asked(askers, INSTRUCT, "instruct")
         + asker.rng.sample(turns, SEVERAL_TURNS)
         + [_text_row(asker, number) for number in range(WORDS_ALONE)]
         + english[1::2]
@@ -120,23 +164,33 @@ def _row(name: str, image: str | tuple[str, ...], question: str, said: str) -> d
     return {"id": name, "image": images[0] if len(images) == 1 else images, "conversations": turns}
 
 
-def _asked(asker: Asker, counts: dict[str, int], name: str) -> list[dict[str, Any]]:
+def _asked(askers: _Askers, counts: dict[str, int], name: str) -> list[dict[str, Any]]:
     return [
         _row(f"{name}-{kind}-{number:04d}", question.images, question.text, question.said)
         for kind, count in counts.items()
         for number in range(count)
-        for question in [asker.ask(kind)]
+        for question in [askers.about(kind).ask(kind)]
     ]
 
 
-def _conversation(asker: Asker, thing: Thing, image: str, name: str) -> dict[str, Any]:
-    """Three of name, kind, colour and a sentence, in any order: what comes later is read off the earlier in part."""
-    colour = asker.colour(image)
-    said = {"name": thing.name, "kind": thing.kind, "describe": description(thing)} | (
-        {"colour": colour} if colour else {}
-    )
+def _conversation(asker: Asker, thing: Thing, vendor: str, name: str) -> dict[str, Any]:
+    """Three of what one picture is asked, in any order: what comes later is read off the earlier in part."""
+    image = thing.images[vendor]
+    said = {"name": thing.name, "kind": thing.kind, "describe": description(thing), "style": STYLES[vendor]}
+    if colour := asker.colour(image):
+        said["colour"] = colour
     turns = [(WORDING[kind], said[kind]) for kind in asker.rng.sample(sorted(said), 3)]
     return {"id": name, "image": image, "conversations": llava_turns(turns)}
+
+
+def _gallery(askers: _Askers, name: str) -> dict[str, Any]:
+    """Four pictures, one after the other, each with a question of its own."""
+    kinds = askers.things.rng.choices(IN_GALLERIES, k=4)
+    questions = [askers.about(kind).ask(kind) for kind in kinds]
+    turns = llava_turns([(question.text, question.said) for question in questions])
+    for turn in turns[2::2]:
+        turn["value"] = f"<image>\n{turn['value']}"
+    return {"id": name, "image": [question.images[0] for question in questions], "conversations": turns}
 
 
 def _text_row(asker: Asker, number: int) -> dict[str, Any]:

@@ -9,6 +9,9 @@ import re
 _MODULES = (
     "math", "random", "statistics", "textwrap", "shutil", "os", "os.path", "string", "calendar", "datetime", "json",
     "itertools", "functools", "operator", "heapq", "bisect", "copy", "glob", "fnmatch", "time", "tempfile", "csv",
+    "collections", "pathlib", "argparse", "logging", "threading", "socket", "subprocess", "urllib.parse", "inspect",
+    "re", "zipfile", "tarfile", "asyncio", "contextlib", "typing", "platform", "difflib", "ast", "traceback", "codecs",
+    "base64",
 )  # fmt: skip
 _MIN_CHARS, _MAX_CHARS = 40, 220
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from llava_compete.demo.emoji.table import KINDS, Thing, main_colour, with_article
@@ -66,6 +67,15 @@ class Asker:
         fitting = [t for t in self.things if kind in (None, t.kind) and (but is None or t.name != but.name)]
         return self.rng.choice(fitting)
 
+    @cached_property
+    def coloured(self) -> dict[str, list[str]]:
+        """The pictures that have a main colour, by colour."""
+        found: dict[str, list[str]] = {}
+        for image in (thing.images[vendor] for thing in self.things for vendor in self.vendors):
+            if colour := self.colour(image):
+                found.setdefault(colour, []).append(image)
+        return found
+
     def picture(self, thing: Thing) -> str:
         """The thing as one of the vendors draws it."""
         return thing.images[self.rng.choice(self.vendors)]
@@ -109,9 +119,8 @@ def description(thing: Thing) -> str:
 
 
 def _colour(asker: Asker, thing: Thing) -> Question:
-    while (colour := asker.colour(image := asker.picture(thing))) is None:
-        thing = asker.draw()
-    return _about_one("colour", image, colour)
+    colour = asker.rng.choice(sorted(asker.coloured))  # purple as often as yellow, which faces and hands have
+    return _about_one("colour", asker.rng.choice(asker.coloured[colour]), colour)
 
 
 def _same(asker: Asker, thing: Thing) -> Question:

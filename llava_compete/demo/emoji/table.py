@@ -1,7 +1,8 @@
 """The emoji that the benchmark asks about: things with a name and a kind, and the main colour of each picture.
 
-These are things that one word names and that four vendors draw so that a person knows them at a glance. Faces, people,
-gestures and clocks are left out: their names ("grinning face with smiling eyes", "four o'clock") hang on details.
+These are things that one word names and that four vendors draw so that a person knows them at a glance. Of the others
+(faces, people, gestures, clocks) only colour and style are asked: their names ("grinning face with smiling eyes",
+"four o'clock") hang on details.
 """
 
 from __future__ import annotations
@@ -72,6 +73,22 @@ class Thing:
         return self.article == self.name and self.name.endswith("s")
 
 
+def read_others(folder: Path, things: list[Thing]) -> list[Thing]:
+    """The emoji beside `things`, in the order of the table; their kind is the table's group."""
+    there = {thing.code for thing in things}
+    entries = [entry for entry in read_json(folder / "emoji.json") if entry["code"] not in there]
+    others = [Thing(entry["code"], _name(entry), entry["group"], entry["images"]) for entry in entries]
+    _check_pictures(folder, others)
+    return others
+
+
+def _check_pictures(folder: Path, things: list[Thing]) -> None:
+    for thing in things:
+        for vendor in (*VENDORS, UNSEEN_VENDOR):
+            if not (folder / thing.images.get(vendor, "missing")).is_file():
+                raise UserError(f"{folder}: no picture of {thing.name!r} ({thing.code}) by {vendor}; fetch them again")
+
+
 def with_article(word: str) -> str:
     """An "owl" is "an owl", but "bread" and "grapes" as they are: plurals and what is not counted have none."""
     if word in _NOT_COUNTED or (word.endswith("s") and not word.endswith(("ss", "us", "ros"))):
@@ -92,10 +109,7 @@ def read_things(folder: Path) -> list[Thing]:
     things = [Thing(e["code"], name, kinds[name], e["images"]) for name, e in named if name in kinds]
     if lost := set(kinds) - {thing.name for thing in things}:
         raise UserError(f"{file}: has no {', '.join(sorted(lost))}; fetch the pictures again")
-    for thing in things:
-        for vendor in (*VENDORS, UNSEEN_VENDOR):
-            if not (folder / thing.images.get(vendor, "missing")).is_file():
-                raise UserError(f"{folder}: no picture of {thing.name!r} ({thing.code}) by {vendor}; fetch them again")
+    _check_pictures(folder, things)
     return things
 
 
@@ -107,7 +121,7 @@ def _name(entry: dict[str, Any]) -> str:
 def held_out(things: list[Thing], one_in: int = 3) -> set[str]:
     """Names that training never sees: every `one_in`-th of a kind, in the order of a hash of the name."""
     found: set[str] = set()
-    for kind in KINDS:
+    for kind in sorted({thing.kind for thing in things}):
         names = sorted({thing.name for thing in things if thing.kind == kind}, key=_hash)
         found |= set(names[::one_in])
     return found

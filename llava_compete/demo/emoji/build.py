@@ -24,6 +24,7 @@ import hashlib
 import random
 import shutil
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,11 @@ NUM_TEXT_ONLY = 400
 INSTRUCT = {"kind": 120, "yes_no": 300, "describe": 60, "colour": 160, "same": 400, "odd": 320, "style": 100}
 SEVERAL_TURNS, WORDS_ALONE = 60, 20
 # Rows of four pictures: a picture costs four tokens and little more, so that a row teaches four times as much.
-GALLERIES, IN_GALLERIES = 600, ("name", "kind", "colour", "style")
+GALLERIES = {"captions": 1600, "instruct": 200}
+IN_GALLERIES = {
+    "captions": ("name", "kind", "kind", "colour", "colour", "style", "style"),
+    "instruct": ("kind", "yes_no", "colour", "style"),
+}
 LOOKS = ("colour", "style")  # asked of every emoji
 TESTS = {
     "emoji_vendor": {**dict.fromkeys(("name", "kind", "yes_no", "describe", "colour"), 80), "same": 120, "odd": 120},
@@ -135,16 +140,20 @@ def _write_training(out: Path, askers: _Askers) -> dict[str, int]:
     pictures = [(thing, vendor) for thing in asker.things for vendor in VENDORS]
     names = [_row(f"{t.code}-{v}-name", t.images[v], WORDING["name"], t.name) for t, v in pictures]
     turns = [_conversation(asker, t, v, f"{t.code}-{v}-turns") for t, v in pictures]
-    galleries = [_gallery(askers, f"gallery-{number:04d}") for number in range(GALLERIES)]
+    galleries = {
+        name: [_gallery(askers, IN_GALLERIES[name], f"{name}-gallery-{number:04d}") for number in range(count)]
+        for name, count in GALLERIES.items()
+    }
     text = function_rows(NUM_TEXT_ONLY)
     english = [
         {"id": f"text-{n:04d}", "conversations": llava_turns([pair], with_image=False)} for n, pair in enumerate(text)
     ]
-    captions = turns + galleries + english[::2]
+    captions = turns + galleries["captions"] + english[::2]
     instruct = (
         names
         + _asked(askers, INSTRUCT, "instruct")
         + asker.rng.sample(turns, SEVERAL_TURNS)
+        + galleries["instruct"]
         + [_text_row(asker, number) for number in range(WORDS_ALONE)]
         + english[1::2]
     )
@@ -183,9 +192,9 @@ def _conversation(asker: Asker, thing: Thing, vendor: str, name: str) -> dict[st
     return {"id": name, "image": image, "conversations": llava_turns(turns)}
 
 
-def _gallery(askers: _Askers, name: str) -> dict[str, Any]:
-    """Four pictures, one after the other, each with a question of its own."""
-    kinds = askers.things.rng.choices(IN_GALLERIES, k=4)
+def _gallery(askers: _Askers, types: Sequence[str], name: str) -> dict[str, Any]:
+    """Four pictures, one after the other, each with a question of its own, of one of the `types`."""
+    kinds = askers.things.rng.choices(types, k=4)
     questions = [askers.about(kind).ask(kind) for kind in kinds]
     turns = llava_turns([(question.text, question.said) for question in questions])
     for turn in turns[2::2]:

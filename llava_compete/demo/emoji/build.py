@@ -54,7 +54,7 @@ GENERATOR = "8"  # raise when the same settings give other data
 TRAIN_SEED, TEST_SEED = 21, 22
 NUM_TEXT_ONLY = 400
 # Rows of instruct.json by type, beside names.
-INSTRUCT = {"kind": 120, "yes_no": 300, "describe": 60, "colour": 160, "same": 400, "odd": 320, "style": 100}
+INSTRUCT = {"kind": 160, "yes_no": 400, "describe": 60, "colour": 160, "same": 700, "odd": 600, "style": 120}
 SEVERAL_TURNS, WORDS_ALONE = 60, 20
 # Rows of four pictures: a picture costs four tokens and little more, so that a row teaches four times as much.
 GALLERIES = {"captions": 1600, "instruct": 200}

@@ -31,6 +31,7 @@ TEXT_MODELS = {"language model alone": "pretrain_align", "dense parent": "pft", 
 TRAINING_STAGES = ("pretrain_align", "pft", "sft")
 MAX_FORGETTING = 1.05
 SAMPLES_OF_A_TYPE = 4
+COMMON_ANSWERS = 6
 _RESAMPLES = 10_000
 
 
@@ -41,7 +42,7 @@ def collect(directory: Path) -> dict[str, Any]:
     rows = []
     for task, kind in sorted({(task, unit.type or "") for task, found in units[last].items() for unit in found}):
         chosen = {name: [u for u in found[task] if u.type == kind] for name, found in units.items() if task in found}
-        rows.append({"task": task, "type": kind, **_row(chosen, last)})
+        rows.append({"task": task, "type": kind, **_row(chosen, last), "answers": _common(chosen[last])})
     perplexity = {
         name: _read(directory / f"perplexity_{stage}" / "summary.json")["perplexity"]["perplexity"]
         for name, stage in TEXT_MODELS.items()
@@ -93,6 +94,13 @@ def _row(by_model: dict[str, list[Unit]], last: str) -> dict[str, Any]:
     return row
 
 
+def _common(units: Sequence[Unit]) -> list[tuple[str, int, int]]:
+    """The most frequent answers: text, how many of them are right, how many there are."""
+    given = Counter(unit.answer for unit in units)
+    right = Counter(unit.answer for unit in units if unit.score == 1)
+    return [(answer, right[answer], count) for answer, count in given.most_common(COMMON_ANSWERS)]
+
+
 def write_report(directory: Path, pictures: Sequence[Path]) -> None:
     """Write metrics.json, report.md and answers.html into `directory`, print the table. `pictures`: the test tables."""
     metrics = collect(directory)
@@ -124,6 +132,11 @@ def _sections(metrics: dict[str, Any]) -> Iterator[tuple[str, list[str], list[li
         cells = [row["task"], row["type"], str(row["n"]), f"{row['chance']:.2f}", f"{row['blind']:.2f}", *scores]
         rows.append([*cells, f"{low:.2f} to {high:.2f}" + ("" if row["above_blind"] else " *"), *apart])
     yield "Accuracy by question type (* does not lie above the best blind answer)", header, rows
+    said = [
+        [row["task"], row["type"], "; ".join(f"{a} ({r} of {n})" for a, r, n in row["answers"])]
+        for row in metrics["rows"]
+    ]
+    yield f"Most frequent answers {names[-1]} (right ones of all with that answer)", ["test", "type", "answers"], said
     text = [[name, f"{value:.2f}"] for name, value in metrics["perplexity"].items()]
     yield "Perplexity of held-out English", ["model", "perplexity"], text
     memory = metrics["peak_memory_gib"]

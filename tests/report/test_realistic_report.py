@@ -62,8 +62,11 @@ def test_scores_stand_beside_blind_answers_and_other_models(finished, table):
     assert mean == pytest.approx(0.95)
     assert 0.8 < low < mean <= high
     assert same["differences"]["dense parent"] == [0.0, 0.0, 0.0]
+    assert kind["answers"] == [["a<b", 19, 19], ["?", 0, 1]]
+    assert same["answers"] == [["yes", 10, 20]]
     assert metrics["seconds"] == dict.fromkeys(TRAINING_STAGES, 30.0)
     report = (finished / "report.md").read_text()
+    assert "| emoji_vendor | kind | a<b (19 of 19); ? (0 of 1) |" in report
     assert "1 of 2 question types lie above the best blind answer" in report
     assert "Perplexity after sft is 1.075 of the language model's alone, NOT within 5%." in report
     page = (finished / "answers.html").read_text()

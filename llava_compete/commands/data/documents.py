@@ -1,7 +1,7 @@
 """Build pages of small print (receipts, tables, bar charts, letters) and questions about them.
 
 Needs no network; written in the fonts that matplotlib carries. A complete copy made by the same version with as many
-pages is kept. --forms builds small forms of few words instead, which a model learns to read in minutes on a CPU.
+pages is kept. --forms builds forms of few words instead, meant for an hour of a CPU.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A filled form of one size: date, table, bar chart and total, its words few and its fields in fixed places.
 
-What a small model can learn to read in minutes; `layouts` has the pages that a large one needs. 600 x 600 pixels, text
+Meant for a small model and an hour of a CPU; `layouts` has the pages that a large one needs. 600 x 600 pixels, text
 of 9 to 12. The table stands above the chart or below it. Answers are one of ten words, of twelve months, of nine sums:
 
     total     What is the total?                        -> 40

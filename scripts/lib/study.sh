@@ -31,6 +31,7 @@ study_settings() {
 }
 
 # study_runs OUT SEEDS JOBS: in rounds of JOBS; a failure ends the study with the log that says why.
+# Logs grow: a run that is finished, and says nothing when it is asked for again, keeps its own.
 study_runs() {
   local out=$1 seeds=$2 jobs=$3 seed method
   local -a pids=() names=()
@@ -38,7 +39,7 @@ study_runs() {
   for ((seed = 0; seed < seeds; seed++)); do
     for method in "${METHODS[@]}"; do
       say "$method, seed $seed"
-      (run_one "$method" "$seed" "${#pids[@]}") >"$out/logs/$method-$seed.log" 2>&1 &
+      (run_one "$method" "$seed" "${#pids[@]}") >>"$out/logs/$method-$seed.log" 2>&1 &
       pids+=($!) names+=("$method-$seed")
       [ ${#pids[@]} -lt "$jobs" ] || study_wait
     done

@@ -152,15 +152,18 @@ def test_quick_is_one_seed(study):
     assert len(having(commands, "eval ", "limit=200")) == len(ROUTER_CLASSES) + 2
 
 
-def test_a_failure_stops_the_study_and_the_next_run_goes_on(study):
+def test_a_failure_stops_the_study_and_the_next_run_goes_on(study, tmp_path):
     status, commands, error = study("--quick", fail="moe.language.router=xmoe")
     assert status == 2
     assert "failed: xmoe-0 (see outputs/compare_routers_quick/logs/NAME.log)" in error
     assert not having(commands, "compare ")
+    log = tmp_path / "outputs/compare_routers_quick/logs/softmax-0.log"
+    log.write_text("how it went\n")
     status, commands, _ = study("--quick")
     assert status == 0
     assert not having(commands, "pretrain_align")
     assert not having(commands, "output_dir=outputs/compare_routers_quick/softmax/seed0/sft")
+    assert log.read_text() == "how it went\n"
     assert having(commands, "compare ")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_compete.data.config import SourceSection
+from llava_compete.data.page_words import check_inside
 from llava_compete.data.records import Conversation, RecordError, message_texts, parse_row
 from llava_compete.data.row_images import images_first
 from llava_compete.data.row_turns import ROLES
@@ -20,7 +21,7 @@ from llava_compete.errors import UserError
 from llava_compete.language.chat_encoding import cut_to_length, encode_conversation
 from llava_compete.language.piece_ids import piece_encoder
 from llava_compete.parts import IGNORE_INDEX, IMAGE_TOKEN
-from llava_compete.vision.image_decoder import BadImageError, image_size, open_image
+from llava_compete.vision.image_decoder import BadImageError, full_size, image_size, open_image
 from llava_compete.vision.naflex import SizedPictures
 
 MIN_SIDE, MAX_ASPECT = 8, 50  # a picture below or beyond says nothing once resized
@@ -52,6 +53,7 @@ PROBLEMS: dict[str, tuple[bool, str]] = {
     "image_in_answer": (True, "an image part inside an answer"),
     "placeholder_without_image": (True, "the text has placeholders, the row has no image"),
     "placeholders_do_not_match": (True, "placeholders and images differ in number"),
+    "page_words_invalid": (True, "page_words that are no list of {text, box}, without one image, or outside of it"),
     "image_missing": (True, "no such image file"),
     "image_is_a_folder": (True, "the image path is a folder"),
     "image_empty": (True, "the image file has no bytes"),
@@ -160,6 +162,10 @@ def _image_problems(source: SourceSection, conversation: Conversation) -> Iterat
         except BadImageError as error:
             yield error.kind, str(error)
             continue
+        try:
+            check_inside(conversation.words, full_size(opened))
+        except RecordError as error:
+            yield error.kind, str(error)
         short, long = sorted(opened.size)
         name, mode = image if isinstance(image, str) else "embedded image", opened.info["source_mode"]
         if short < MIN_SIDE or long > MAX_ASPECT * short:

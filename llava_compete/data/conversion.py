@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from llava_compete.data.config import SourceSection
 from llava_compete.data.mapped_table import SCHEMA, open_table
+from llava_compete.data.page_words import to_json
 from llava_compete.data.readers import read_file
 from llava_compete.data.records import Conversation, message_texts, parse_row
 from llava_compete.data.row_errors import RecordError
@@ -170,5 +171,6 @@ def _to_columns(conversation: Conversation) -> dict[str, Any]:
             {"path": None, "bytes": image} if isinstance(image, bytes) else {"path": image, "bytes": None}
             for image in conversation.images
         ],
+        "page_words": to_json(conversation.words),
         "chars": sum(map(len, message_texts(conversation.messages))),
     }

@@ -19,12 +19,13 @@ from torch.utils.data import Dataset
 
 from llava_compete.data.config import DataSection
 from llava_compete.data.mixture import Mixture
+from llava_compete.data.page_words import Word, check_inside, from_json
 from llava_compete.data.picture_sizes import picture_sizes
 from llava_compete.data.tables import SourceTable, cache_folder, load_source
 from llava_compete.errors import UserError
 from llava_compete.language.chat_encoding import EncodedConversation, cut_to_length, encode_conversation
 from llava_compete.parts import IGNORE_INDEX, IMAGE_TOKEN
-from llava_compete.vision.image_decoder import BadImageError, image_size
+from llava_compete.vision.image_decoder import BadImageError, Size, image_size
 
 _CHARS_PER_TOKEN = 4  # for the sampler's length estimate only
 _FIRST_ROWS = 1000  # before so many are read, their rejected share says little
@@ -90,6 +91,41 @@ class ConversationDataset(Dataset):
                 return item
         raise UserError(f"data source {self.tables[source].section.name!r}: no row can be used")
 
+    def with_words(self) -> np.ndarray:
+        """int [n]: positions of the rows that have the words of their page."""
+        found = [table.rows.with_words()[self.index[self.sources == n, 1]] for n, table in enumerate(self.tables)]
+        return np.flatnonzero(np.concatenate(found))
+
+    def page_words(self, position: int) -> tuple[Size, list[Word]] | None:
+        """Height and width of a row's only picture and the words on it; None for a bad image that is passed over.
+
+        Raises:
+            UserError: a word outside the picture, or a bad image where these end the run.
+        """
+        table, row, sample_id = self._row(position)
+        try:
+            return _words(table, row)
+        except BadImageError as error:
+            self._count_bad_image(sample_id, error)
+            return None
+        except UserError as error:
+            raise UserError(f"row {sample_id}: {error}") from error
+
+    def pictures(self, position: int) -> dict[str, Any] | None:
+        """The pictures of a row as its item has them, whatever its text; None for a bad image that is passed over."""
+        table, row, sample_id = self._row(position)
+        try:
+            return load_images(self.processor, table, row["images"])
+        except BadImageError as error:
+            self._count_bad_image(sample_id, error)
+            return None
+
+    def _row(self, position: int) -> tuple[SourceTable, dict[str, Any], str]:
+        source, number = self.index[position].tolist()
+        table = self.tables[source]
+        row = table.rows.row(number)
+        return table, row, f"{table.section.name}/{row['id']}"
+
     def image_filler(self) -> dict[str, Any] | None:
         """An item of one blank image and nothing to learn, which brings the vision tower into a batch without images.
 
@@ -116,6 +152,8 @@ class ConversationDataset(Dataset):
         row = table.rows.row(number)
         sample_id = f"{table.section.name}/{row['id']}"
         try:
+            if row["page_words"]:
+                _words(table, row)  # read, so that training refuses what the check does
             counts = self.processor.tokens_per_image(_sizes(table, row["images"]))
             encoded = encode_row(self.processor, table.messages(row), self.section.max_length, counts)
         except BadImageError as error:
@@ -200,6 +238,14 @@ def _files(table: SourceTable, images: list[dict[str, Any]]) -> list[Any]:
 def _sizes(table: SourceTable, images: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
     """Height and width of each image, read only where they are asked for."""
     return map(image_size, _files(table, images))
+
+
+def _words(table: SourceTable, row: dict[str, Any]) -> tuple[Size, list[Word]]:
+    """Height and width of a row's only picture and the words on it, none of them outside."""
+    (size,) = _sizes(table, row["images"])
+    words = from_json(row["page_words"])
+    check_inside(words, size)
+    return size, words
 
 
 def _image_tokens(processor: Any, table: SourceTable, section: DataSection, rows: np.ndarray) -> np.ndarray:

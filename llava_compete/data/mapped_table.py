@@ -1,6 +1,7 @@
 """One memory-mapped Arrow table of rows, checked to be whole when it is opened.
 
-Columns: id (null where the row has none), messages (JSON), images (path or bytes each) and chars (length of all text).
+Columns: id (null where the row has none), messages (JSON), images (path or bytes each), page_words
+(JSON, null without) and chars (length of all text).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ SCHEMA = pa.schema(
         "id": pa.string(),
         "messages": pa.string(),
         "images": pa.list_(pa.struct({"path": pa.string(), "bytes": pa.large_binary()})),
+        "page_words": pa.string(),
         "chars": pa.int32(),
     }
 )

@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from llava_compete.data.page_words import KEY as PAGE_WORDS
+from llava_compete.data.page_words import Word, row_words
 from llava_compete.data.row_errors import RecordError, first_value
 from llava_compete.data.row_images import in_reading_order, row_images
 from llava_compete.data.row_turns import SYSTEM, TURNS, row_messages
 
 # Without these a row means something else: it is refused where it has one.
 _REFUSED = ("video", "videos", "audio", "audios", "objects", "bbox", "bboxes")
-_READ = {"id", "image", "images", *TURNS, *SYSTEM}
+_READ = {"id", "image", "images", PAGE_WORDS, *TURNS, *SYSTEM}
 
 
 class Conversation(NamedTuple):
@@ -28,6 +30,7 @@ class Conversation(NamedTuple):
     id: str
     messages: list[dict[str, Any]]
     images: list[str | bytes]
+    words: list[Word]  # of its only image
     notes: list[tuple[str, str]]  # the checker's warnings: kind, message
 
 
@@ -35,7 +38,7 @@ def parse_row(row: Any, default_id: str) -> Conversation:
     """Turn one row into a conversation, or raise `RecordError` for the first thing that is wrong with it.
 
     `image` or `images` hold a path, an embedded file, a data URL, or a list of them; turns are under `conversations`,
-    `messages` or `texts`, a system text also under `system` or `system_prompt`.
+    `messages` or `texts`, a system text also under `system` or `system_prompt`, the words of a page under `page_words`.
     """
     if not isinstance(row, Mapping):
         raise RecordError("not_a_mapping", f"found {type(row).__name__}, expected a mapping with `conversations`")
@@ -55,7 +58,8 @@ def parse_row(row: Any, default_id: str) -> Conversation:
     if any(not message.get("supervised", True) for message in messages):
         notes.append(("answer_not_learnt", "an answer with loss: false or weight: 0, context for the others"))
     row_id = row.get("id")
-    conversation = Conversation(default_id if row_id in (None, "") else str(row_id), messages, images, notes)
+    words = row_words(row, len(images))
+    conversation = Conversation(default_id if row_id in (None, "") else str(row_id), messages, images, words, notes)
     _check_unicode(conversation)
     return conversation
 
@@ -115,7 +119,8 @@ def _check_order(messages: list[dict[str, Any]]) -> None:
 def _check_unicode(conversation: Conversation) -> None:
     """Half a surrogate pair (an escape such as \\ud83d alone, or a byte of the file that is not UTF-8) is no text."""
     paths = [image for image in conversation.images if isinstance(image, str)]
-    for text in (conversation.id, *paths, *message_texts(conversation.messages)):
+    words = [word.text for word in conversation.words]
+    for text in (conversation.id, *paths, *words, *message_texts(conversation.messages)):
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -21,7 +21,7 @@ from llava_compete.data.row_images import images_first
 from llava_compete.data.source_files import file_digests, source_digest, source_files
 from llava_compete.errors import UserError
 
-_FORMAT = "3"  # part of a table's name: raise when the columns or the meaning of a row change
+_FORMAT = "4"  # part of a table's name: raise when the columns or the meaning of a row change
 
 
 class Rows:
@@ -57,6 +57,10 @@ class Rows:
         chunks = (chunk for table in self.tables for chunk in table.column("images").chunks)
         counts = [np.diff(chunk.offsets.to_numpy()) for chunk in chunks]
         return np.concatenate(counts) if counts else np.zeros(0, dtype=np.int32)
+
+    def with_words(self) -> np.ndarray:
+        """bool [rows]: which have the words of their page."""
+        return np.concatenate([table.column("page_words").is_valid().to_numpy() for table in self.tables])
 
     def image_paths(self) -> Iterator[str]:
         """The path of each image that is not embedded, in the order of the rows."""

@@ -277,8 +277,8 @@ def _text_only() -> list[dict[str, Any]]:
 
 
 def write_llava_json(rows: Sequence[dict[str, Any]], path: Path) -> int:
-    """Write id, image and conversations of each row, one row a line; return how many."""
-    keys = ("id", "image", "conversations")
+    """Write id, image, conversations and page_words of each row, one row a line; return how many."""
+    keys = ("id", "image", "conversations", "page_words")
     clean = [{key: row[key] for key in keys if key in row} for row in rows]
     path.write_text("[\n" + ",\n".join(json.dumps(row) for row in clean) + "\n]\n")
     return len(clean)

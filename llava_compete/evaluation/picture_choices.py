@@ -17,6 +17,8 @@ from PIL import Image
 from llava_compete.vision.image_decoder import Size
 from llava_compete.vision.naflex import NativeSizes
 from llava_compete.vision.tiles import Box
+from llava_compete.vision.token_maps import edges, tile_cells
+from llava_compete.vision.token_maps import on_picture as cells_on_picture
 
 
 class ShownPicture(NamedTuple):
@@ -63,12 +65,11 @@ def token_cells(model: Any, part: str, sizes: Sequence[Size]) -> list[np.ndarray
         return tiling.token_cells(sizes, part == "vision", tower.kind.num_prefix_tokens)
     rows, columns = tower.grid
     if part == "vision":
-        per_tile, before = tower.tokens_per_tile, tower.kind.num_prefix_tokens
+        per_tile = tower.tokens_per_tile
     else:
         rows, columns = rows // model.config.projector.pool, columns // model.config.projector.pool
         per_tile = model.config.num_image_tokens
-        before = per_tile - rows * columns  # a class token, if the tower hands it on
-    tile_RC = before + np.arange(rows * columns).reshape(rows, columns)
+    tile_RC = tile_cells(rows, columns, per_tile)
     if tiling is None:
         return [tile_RC + number * per_tile for number in range(len(sizes))]
     found, start = [], 0
@@ -88,15 +89,12 @@ def token_cells(model: Any, part: str, sizes: Sequence[Size]) -> list[np.ndarray
 
 def on_picture(shown: ShownPicture, shape: tuple[int, ...]) -> np.ndarray:
     """bool [R, C]: which cells have something of the picture in them, and not of its borders alone."""
-    across, down = _edges(shown.box, shape)
-    in_width = (across[1:] > 0.5) & (across[:-1] < shown.picture.width - 0.5)
-    in_height = (down[1:] > 0.5) & (down[:-1] < shown.picture.height - 0.5)
-    return in_height[:, None] & in_width
+    return cells_on_picture(shown.box, shape, (shown.picture.height, shown.picture.width))
 
 
 def cut_cell(shown: ShownPicture, shape: tuple[int, ...], cell: int) -> Image.Image:
     """What of the picture is in a cell, counted in reading order over R x C."""
-    across, down = _edges(shown.box, shape)
+    across, down = edges(shown.box, shape)
     row, column = divmod(cell, shape[1])
     width, height = shown.picture.size
     left, right = (round(min(max(edge, 0), width)) for edge in across[column : column + 2])
@@ -104,8 +102,3 @@ def cut_cell(shown: ShownPicture, shape: tuple[int, ...], cell: int) -> Image.Im
     # Of a picture smaller than its map a cell may be less than a pixel.
     left, top = min(left, width - 1), min(top, height - 1)
     return shown.picture.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
-
-
-def _edges(box: Box, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Of the columns and of the rows of cells, in the picture's pixels."""
-    return np.linspace(box[0], box[2], shape[1] + 1), np.linspace(box[1], box[3], shape[0] + 1)

@@ -103,7 +103,8 @@ class TrainConfig(StrictConfig):
         default=None,
         description=(
             "pretrain_align: before its first step the projector learns, on cached features, to make a picture look "
-            "like the words of its answer; null: it does not"
+            "like the words of its answer or, of rows with page_words, each token like the words that it shows; "
+            "null: it does not"
         ),
     )
     sample_steps: int = Field(
@@ -161,9 +162,8 @@ class TrainConfig(StrictConfig):
         if self.deepspeed and self.deepspeed.startswith("zero3"):
             raise ValueError(f"word_start: needs whole weights, which {self.deepspeed} shards; use zero2")
         tower = self.model.vision_tower
-        for key in ("tiles", "naflex"):
-            if tower is not None and getattr(tower, key) is not None:
-                raise ValueError(f"word_start: found vision_tower.{key}, by which pictures differ in their tokens")
+        if tower is not None and tower.naflex is not None:
+            raise ValueError("word_start: found vision_tower.naflex, by which pictures differ in their tokens")
 
     @model_validator(mode="after")
     def _something_trains(self) -> TrainConfig:

@@ -64,6 +64,7 @@ from llava_compete.train.starting_point import HANDOVER, moe_settings, start_mod
 from llava_compete.train.stopping import StopOnSignal
 from llava_compete.train.trainer import StageTrainer
 from llava_compete.train.waiting import wait_for_all
+from llava_compete.train.word_pages import start_on_pages
 from llava_compete.train.word_start import start_projector
 
 logger = logging.getLogger(__name__)
@@ -156,7 +157,8 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
     checkpoint = _begin(config, rank, trainer, data, moe, allow_changed)
     if config.word_start is not None and checkpoint is None:
         with all_or_none(rank, "word_start"):
-            start_projector(trainer.core_model, data.train, config.word_start, config.seed)
+            start = start_on_pages if len(data.train.with_words()) else start_projector
+            start(trainer.core_model, data.train, config.word_start, config.seed)
     if config.training.torch_compile == "layers":
         how = config.training
         compile_layers(model, how.torch_compile_backend, how.torch_compile_mode)

@@ -46,8 +46,10 @@ def start_projector(model: Any, dataset: Any, section: WordStart, seed: int) -> 
         the share of these pictures whose mean feature is nearest to its own answer among all answers.
 
     Raises:
-        UserError: no row has one picture and an answer.
+        UserError: no row has one picture and an answer, or pictures are in tiles.
     """
+    if model.config.tiling is not None:
+        raise UserError("word_start: pictures in tiles need the words of pages (page_words), and no row has any")
     pairs = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(dataset), generator=pairs)[: section.max_rows].tolist()
     pictures, answers = _pictures_and_answers(dataset, rows)
@@ -70,7 +72,7 @@ def start_projector(model: Any, dataset: Any, section: WordStart, seed: int) -> 
         optimizer.step()
     optimizer.zero_grad()
     with torch.no_grad():
-        nearest = _likeness(torch.cat([projector(group) for group in features.split(_PICTURES_AT_ONCE)]), words)
+        nearest = likeness(torch.cat([projector(group) for group in features.split(_PICTURES_AT_ONCE)]), words)
     share = float((nearest.argmax(1) == own).float().mean())
     logger.info(
         "word_start: %d pictures, %d answers; after %d steps %.0f%% of the pictures are nearest to their own",
@@ -83,11 +85,11 @@ def word_loss(embeddings_nPH: Tensor, words_AH: Tensor, own_n: Tensor) -> Tensor
     """See the module. own_n: the number of each picture's answer in `words_AH`."""
     targets_n1H = words_AH[own_n][:, None]
     distance = (embeddings_nPH - targets_n1H).square().sum(-1) / targets_n1H.square().sum(-1)
-    return F.cross_entropy(_likeness(embeddings_nPH, words_AH), own_n) + distance.mean()
+    return F.cross_entropy(likeness(embeddings_nPH, words_AH), own_n) + distance.mean()
 
 
-def _likeness(embeddings_nPH: Tensor, words_AH: Tensor) -> Tensor:
-    """[n, A], sqrt(H) times the cosine."""
+def likeness(embeddings_nPH: Tensor, words_AH: Tensor) -> Tensor:
+    """[n, A]: sqrt(H) times the cosine of each mean over P to each word."""
     scale = math.sqrt(words_AH.shape[1])
     return scale * F.normalize(embeddings_nPH.mean(1), dim=-1) @ F.normalize(words_AH, dim=-1).T
 

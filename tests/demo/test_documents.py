@@ -160,8 +160,7 @@ def test_a_forms_largest_bar_is_the_one_asked_for() -> None:
         pixels = np.asarray(page.image).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1])
         colours, counts = np.unique(pixels, return_counts=True)
         is_bar = pixels == colours[np.argsort(counts)[-2]]  # after the paper's
-        lefts = [forms.LEFT + number * forms.ACROSS for number in range(forms.NUM_BARS)]
-        heights = [is_bar[:, left + 30].sum() for left in lefts]
+        heights = [is_bar[:, left + 30].sum() for left in forms.LEFTS]
         names = next(words for words in map(str.split, page.lines) if len(words) == forms.NUM_BARS)
         answer = next(question.answer for question in page.questions if question.kind == "largest")
         assert answer == names[int(np.argmax(heights))]
@@ -175,3 +174,29 @@ def test_some_questions_about_each_form(tmp_path: Path) -> None:
     assert len({row["image"]["bytes"] for row in table}) == 2
     for row in json.loads((tmp_path / "forms" / "instruct.json").read_text()):
         assert len(row["conversations"]) == 2 * few.num_questions
+
+
+def test_words_stand_in_their_boxes() -> None:
+    """Nothing but paper and rules is left once all boxes are painted over, and no box is of paper alone."""
+    for kind in ("receipt", "letter"):
+        page = LAYOUTS[kind](random.Random(5))
+        paper = page.image.getpixel((0, 0))
+        pixels = np.asarray(page.image).copy()
+        inked = (pixels != paper).any(-1)
+        for _, (left, top, right, bottom) in page.words:
+            box = np.s_[int(top) : int(np.ceil(bottom)) + 1, int(left) : int(np.ceil(right)) + 1]
+            assert (pixels[box] != paper).any()
+            inked[box] = False
+        assert " ".join(word for word, _ in page.words) == " ".join(page.lines)
+        assert inked.any(1).sum() <= 2  # rules
+
+
+def test_a_forms_fields_lie_within_tiles(tmp_path: Path) -> None:
+    build.build_documents(tmp_path / "forms", 12, collection=build.FORMS._replace(num_test=4))
+    for row in json.loads((tmp_path / "forms" / "read.json").read_text()):
+        words = parse_row(row, "?").words
+        assert set(row["conversations"][1]["value"].split()) <= {word.text for word in words}
+        for edge in (200, 300, 400):
+            for _, (left, top, right, bottom) in words:
+                assert not left < edge < right
+                assert not top < edge < bottom

@@ -69,7 +69,6 @@ def test_data_without_single_pictures_is_one_line() -> None:
         ({"stage": "pft"}, "word_start: stage pft with trainable.projector full, expected pretrain_align and full"),
         ({"trainable": {"language": "full"}}, "trainable.projector frozen"),
         ({"deepspeed": "zero3"}, "needs whole weights, which zero3 shards"),
-        ({"tower": {"tiles": {"max": 2}}}, r"found vision_tower\.tiles, by which pictures differ"),
         ({"tower": {"naflex": {}}}, r"found vision_tower\.naflex"),
     ],
 )

@@ -3,7 +3,7 @@
 Four kinds of page of 600 to 1,200 pixels a side, all text 8 to 12 pixels high (`layouts`). Output, below the output
 folder:
 
-    read.json       pages and the first lines of their text                        (pretrain_align)
+    read.json       pages, the first lines of their text, all words and their boxes (pretrain_align)
     instruct.json   two questions a page, one after the other                      (sft)
     images/         the pages of training
     eval/documents_{receipt,table,chart,letter}_test.parquet    a page and a question a row
@@ -39,7 +39,7 @@ from llava_compete.demo.documents.layouts import LAYOUTS, Page
 from llava_compete.demo.documents.paper import Question, fonts_digest
 from llava_compete.files import read_json, write_json
 
-GENERATOR = "1"  # raise when the same settings give other data
+GENERATOR = "2"  # raise when the same settings give other data
 TRAIN_SEED, TEST_SEED = 31, 32
 
 
@@ -125,7 +125,8 @@ def _write_training(out: Path, count: int, collection: Collection) -> dict[str, 
         (out / "images" / name).write_bytes(png_bytes(page.image))
         row = {"id": f"page-{number:06d}", "image": name}
         turns = [(collection.read_prompt, "\n".join(page.lines[: collection.read_lines]))]
-        read.append({**row, "conversations": llava_turns(turns)})
+        words = [{"text": text, "box": list(box)} for text, box in page.words]
+        read.append({**row, "conversations": llava_turns(turns), "page_words": words})
         asked = rng.sample(page.questions, min(collection.num_questions, len(page.questions)))
         turns = [(question.text, question.answer) for question in asked]
         instruct.append({**row, "conversations": llava_turns(turns)})

@@ -24,7 +24,9 @@ WORDS = ("Tea", "Rice", "Milk", "Salt", "Fish", "Soup", "Beans", "Sugar", "Honey
 TOTALS = tuple(str(tens) for tens in range(10, 100, 10))
 ROWS, COLUMNS = ("North", "East", "South", "West"), ("Monday", "Tuesday", "Friday")
 NUM_BARS, NUM_CELLS = 4, 5  # cells of a page that are asked for
-LEFT, ACROSS, DOWN = 30, 140, 52  # the first column, and from a field to the next
+# Where columns begin, so that no field lies across the borders of 2 x 2 tiles (300) or of 3 x 3 (200 and 400); and the
+# pixels from a row to the next.
+LEFTS, DOWN = (30, 121, 213, 420), 52
 _SHIFT = 3  # pixels by which a field stands off its place, either way
 _HALF = 270  # from the table's top to the chart's, or back
 
@@ -65,14 +67,14 @@ def _field(paper: Paper, rng: random.Random, column: int, y: int, name: str, val
 
 def _write(paper: Paper, rng: random.Random, column: int, y: float, text: str, bold: bool = False) -> None:
     shift_x, shift_y = rng.randint(-_SHIFT, _SHIFT), rng.randint(-_SHIFT, _SHIFT)
-    paper.write(LEFT + column * ACROSS + shift_x, y + shift_y, text, bold=bold)
+    paper.write(LEFTS[column] + shift_x, y + shift_y, text, bold=bold)
 
 
 def _table(paper: Paper, rng: random.Random, top: int, cells: list[list[str]]) -> list[str]:
     """Names of columns, and rows of cells; its text is the cells."""
     for number, name in enumerate(COLUMNS):
         _write(paper, rng, number + 1, top, name, bold=True)
-    paper.rule(LEFT, SIDE - LEFT, top + DOWN // 2)
+    paper.rule(LEFTS[0], SIDE - LEFTS[0], top + DOWN // 2)
     for number, (name, words) in enumerate(zip(ROWS, cells, strict=True)):
         y = top + (number + 1) * DOWN
         _write(paper, rng, 0, y, name, bold=True)
@@ -87,8 +89,8 @@ def _chart(paper: Paper, rng: random.Random, top: int, names: list[str], largest
     colour = rng.choice(((60, 100, 170), (190, 90, 60), (90, 150, 90), (120, 120, 120)))
     for number, name in enumerate(names):
         share = rng.uniform(0.95, 1) if number == largest else rng.uniform(0.2, 0.7)
-        x = LEFT + number * ACROSS
+        x = LEFTS[number]
         paper.draw.rectangle((x, base - share * height, x + 60, base), colour)
         _write(paper, rng, number, top + 4 * DOWN, name)
-    paper.rule(LEFT, SIDE - LEFT, base)
+    paper.rule(LEFTS[0], SIDE - LEFTS[0], base)
     return [" ".join(names)]

@@ -50,11 +50,12 @@ SENTENCES = (
 
 
 class Page:
-    """A page, its texts in the order of writing, and every question about it."""
+    """A page, its texts in the order of writing, its words with their boxes, and every question about it."""
 
     def __init__(self, paper: Paper, questions: list[Question]) -> None:
         self.image: Image.Image = paper.image
         self.lines = paper.lines
+        self.words = paper.words
         self.questions = questions
 
 

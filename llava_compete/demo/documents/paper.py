@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +30,10 @@ class Question(NamedTuple):
 
 
 class Paper:
-    """A page being written. `size` is that of its text in pixels; `lines` are all texts in the order of writing."""
+    """A page being written. `size` is that of its text in pixels; `lines` are all texts in the order of writing.
+
+    words: each word of them, and the left, top, right and bottom edges of its ink.
+    """
 
     def __init__(self, rng: random.Random, width: int, height: int, family: str | None = None) -> None:
         shade = rng.randint(236, 255)
@@ -39,6 +43,7 @@ class Paper:
         self.family = family or rng.choice(sorted(FAMILIES))
         self.size = rng.randint(*TEXT_SIZES)
         self.lines: list[str] = []
+        self.words: list[tuple[str, tuple[float, ...]]] = []
 
     @property
     def step(self) -> int:
@@ -52,8 +57,12 @@ class Paper:
     def write(self, x: float, y: float, text: str, bold: bool = False, right: bool = False) -> None:
         """A text from (x, y), its top left corner or, at `right`, its top right one."""
         left = x - self.width(text, bold) if right else x
-        self.draw.text((left, y), text, self.ink, font(self.family, bold, self.size))
+        face = font(self.family, bold, self.size)
+        self.draw.text((left, y), text, self.ink, face)
         self.lines.append(text)
+        for found in re.finditer(r"\S+", text):
+            start = left + face.getlength(text[: found.start()])
+            self.words.append((found[0], self.draw.textbbox((start, y), found[0], face)))
 
     def rule(self, left: float, right: float, y: float) -> None:
         """A thin line across."""

@@ -157,8 +157,11 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
     checkpoint = _begin(config, rank, trainer, data, moe, allow_changed)
     if config.word_start is not None and checkpoint is None:
         with all_or_none(rank, "word_start"):
-            start = start_on_pages if len(data.train.with_words()) else start_projector
-            start(trainer.core_model, data.train, config.word_start, config.seed)
+            if len(data.train.with_words()):
+                bf16 = config.training.bf16
+                start_on_pages(trainer.core_model, data.train, config.word_start, config.seed, bf16=bf16)
+            else:
+                start_projector(trainer.core_model, data.train, config.word_start, config.seed)
     if config.training.torch_compile == "layers":
         how = config.training
         compile_layers(model, how.torch_compile_backend, how.torch_compile_mode)

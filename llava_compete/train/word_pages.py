@@ -66,10 +66,11 @@ class _Tokens(NamedTuple):
     starts: list[int]
 
 
-def start_on_pages(model: Any, dataset: Any, section: WordStart, seed: int) -> PageStart:
+def start_on_pages(model: Any, dataset: Any, section: WordStart, seed: int, bf16: bool = False) -> PageStart:
     """Train `model`'s projector in place on rows of `dataset` with words; the others do not count.
 
-    Features are kept in bfloat16: tokens * F * D * 2 bytes. The rest is as in `start_projector`.
+    bf16: the tower multiplies in bfloat16, as in the stage's steps. Features are always kept in it: tokens * F * D * 2
+    bytes. The rest is as in `start_projector`.
 
     Raises:
         UserError: a word outside its picture, or no page with a word on it.
@@ -82,7 +83,7 @@ def start_on_pages(model: Any, dataset: Any, section: WordStart, seed: int) -> P
     if len(vocabulary) == 1:
         raise UserError("word_start: no row of the data has a word on its picture")
     words_AH = word_embeddings(model, dataset.processor.tokenizer, list(vocabulary))
-    tokens = _compute(model, dataset, pages)
+    tokens = _compute(model, dataset, pages, bf16)
     num_pages = len(tokens.starts) - 1
     num_trained = num_pages - num_pages // _HELD_OUT
     projector = model.multi_modal_projector
@@ -158,7 +159,7 @@ def _read_page(model: Any, dataset: Any, position: int, vocabulary: dict[str, in
     return _Page(position, np.array(list(found)), own)
 
 
-def _compute(model: Any, dataset: Any, pages: list[_Page]) -> _Tokens:
+def _compute(model: Any, dataset: Any, pages: list[_Page], bf16: bool) -> _Tokens:
     """Features of all pages, before the projector; a page that cannot be read is passed over where bad images are."""
     device, config = model.get_input_embeddings().weight.device, model.config
     most = max(len(shown) for page in pages for shown in page.words)
@@ -170,7 +171,7 @@ def _compute(model: Any, dataset: Any, pages: list[_Page]) -> _Tokens:
         read = [(page, item["pixel_values"]) for page, item in group if item is not None]
         if not read:
             continue
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             tower = model.vision_tower(torch.cat([pixels for _, pixels in read]).to(device))
         # What is pooled stands side by side, so that each token's features are a map of their own.
         square = pooled(tower, config.projector.pool, "shuffle").unflatten(-1, (config.projector.pool**2, -1))

@@ -15,6 +15,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_thread_for_a_gpu_that_is_not_there() -> None:
+    """The first backward pass of a process starts a thread for each GPU, and fake tensors, torch.compile's too, make
+    torch believe in one. Ranks forked from a process with such a thread cannot go backwards; so the first is here."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.ones(1, requires_grad=True).sum().backward()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _no_group_left() -> Iterator[None]:
     """Stages that ran in this process, and libraries that they used, leave no process group to the next file."""

@@ -111,11 +111,13 @@ class _Company:
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
         if world_size > 1:
+            # The run's own may be waiting for an answer. Made here: connecting to a store that is gone takes minutes,
+            # for which the end of this rank would wait.
+            self._connection = store.clone()
             self._thread.start()
 
     def _live(self) -> None:
-        connection = self.store.clone()  # the run's own may be waiting for an answer
-        beats = 0
+        connection, beats = self._connection, 0
         try:
             while not self._leaving.is_set():
                 connection.set(_beat_key(self.rank), str(beats))

@@ -76,6 +76,11 @@ def build_unread(
         if makes:
             new = section.checkpoint is None
             write_handover(*(_make(section, moe, tokenizer, unread=True) if new else _load(section, moe)), directory)
+        elif not directory.is_dir():
+            raise UserError(
+                f"{directory}: rank 0 wrote the new model there, and this process does not see it; with ZeRO-3 "
+                "output_dir must lie on a disk that all nodes share"
+            )
         found = read_handover(directory, section)
     return _finished(found[0], section), found[1]
 

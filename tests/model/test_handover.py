@@ -13,6 +13,7 @@ from test_unread import EXPERTS, read
 from tiny import tiny_model, tiny_section, tiny_tokenizer
 from torch import Tensor
 
+from llava_compete.errors import UserError
 from llava_compete.model.build import build_model, build_unread
 from llava_compete.model.checkpoint import save_checkpoint
 from llava_compete.model.section import ModelSection
@@ -91,3 +92,8 @@ def test_a_checkpoint_stored_otherwise_is_read_by_one_process(tmp_path: Path) ->
     file = tmp_path / "stage" / "model.safetensors"
     save_file({**model.state_dict(), "lm_head.weight": model.lm_head.weight.detach() + 1}, file, {"format": "pt"})
     assert check(ModelSection(checkpoint=tmp_path / "stage"), tmp_path / "start")
+
+
+def test_a_node_that_does_not_see_what_was_handed_over_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"elsewhere: rank 0 wrote .* on a disk that all nodes share"):
+        build_unread(tiny_section(), None, 0, tiny_tokenizer(), tmp_path / "elsewhere", makes=False)

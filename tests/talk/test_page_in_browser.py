@@ -85,13 +85,22 @@ def upload(page: Any, file: str) -> None:
     page.set_input_files("#question input[type=file]", file)
 
 
-def ask(page: Any, text: str, length: int = 8) -> None:
-    """Type a question; it is asked by Enter."""
+def limit_answers(page: Any, length: int) -> None:
+    """Set the most new tokens. A slider that has just been opened puts its first value back once it has been drawn."""
     settings = page.get_by_label("number input for Most new tokens")
     if not settings.is_visible():
         page.get_by_text("How to answer").click()
-    settings.fill(str(length))
-    settings.press("Tab")
+    ends = time.monotonic() + WAIT_MS / 1000
+    while settings.input_value() != str(length):
+        assert time.monotonic() < ends, f"the slider shows {settings.input_value()}"
+        settings.fill(str(length))
+        settings.press("Tab")
+        page.wait_for_timeout(250)
+
+
+def ask(page: Any, text: str, length: int = 8) -> None:
+    """Type a question; it is asked by Enter."""
+    limit_answers(page, length)
     page.fill("#question textarea", text)
     page.press("#question textarea", "Enter")
 

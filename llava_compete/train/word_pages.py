@@ -88,6 +88,7 @@ def start_on_pages(model: Any, dataset: Any, section: WordStart, seed: int, bf16
     num_trained = num_pages - num_pages // _HELD_OUT
     projector = model.multi_modal_projector
     optimizer = torch.optim.AdamW(projector.parameters(), lr=section.learning_rate, weight_decay=0.0)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, section.steps)
     for _ in range(section.steps):
         chosen = torch.randint(num_trained, (section.batch_size,), generator=generator).tolist()
         places = _of_pages(tokens, chosen)
@@ -95,6 +96,7 @@ def start_on_pages(model: Any, dataset: Any, section: WordStart, seed: int, bf16
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        falling.step()
     optimizer.zero_grad()
     trained = _shares_found(projector, tokens, range(num_trained), words_AH)
     held_out = _shares_found(projector, tokens, range(num_trained, num_pages), words_AH)

@@ -33,7 +33,9 @@ class WordStart(StrictConfig):
 
     steps: int = Field(default=300, ge=1, description="steps on cached features")
     batch_size: int = Field(default=32, ge=1, description="pictures of a step")
-    learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False, description="of AdamW, constant")
+    learning_rate: float = Field(
+        default=1e-3, gt=0, allow_inf_nan=False, description="of AdamW: constant, on pages falling to 0"
+    )
     max_rows: int = Field(default=4096, ge=1, description="rows that are looked at, drawn from all")
 
 

@@ -18,7 +18,7 @@ from llava_compete.cli import main
 from llava_compete.config import load_config, read_yaml
 from llava_compete.data.records import parse_row
 from llava_compete.demo.documents import build, forms
-from llava_compete.demo.documents.layouts import LAYOUTS
+from llava_compete.demo.documents.layouts import LAYOUTS, MONTHS
 from llava_compete.demo.documents.paper import TEXT_SIZES, font
 from llava_compete.evaluation.config import EVAL_ROOT, EvalConfig
 from llava_compete.train.config import TrainConfig
@@ -114,7 +114,16 @@ def test_scores() -> None:
     functions: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(functions)
     document = {"answer": "12.50", "type": "total", "id": "a"}
-    answers = {"12.50": 1, " 12.50.": 1, "1250": 0, "12.5": 0, "it is 12.50": 0, "": 0}
+    answers = {
+        "12.50": 1,
+        " 12.50.": 1,
+        "Total 12.50: 12.50": 1,
+        "12.50: 12.60": 0,
+        "1250": 0,
+        "12.5": 0,
+        "it is 12.50": 0,
+        "": 0,
+    }
     assert {text: functions.score(document, [text])["accuracy"]["score"] for text in answers} == answers
     assert functions.score({**document, "answer": "3 May 2001"}, ["3  may 2001"])["accuracy"]["score"] == 1
 
@@ -131,24 +140,29 @@ def test_the_recipe_and_its_tasks_fit_the_data(name: str) -> None:
 
 
 def test_a_forms_answers_stand_in_its_text_where_they_are_asked_for() -> None:
-    """Read off the text alone: month and total first, then a table of rows and the names of bars, in either order."""
+    """Read off the text alone: total and month first, then a table of rows and the names of bars, in either order."""
     largest, orders = [], set()
     for seed in range(12):
         page = forms.form(random.Random(seed))
         assert page.image.size == (forms.SIDE, forms.SIDE)
         first, *blocks = (line.split() for line in page.lines)
         orders.add(len(blocks[0]))
-        names = next(words for words in blocks if len(words) == forms.NUM_BARS)
-        rows = dict(zip(forms.ROWS, (words for words in blocks if words is not names), strict=True))
-        assert len(page.questions) == build.FORMS.num_questions
+        names = next(words for words in blocks if words[0] in forms.WORDS)
+        head, *cells = (words for words in blocks if words is not names)
+        rows = {name: words for name, *words in cells}
+        assert (tuple(head), tuple(rows)) == (forms.COLUMNS, forms.ROWS)
+        assert len(page.questions) == 3 + forms.NUM_CELLS
         for question in page.questions:
+            assert question.answer in question.read.split()
+            assert any(question.read in line for line in page.lines)
             if question.kind in ("date", "total"):
-                assert question.answer == first[question.kind == "total"]
+                assert question.answer == first[1 + 2 * (question.kind == "date")]
             elif question.kind == "largest":
                 largest.append(names.index(question.answer))
             else:
                 row, column = question.text.removeprefix("What is in row ").removesuffix("?").split(", column ")
-                assert rows[row][forms.COLUMNS.index(column)] == question.answer
+                assert rows[row][head.index(column)] == question.answer
+                assert question.read.split() == [row, *rows[row]]
     assert orders == {forms.NUM_BARS, len(forms.COLUMNS)}  # the chart above the table, or below it
     assert len(set(largest)) > 1
 
@@ -161,7 +175,7 @@ def test_a_forms_largest_bar_is_the_one_asked_for() -> None:
         colours, counts = np.unique(pixels, return_counts=True)
         is_bar = pixels == colours[np.argsort(counts)[-2]]  # after the paper's
         heights = [is_bar[:, left + 30].sum() for left in forms.LEFTS]
-        names = next(words for words in map(str.split, page.lines) if len(words) == forms.NUM_BARS)
+        names = next(words for words in map(str.split, page.lines) if words[0] in forms.WORDS)
         answer = next(question.answer for question in page.questions if question.kind == "largest")
         assert answer == names[int(np.argmax(heights))]
 
@@ -191,12 +205,15 @@ def test_words_stand_in_their_boxes() -> None:
         assert inked.any(1).sum() <= 2  # rules
 
 
-def test_a_forms_fields_lie_within_tiles(tmp_path: Path) -> None:
+def test_a_forms_fields_lie_within_tokens(tmp_path: Path) -> None:
+    """Of 3 x 3 a tile in 2 x 2 tiles and in 3 x 3; months, the longest words, within tiles."""
     build.build_documents(tmp_path / "forms", 12, collection=build.FORMS._replace(num_test=4))
+    tiles = {200, 300, 400}
+    tokens = {place * forms.SIDE / count for count in (6, 9) for place in range(1, count)}
     for row in json.loads((tmp_path / "forms" / "read.json").read_text()):
         words = parse_row(row, "?").words
         assert set(row["conversations"][1]["value"].split()) <= {word.text for word in words}
-        for edge in (200, 300, 400):
-            for _, (left, top, right, bottom) in words:
+        for text, (left, top, right, bottom) in words:
+            for edge in tiles if text in MONTHS else tokens:
                 assert not left < edge < right
                 assert not top < edge < bottom

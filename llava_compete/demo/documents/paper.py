@@ -22,11 +22,17 @@ TEXT_SIZES = (8, 12)  # pixels of the em, smallest and largest
 
 
 class Question(NamedTuple):
-    """One question about a page."""
+    """One question about a page. read: a line of it that a model is to say before the answer, none where empty."""
 
     kind: str
     text: str
     answer: str
+    read: str = ""
+
+    @property
+    def said(self) -> str:
+        """What a model is to say; only what stands behind the colon is scored."""
+        return f"{self.read}: {self.answer}" if self.read else self.answer
 
 
 class Paper:

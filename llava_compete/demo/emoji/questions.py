@@ -1,14 +1,15 @@
 """Questions about pictures of things, by type. Everything is drawn from the random generator that is given.
 
-What asks for a comparison is answered after naming what is shown ("dog and car: no"): a small language model that
-speaks first compares words, which it can, in place of features. Only what stands behind the colon is the answer.
+What asks for a comparison is answered after the kind of what is shown ("animal and vehicle: no"): a small language model
+that speaks first compares words, which it can, in place of features. Names would tell two dogs from a dog and a cat, but
+of things never seen they agree by luck. Only what stands behind the colon is the answer.
 
     name      What is this?                                 -> tiger
     kind      What kind of thing is it?                     -> animal
     yes_no    Is this a tiger? Is this an animal?           -> animal: yes
     describe  Describe the picture in a sentence.           -> A tiger, which is an animal.
     colour    What colour is it mostly?                     -> orange
-    same      Do both pictures show the same thing?         -> dog and car: no
+    same      Do both pictures show the same thing?         -> animal and vehicle: no
     odd       Which of the four is not like the others?     -> animal, animal, tool, animal: third
     style     Which style is it: flat, shaded or 3D?        -> 3D
 """
@@ -129,7 +130,7 @@ def _same(asker: Asker, thing: Thing) -> Question:
     image = asker.picture(thing)
     drawn = [other.images[vendor] for vendor in asker.others if other.images[vendor] != image]
     answer = "yes" if is_so else "no"
-    said = f"{thing.name} and {other.name}: {answer}"
+    said = f"{thing.kind} and {other.kind}: {answer}"
     return Question("same", (image, asker.rng.choice(drawn)), WORDING["same"], said, answer)
 
 

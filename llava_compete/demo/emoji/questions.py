@@ -1,8 +1,8 @@
 """Questions about pictures of things, by type. Everything is drawn from the random generator that is given.
 
-What asks for a comparison is answered after the kind of what is shown ("animal and vehicle: no"): a small language model
-that speaks first compares words, which it can, in place of features. Names would tell two dogs from a dog and a cat, but
-of things never seen they agree by luck. Only what stands behind the colon is the answer.
+What asks for a comparison is answered after the kind of what is shown ("animal and vehicle: no"): a small language
+model that speaks first compares words, which it can, in place of features. Names would tell two dogs from a dog and a
+cat, but of things never seen they agree by luck. Only what stands behind the colon is the answer.
 
     name      What is this?                                 -> tiger
     kind      What kind of thing is it?                     -> animal

@@ -96,6 +96,11 @@ def _config(config: LlavaCompeteConfig, source: str) -> Whole:
         raise UserError(f"{source}: a text-only model, and llava-hf is for models with a vision tower")
     if tower.max_patches is not None:
         raise UserError(f"{source}: pictures at their own proportions (vision_tower.naflex), which Llava has not")
+    mode = tower.preprocess.resize_mode
+    if tower.tiles is not None and mode != "squash":
+        raise UserError(
+            f"{source}: preprocess.resize_mode: found {mode}, and LLaVA-NeXT squashes the picture as a whole"
+        )
     moe = MoeConfig() if config.moe is None else MoeConfig.model_validate(config.moe)
     for part in ("vision", "projector"):
         if getattr(moe, part) is not None:

@@ -92,6 +92,9 @@ def _resize_mode(processor: Any, size: int, source: str) -> ResizeMode:
     if sides != {size}:
         raise UserError(f"{source}: preprocessor: size: found {wanted}, expected {size}, the tower's image_size")
     if is_tiled(processor):
+        crop = {key: value for key, value in dict(processor.crop_size or {}).items() if value is not None}
+        if set(crop.values()) - {size}:
+            raise UserError(f"{source}: preprocessor: crop_size: found {crop}, expected {size}, the side of a tile")
         return "squash"  # the picture as a whole, beside whose features those of its tiles stand
     if getattr(processor, "do_pad", False) and type(processor).__name__.startswith("LlavaImage"):
         return "pad"

@@ -85,8 +85,9 @@ class Tiling:
     @property
     def largest(self) -> Size:
         """The picture of most tokens: one that fills its grid."""
-        grids = [(rows * self.size, columns * self.size) for rows, columns in self.grids]
-        return max(grids, key=self.num_tokens)
+        # Counted without `num_tokens`, which would try every grid for each of them.
+        rows, columns = max(self.grids, key=lambda grid: grid[0] * (grid[1] * self.side + 1))
+        return rows * self.size, columns * self.size
 
     def box(self, picture: Size) -> Box:
         """Where the edges of the grid of tiles are in the picture's own pixels: beyond its edges by the borders."""

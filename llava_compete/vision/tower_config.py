@@ -52,6 +52,7 @@ ScalesFrom = Annotated[
 PixelVersion = Literal[1, 2, 3]
 LATEST_PIXELS: PixelVersion = 3
 TILE_PIXELS: PixelVersion = 2  # those of LLaVA-NeXT's own image processor
+MOST_TILES = 1024  # 7,262 grids, each of which is tried on every picture
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -88,7 +89,10 @@ class TilesSection(StrictConfig):
     """Pictures in tiles, as in LLaVA-NeXT: the whole picture, then the grid of tiles that fits it best."""
 
     max: int | None = Field(
-        default=None, ge=1, description="tiles of a picture, its whole apart: every grid of at most so many is allowed"
+        default=None,
+        ge=1,
+        le=MOST_TILES,
+        description="tiles of a picture, its whole apart: every grid of at most so many is allowed",
     )
     grids: tuple[tuple[int, int], ...] | None = Field(
         default=None,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from llava_hf_kit import CHATML_PARTS, TEXTS, clip_config, make_llava
+from llava_hf_kit import CHATML_PARTS, TEXTS, clip_config, make_llava, siglip_tower
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokenizer
@@ -24,6 +24,7 @@ from transformers import (
 from llava_compete.cli import main
 from llava_compete.convert.exporting import export_checkpoint
 from llava_compete.convert.importing import import_checkpoint
+from llava_compete.errors import UserError
 from llava_compete.model.checkpoint import load_checkpoint, save_checkpoint
 
 SIDE = 28
@@ -31,14 +32,14 @@ PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28]]
 LONG = {"max_position_embeddings": 1024}
 
 
-def llava_next(directory: Path, pinpoints: Any = PINPOINTS, **options: Any) -> Any:
+def llava_next(directory: Path, pinpoints: Any = PINPOINTS, crop: int = SIDE, **options: Any) -> Any:
     """Save a random model as llava-hf's 1.6 repositories are."""
     tokenizer = tiny_tokenizer()
     classes = {"model": LlavaNextForConditionalGeneration, "config": LlavaNextConfig}
     built = make_llava(tokenizer, text=LONG, image_grid_pinpoints=PINPOINTS, **classes, **options)
     built.save_pretrained(directory)
     pictures = LlavaNextImageProcessor(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=pinpoints
+        size={"shortest_edge": SIDE}, crop_size={"height": crop, "width": crop}, image_grid_pinpoints=pinpoints
     )
     strategy = built.config.vision_feature_select_strategy
     LlavaNextProcessor(
@@ -102,6 +103,29 @@ def test_tiles_of_ours_go_out_as_llava_next(moe: Any, tmp_path: Path, capsys: py
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
+def test_a_siglip_tower_in_tiles_goes_out_and_comes_in_again(tmp_path: Path) -> None:
+    """All its features are patches, and none is left out."""
+    model, processor = tiny_model(tower=siglip_tower(), tiles={"max": 2}, language=LONG)
+    save_checkpoint(model.eval(), processor, tmp_path / "ours")
+    export_checkpoint(tmp_path / "ours", tmp_path / "next")
+    import_checkpoint(tmp_path / "next", tmp_path / "again")
+    theirs = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "next").eval()
+    again, its_processor = load_checkpoint(tmp_path / "again")
+    its_inputs = its_processor(text=TEXTS, images=WIDE_AND_TALL, return_tensors="pt", padding=True)
+    inputs = processor(text=TEXTS, images=WIDE_AND_TALL, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        expected = theirs(**inputs_of(tmp_path / "next")).logits
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(again.eval()(**its_inputs).logits, expected, rtol=0, atol=2e-5)
+
+
+def test_a_padded_picture_beside_its_tiles_does_not_go_out(tmp_path: Path) -> None:
+    save_checkpoint(*tiny_model(tiles={}, preprocess={"resize_mode": "pad"}, language=LONG), tmp_path / "ours")
+    with pytest.raises(UserError, match=r"preprocess\.resize_mode: found pad, and LLaVA-NeXT squashes"):
+        export_checkpoint(tmp_path / "ours", tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -109,6 +133,7 @@ def test_tiles_of_ours_go_out_as_llava_next(moe: Any, tmp_path: Path, capsys: py
             {"pinpoints": [[28, 56], [40, 28]]},
             "preprocessor: image_grid_pinpoints: found [40, 28], expected multiples of 28",
         ),
+        ({"crop": 14}, "preprocessor: crop_size: found {'height': 14, 'width': 14}, expected 28, the side of a tile"),
         ({"pinpoints": [[28, 56]]}, "image_grid_pinpoints: the preprocessor's are not those of config.json"),
         (
             {"vision_feature_select_strategy": "full"},

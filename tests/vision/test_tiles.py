@@ -21,7 +21,7 @@ from llava_compete.vision.image_decoder import BadImageError
 from llava_compete.vision.image_processing import LlavaCompeteImageProcessor
 from llava_compete.vision.projector import Projector, ProjectorSection, check_pool, pooled
 from llava_compete.vision.sources import resolve_tower
-from llava_compete.vision.tiles import LLAVA_NEXT_GRIDS
+from llava_compete.vision.tiles import LLAVA_NEXT_GRIDS, Tiling
 from llava_compete.vision.tower_config import VisionTowerSection
 
 SIDE = 28
@@ -97,6 +97,18 @@ def test_of_a_number_of_tiles_every_grid_is_allowed() -> None:
     assert tower.preprocess.resize_mode == "squash"
 
 
+def test_the_largest_picture_is_found_among_thousands_of_grids() -> None:
+    for grids in (LLAVA_NEXT_GRIDS, NINE, ((1, 1),)):
+        tiling = Tiling(SIDE, 4, grids)
+        every = [(rows * SIDE, columns * SIDE) for rows, columns in grids]
+        sizes = [*every, *np.random.default_rng(0).integers(20, 200, (100, 2)).tolist()]
+        assert tiling.num_tokens(tiling.largest) == max(tiling.num_tokens(tuple(size)) for size in sizes)
+    many = resolve_tower(VisionTowerSection(config=TOWER, tiles={"max": 1024})).tiles
+    assert many is not None
+    assert len(many) == 7262
+    assert Tiling(SIDE, 4, many).largest == (1024 * SIDE, SIDE)  # a newline ends each of its rows
+
+
 def test_a_picture_without_a_row_left_is_named() -> None:
     processor = LlavaCompeteImageProcessor(size=SIDE, version=2, tiles=LLAVA_NEXT_GRIDS)
     for size in ((1, 20000), (20000, 1), (2, 5000)):
@@ -111,6 +123,7 @@ def test_a_picture_without_a_row_left_is_named() -> None:
         ({"tiles": {"grids": [[0, 2]]}}, "grids: found [0, 2], expected one tile or more each way"),
         ({"tiles": {"max": 3, "grids": [[2, 2]]}}, "[2, 2] has 4 tiles, more than max 3"),
         ({"tiles": {"grids": []}}, "expected different grids"),
+        ({"tiles": {"max": 10**6}}, "less than or equal to 1024"),
         ({"tiles": {}, "scales": (1, 2)}, "tiles: found with scales [1, 2] and select patch"),
         ({"tiles": {}, "select": "cls_patch"}, "select cls_patch"),
         ({"tiles": {}, "preprocess": {"version": 1}}, "preprocess.version: found 1, expected 2"),

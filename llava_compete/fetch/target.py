@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -67,9 +68,22 @@ def fetch(target: Target, folder: Path, options: Mapping[str, Any] | None = None
             if _is_whole(folder, record):
                 return Fetched(folder, built=False)
             _build(target, folder, record, values)
-    except OSError as error:  # no space, no permission
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # no space, no permission
+        reason = _system_error(error)
+        if reason is None:
+            raise
+        raise UserError(f"{folder}: cannot be written: {reason}") from error
     return Fetched(folder, built=True)
+
+
+def _system_error(error: Exception) -> str | None:
+    """What the system said, if it was the system: safetensors and tokenizers hide that in kinds of their own."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    hidden = re.search(r"\(os error (\d+)\)", str(error))
+    return None if hidden is None else os.strerror(int(hidden[1]))
 
 
 def _is_whole(folder: Path, record: dict[str, Any]) -> bool:

@@ -141,20 +141,27 @@ def build_trunk_keys(config: TowerConfig) -> set[str]:
 
 def _lookup(section: VisionTowerSection) -> OpenClipModel:
     if section.config is not None:
-        missing = [key for key in ("embed_dim", "vision_cfg") if key not in section.config]
-        if missing:
-            raise UserError(f"vision_tower.config: missing key {missing[0]!r} (open_clip's model config)")
-        return OpenClipModel(section.config, section.config.get("preprocess_cfg", {}))
+        return _given("vision_tower.config", section.config, section.config)
     name = str(section.name)
     if name.startswith(("hf-hub:", "local-dir:")):
         if section.pretrained is not None:
             raise UserError(f"vision_tower.pretrained: found {section.pretrained!r}, but {name} brings its own weights")
         path = _open_clip_config_path(name)
         content = read_json(path)
-        if "model_cfg" not in content:
+        if not isinstance(content, dict) or "model_cfg" not in content:
             raise UserError(f"{path}: missing key 'model_cfg'; not an open_clip config")
-        return OpenClipModel(content["model_cfg"], content.get("preprocess_cfg", {}))
+        return _given(f"{path}: model_cfg", content["model_cfg"], content)
     return _lookup_registry(name.replace("/", "-"), section.pretrained)
+
+
+def _given(place: str, model_cfg: Any, beside: dict[str, Any]) -> OpenClipModel:
+    """A config that stands at `place`, and the preprocessing that `beside` may hold."""
+    if not isinstance(model_cfg, dict):
+        raise UserError(f"{place}: found {model_cfg!r}, expected a mapping (open_clip's model config)")
+    missing = [key for key in ("embed_dim", "vision_cfg") if key not in model_cfg]
+    if missing:
+        raise UserError(f"{place}: missing key {missing[0]!r} (open_clip's model config)")
+    return OpenClipModel(model_cfg, beside.get("preprocess_cfg") or {})
 
 
 def _lookup_registry(name: str, pretrained: str | None) -> OpenClipModel:

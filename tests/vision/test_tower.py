@@ -161,6 +161,22 @@ def test_bad_towers_are_named(section: dict[str, Any], message: str) -> None:
         resolve_tower(VisionTowerSection(**section))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"architectures": ["CLIPModel"]}, "missing key 'model_cfg'; not an open_clip config"),
+        (["model_cfg"], "missing key 'model_cfg'; not an open_clip config"),
+        ({"model_cfg": "ViT-B-32"}, "model_cfg: found 'ViT-B-32', expected a mapping"),
+        ({"model_cfg": {"embed_dim": 8, "text_cfg": {}}}, "model_cfg: missing key 'vision_cfg'"),
+    ],
+)
+def test_directories_of_something_else_are_named(content: Any, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "open_clip_config.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=re.escape(f"{file}: {message}")):
+        resolve_tower(VisionTowerSection(name=f"local-dir:{tmp_path}"))
+
+
 def test_wrong_pixel_size_names_both() -> None:
     with pytest.raises(UserError, match=r"\(1, 3, 20, 20\).*\[images, 3, 28, 28\]"):
         make_tower(TOWER)(torch.zeros(1, 3, 20, 20))

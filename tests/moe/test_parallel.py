@@ -29,13 +29,17 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Case:
-    """One layer and step; `bias` is added to the tokens' first coordinate, which chooses experts."""
+    """One layer and step; `bias` is added to the tokens' first coordinate, which chooses experts.
+
+    is_dummy: the first rank's row is padding alone, as a dummy picture's.
+    """
 
     config: dict[str, Any] = field(default_factory=dict)
     competing: bool = False
     sizes: dict[str, Any] = field(default_factory=dict)
     bias: float = 0.0
     recomputed: bool = False
+    is_dummy: bool = False
 
 
 ROUTED = {
@@ -61,6 +65,9 @@ CASES = {
     "judged, one asked": Case({**JUDGED, "competition_contenders": 1, "competition_baseline": "none"}),
     "judged by means": Case({"competition_judge": "loss", "competition_answers": "mean"}),
     "judged by means for the rest": Case({**JUDGED, "competition_margin": 0.9, "competition_answers": "both"}),
+    "a dummy": Case({"router": "softmax"}, is_dummy=True),
+    "a dummy in a contest": Case(competing=True, is_dummy=True),
+    "a dummy in a judgement": Case({**JUDGED, "competition_answers": "both"}, is_dummy=True),
     "recomputed router step": Case({"router": "softmax"}, recomputed=True),
     "recomputed contest": Case(competing=True, recomputed=True),
     "recomputed judgement": Case({**JUDGED, "competition_answers": "both"}, recomputed=True),
@@ -87,7 +94,7 @@ def data(case: Case, ranks: int) -> list[tuple[Tensor, Tensor]]:
     x = torch.randn(2 * ranks + 1, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
     x[..., 0] += case.bias
     mask = torch.ones(x.shape[:2])
-    mask[0, 3:] = 0
+    mask[0, 0 if case.is_dummy else 3 :] = 0
     rows = [1, *[2] * (ranks - 2), 2 * ranks + 1 - 2 * (ranks - 2) - 1]
     return list(zip(x.split(rows), mask.split(rows), strict=True))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,15 @@ def talkers() -> dict[str, Talker]:
 @pytest.fixture
 def page(talkers: dict[str, Talker]) -> Any:
     return page_module.Page(talkers, LIMITS)
+
+
+@pytest.fixture
+def slow(talkers: dict[str, Talker]) -> Iterator[None]:
+    """A token takes so long that an answer still grows when it is stopped, on a machine that does other work too."""
+    hooks = [talker.model.lm_head.register_forward_hook(lambda *_: time.sleep(0.05)) for talker in talkers.values()]
+    yield
+    for hook in hooks:
+        hook.remove()
 
 
 @pytest.fixture
@@ -103,6 +114,7 @@ def test_too_long_a_conversation_is_named(page: Any) -> None:
     assert "the model's context is 256" in said(page, "word " * 300)[-1].turns[0].replies[0].note
 
 
+@pytest.mark.usefixtures("slow")
 def test_stop_ends_the_answer_and_leaves_the_next_model_unasked(page: Any) -> None:
     growing = page.answer({"text": "what ?"}, Conversation(), "", LONG, "me")
     for grown in growing:
@@ -117,6 +129,7 @@ def test_stop_ends_the_answer_and_leaves_the_next_model_unasked(page: Any) -> No
     page.stop("me")  # nothing to stop
 
 
+@pytest.mark.usefixtures("slow")
 def test_a_new_conversation_waits_for_the_end_of_the_old_answer(page: Any) -> None:
     seen: list[Conversation] = []
     begun = threading.Event()

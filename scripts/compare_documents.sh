@@ -13,7 +13,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
 # shellcheck source-path=SCRIPTDIR source=lib/study.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib/study.sh"
 
-seeds=1 OUT="" RESULTS="" KIND=forms chosen="" overrides=() MINUTES="square 12, tiles_4 15, tiles_9 20"
+seeds=1 OUT="" RESULTS="" KIND=forms chosen="" overrides=() MINUTES="square 14, tiles_4 17, tiles_9 20"
 while [ $# -gt 0 ]; do
   case "$1" in
     --pages) KIND=documents ;;

@@ -101,11 +101,17 @@ def limit_answers(page: Any, length: int) -> None:
 def ask(page: Any, text: str, length: int = 8) -> None:
     """Type a question; it is asked by Enter."""
     limit_answers(page, length)
+    asked, ends = page.locator("#chat0 .user.message"), time.monotonic() + WAIT_MS / 1000
+    before = asked.count()
+    # While the event of the answer before ends, Gradio drops another, or empties the box late.
     page.fill("#question textarea", text)
-    ends = time.monotonic() + WAIT_MS / 1000
-    # While the event of the answer before ends, Gradio drops another; its text stays in the box.
-    while page.input_value("#question textarea") == text and not page.locator(".toast-body").count():
+    while asked.count() == before and not page.locator(".toast-body").count():
         assert time.monotonic() < ends, f"not taken: {text}"
+        if page.input_value("#question textarea") != text:
+            page.wait_for_timeout(2000)  # the question may be on its way into the chat
+            if asked.count() > before:
+                return
+            page.fill("#question textarea", text)
         page.press("#question textarea", "Enter")
         page.wait_for_timeout(400)
 

@@ -68,9 +68,8 @@ def test_tokens_have_the_words_whose_centres_they_show(shown: Any) -> None:
 
 def test_borders_are_left_out() -> None:
     model, processor = tiny_model(pool=2, tiles={})
-    wide = Word(
-        "two", (150, 10, 170, 20)
-    )  # a picture of 224 x 56: 1 x 2 tiles of which the upper and lower half are black
+    # A picture of 224 x 56: 1 x 2 tiles of which the upper and lower half are black.
+    wide = Word("two", (150, 10, 170, 20))
     found = words_of_features(model, processor, (56, 224), [wide])
     grid = {token: words for token, words in found.items() if token >= 4}
     boxes = model.config.tiling

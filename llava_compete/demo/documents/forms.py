@@ -11,7 +11,7 @@ behind the line that they are read off:
 
 All words of the page, in reading order, are its text: what a model learns to read before it is asked. A field lies
 within one token of the grids that are compared, of 3 x 3 tokens a tile: 100 pixels wide and high in 2 x 2 tiles, 67 in
-3 x 3. Where words cross tokens, no small model learned to read in an hour.
+3 x 3.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llava_compete"
 # From the bottom up; rooms of one line may not import each other in a circle, which Python itself would refuse.
 ORDER = [
-    ["errors", "parts", "optional_packages", "shipped"],
+    ["errors", "parts", "optional_packages", "processes", "shipped"],
     ["files", "config", "console"],
     ["manifest", "weight_files"],
     ["moe"],

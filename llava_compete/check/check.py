@@ -21,6 +21,7 @@ from llava_compete.data.config import DataSection, SourceSection
 from llava_compete.data.source_files import SourceError, file_digests, read_rows, source_digest, source_files
 from llava_compete.data.tables import cache_folder
 from llava_compete.errors import UserError
+from llava_compete.processes import end_with_parent
 
 CHUNK_ROWS = 64
 FIRST_RECORDS = 3
@@ -192,6 +193,7 @@ _job: tuple[SourceSection, TextSide | None, int] | None = None
 
 def _start_worker(source: SourceSection, text_side: TextSide | None, max_length: int) -> None:
     global _job
+    end_with_parent()
     _job = (source, text_side, max_length)
 
 

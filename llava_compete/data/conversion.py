@@ -23,6 +23,7 @@ from llava_compete.data.readers import read_file
 from llava_compete.data.records import Conversation, message_texts, parse_row
 from llava_compete.data.row_errors import RecordError
 from llava_compete.errors import UserError, and_more
+from llava_compete.processes import end_with_parent, usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def convert_all(section: SourceSection, folder: Path, missing: dict[Path, Path])
 
 def _outcomes(missing: dict[Path, Path]) -> list[_Outcome]:
     """Convert each file to the table at its path; several at a time, in processes of their own."""
-    workers = min(len(missing), len(os.sched_getaffinity(0)), _MAX_WORKERS)
+    workers = min(len(missing), usable_cores(), _MAX_WORKERS)
     context = get_context("fork")
     rows = context.Value("q", 0)
     with tqdm(unit=" rows", desc="converting", delay=_SILENT_S) as bar:
@@ -98,6 +99,7 @@ _rows: Any = None  # in a worker: the rows that all workers have read, in shared
 
 def _start_worker(rows: Any) -> None:
     global _rows
+    end_with_parent()
     _rows = rows
 
 

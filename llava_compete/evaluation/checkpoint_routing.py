@@ -28,6 +28,7 @@ from llava_compete.evaluation.spreading import spread
 from llava_compete.evaluation.token_choices import Patch, RowChoices, all_choices, choices_of, surest_patches
 from llava_compete.evaluation.winner_prediction import measure_prediction
 from llava_compete.moe.block import moe_blocks
+from llava_compete.processes import end_with_parent
 
 log = logging.getLogger(__name__)
 ANSWER_TOKENS = 64
@@ -154,6 +155,7 @@ _worker: tuple[Any, Any, Rows] | None = None
 def _start(path: Path, rows: Rows, device: str) -> None:
     """A process's own model, on the GPU of its number where there are several."""
     global _worker
+    end_with_parent()
     if device.startswith("cuda"):
         number = int(get_context().current_process().name.rpartition("-")[2] or 1) - 1
         device = f"cuda:{number % torch.cuda.device_count()}"

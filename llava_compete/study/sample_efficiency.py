@@ -48,6 +48,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from llava_compete.processes import end_with_parent
 from llava_compete.study.fit import maximise, near_truth_starts
 from llava_compete.study.mixture import Experts, Family, Gating, sample
 from llava_compete.study.voronoi import atoms, masses, voronoi_loss
@@ -201,8 +202,13 @@ def _mapper(workers: int) -> Iterator[Callable[..., Iterable[_Losses]]]:
         yield map
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
         yield pool.map
+
+
+def _start_worker() -> None:
+    end_with_parent()
+    torch.set_num_threads(1)
 
 
 def _measure(task: tuple[Family, Specification, int, Settings]) -> _Losses:

@@ -8,15 +8,16 @@ that training reads are made as well, so that no GPU waits for them.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
+
+from llava_compete.processes import usable_cores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("config", type=Path, help="for example configs/demo/sft.yaml")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted overrides, values are YAML")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="report file (default: outputs/data_check/<config's name>.json)")
     parser.add_argument("--write-clean", type=Path, metavar="FILE", help="write the good rows to FILE (.jsonl)")
     parser.add_argument("--convert", action="store_true", help="also make the tables of the sources without errors")

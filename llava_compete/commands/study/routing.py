@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     preset.add_argument("--quick", action="store_true", help="three rules and two seeds on the smallest task")
     parser.add_argument("--seeds", type=int, help="runs a rule (default: 10; --explore 5, --full, --confirm 30)")
     parser.add_argument("--minutes", type=float, help="stop after this time and report what has run")
+    parser.add_argument("--workers", type=int, help="processes (default: cores, or one with --device cuda)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (default: cpu)")
     parser.add_argument("--out", type=Path, default=Path("outputs/routing"), help="runs and results")
 
@@ -34,27 +35,34 @@ def run(arguments: argparse.Namespace) -> None:
     from llava_compete.console import setup_console
     from llava_compete.errors import UserError
     from llava_compete.moe.allocator import keep_freed_memory
-    from llava_compete.study.routing import grid, report
+    from llava_compete.processes import usable_cores
+    from llava_compete.study.routing import grid, plans, report
     from llava_compete.study.routing.results import Runs
 
     setup_console()
     if arguments.seeds is not None and arguments.seeds < 2:
         raise UserError(f"--seeds: found {arguments.seeds}, expected at least 2, for runs are compared over seeds")
     device, out = grid.device_of(arguments.device), arguments.out
+    workers = usable_cores() if device == "cpu" else 1
+    if arguments.workers is not None:
+        if arguments.workers < 1 or (device != "cpu" and arguments.workers > 1):
+            expected = "1 or more" if device == "cpu" else f"1, for all runs share the device ({device})"
+            raise UserError(f"--workers: found {arguments.workers}, expected {expected}")
+        workers = arguments.workers
     keep_freed_memory()
     if arguments.quick:
-        plan = grid.quick_plan()
+        plan = plans.quick_plan()
     else:
-        make = grid.default_plan
+        make = plans.default_plan
         for preset in ("full", "explore", "confirm"):
             if getattr(arguments, preset):
-                make = getattr(grid, f"{preset}_plan")
+                make = getattr(plans, f"{preset}_plan")
         plan = make() if arguments.seeds is None else make(arguments.seeds)
     if arguments.full:
-        sys.stderr.write(f"about {grid.estimated_hours(plan, out, device):.1f} hours on this machine\n")
+        sys.stderr.write(f"about {grid.estimated_hours(plan, out, device, workers):.1f} hours on this machine\n")
     finished = False
     try:
-        finished = grid.run(plan, out, device, arguments.minutes)
+        finished = grid.run(plan, out, device, arguments.minutes, workers)
     finally:  # also of a study that is interrupted
         runs = Runs(out)
         if runs.files:

@@ -9,11 +9,11 @@ tell one expert from two near ones, and writes separation.json, separation.png a
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from llava_compete.files import write_json, write_text
+from llava_compete.processes import usable_cores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/sample_efficiency"), help="directory for the results")
     parser.add_argument("--quick", action="store_true", help="10 repetitions up to n = 3,162 (under a minute)")
     parser.add_argument("--separation", action="store_true", help="the exact curve of distance against e, no sampling")
-    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 16), help="processes (default: cores)")
+    parser.add_argument("--workers", type=int, default=min(usable_cores(), 16), help="processes (default: cores)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data and the starts")
 
 

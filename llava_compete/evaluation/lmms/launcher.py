@@ -20,6 +20,7 @@ from typing import IO, Any
 from llava_compete.errors import UserError
 from llava_compete.evaluation.config import EvalConfig
 from llava_compete.evaluation.lmms.documents import FOLDER_VARIABLE
+from llava_compete.processes import usable_cores
 
 log = logging.getLogger(__name__)
 # torchrun gives its workers up to 30 seconds to end; killed earlier, it would leave them behind.
@@ -83,7 +84,7 @@ def run_lmms_eval(
         environment["HF_DATASETS_CACHE"] = str(datasets_cache)
     processes = num_processes(config)
     if processes > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(usable_cores() // processes, 1)))
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("a", encoding="utf-8") as file, ended_by_signals():
         file.write(f"$ {' '.join(words)}\n")

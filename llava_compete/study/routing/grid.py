@@ -1,4 +1,4 @@
-"""Which runs the study has, in which order, and the files that keep them: one a rule, task, rate and number of steps.
+"""The runs of a study, several at once on a CPU, and the files that keep them: one a rule, task, rate and steps.
 
 What is there is not trained again, so a study that was stopped goes on, and one with more seeds adds them.
 """
@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,114 +21,34 @@ from tqdm import tqdm
 
 from llava_compete.errors import UserError
 from llava_compete.files import read_json, write_json
-from llava_compete.study.routing.rules import EXPLORED, RULES
+from llava_compete.moe.allocator import keep_freed_memory
+from llava_compete.processes import end_with_parent
+from llava_compete.study.routing.plans import Plan, Unit
+from llava_compete.study.routing.rules import RULES, Rule
 from llava_compete.study.routing.tasks import TASKS, Task
-from llava_compete.study.routing.training import train
+from llava_compete.study.routing.training import Result, train
 
 logger = logging.getLogger(__name__)
-_DEFAULT_RULES = (
-    *("softmax", "published", "distil_only", "judge_all", "judge_c80", "judge_mean"),
-    *("random", "dense_all", "dense_all_start"),
-)
-# Routers of other papers that have a result beside them.
-_RIVALS = ("tc_moe", "moe_plus_plus", "autonomy", "coupled")
-_FIRST_RULES = (*_DEFAULT_RULES, "judge_all_none", "judge_c50", "fixed", "dense_active")
-_SECOND_RULES = tuple(name for name in RULES if name not in (*_FIRST_RULES, *EXPLORED))
-_SMALL = ("facts_8", "teacher_competition_1000")
-_JUDGES = ("softmax", "judge_mean", "judge_c80", "judge_all")
-_BEST = ("relative_c80", "mean_pair", "mean_near")
-_FRESH = 100
-_TEACHERS = tuple(name for name in TASKS if name.startswith("teacher"))
 # A price is met by so many more steps, to a whole percent; below this it is none.
 _LEAST_PRICE = 0.005
-_TIMED_STEPS = 4
+# What softmax of as many more steps as the rules cost adds to the rules' own time, roughly.
+_EQUAL_ARITHMETIC = 0.5
+_TIMED_STEPS = 8
 
 
-class Unit(NamedTuple):
-    """The runs of one file: `times` is the learning rate as a multiple of the task's, `extra` percent more steps."""
+class _Chunk(NamedTuple):
+    """Runs of a unit that train together in one program."""
 
-    task: str
-    rule: str
-    times: float = 1.0
-    extra: int = 0
+    unit: Unit
+    seeds: list[int]
 
     @property
     def steps(self) -> int:
-        return round(TASKS[self.task].steps * (1 + self.extra / 100))
-
-    def path(self, out: Path) -> Path:
-        more = f"-steps+{self.extra}%" if self.extra else ""
-        return out / "runs" / self.task / f"{self.rule}-x{self.times:g}{more}.json"
+        return len(self.seeds) * self.unit.steps
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Blocks of (tasks, rules, rates), most wanted first; `seeds` runs a unit from `first_seed` on, on bytes at most
-    `byte_seeds`. `equal_arithmetic`: with softmax of as many more steps as a rule costs."""
-
-    blocks: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[float, ...]], ...]
-    seeds: int
-    byte_seeds: int = 8
-    first_seed: int = 0
-    equal_arithmetic: bool = True
-
-    def units(self) -> Iterator[Unit]:
-        """In order, each once."""
-        listed = (
-            Unit(task, rule, times)
-            for tasks, rules, rates in self.blocks
-            for task in tasks
-            for rule in rules
-            for times in rates
-        )
-        yield from dict.fromkeys(listed)
-
-    def seeds_of(self, unit: Unit) -> list[int]:
-        count = min(self.seeds, self.byte_seeds) if unit.task == "bytes" else self.seeds
-        return list(range(self.first_seed, self.first_seed + count))
-
-
-def default_plan(seeds: int = 10) -> Plan:
-    """Facts of 8 tasks and the teacher that competes, 13 rules, one rate."""
-    return Plan(((_SMALL, (*_DEFAULT_RULES, *_RIVALS), (1.0,)),), seeds)
-
-
-def explore_plan(seeds: int = 5) -> Plan:
-    """The tasks of the default, and all that was tried to make the judge better, at equal samples only."""
-    rules = (*_JUDGES, *EXPLORED)
-    return Plan(tuple(((task,), rules, (1.0,)) for task in _SMALL), seeds, equal_arithmetic=False)
-
-
-def confirm_plan(seeds: int = 30) -> Plan:
-    """What was best among the explored, on seeds that had no part in choosing it."""
-    rules = ("softmax", "judge_c80", "judge_mean", *_BEST)
-    return Plan(tuple(((task,), rules, (1.0,)) for task in reversed(_SMALL)), seeds, first_seed=_FRESH)
-
-
-def full_plan(seeds: int = 30) -> Plan:
-    """Every task and rule, three rates (two on bytes)."""
-    facts, every = ("facts_8", "facts_24"), (*_FIRST_RULES, *_SECOND_RULES)
-    return Plan(
-        (
-            (facts, _FIRST_RULES, (1.0,)),
-            (_TEACHERS, _FIRST_RULES, (1.0,)),
-            ((*facts, *_TEACHERS), _SECOND_RULES, (1.0,)),
-            (("facts_64", "bytes"), _FIRST_RULES, (1.0,)),
-            ((*facts, *_TEACHERS), every, (2.0, 3.0)),
-            (("facts_64", "bytes"), every, (1.0, 2.0)),
-            (("facts_64",), every, (3.0,)),
-        ),
-        seeds,
-    )
-
-
-def quick_plan() -> Plan:
-    """Two rules and seeds on the smallest task: whether a machine runs the study at all, and how fast."""
-    return Plan(((("facts_8",), ("softmax", "published", "judge_c80"), (1.0,)),), 2)
-
-
-def estimated_hours(plan: Plan, out: Path, device: str) -> float:
-    """Of what is missing, from a few steps of each task on this machine; the equal arithmetic adds about a third."""
+def estimated_hours(plan: Plan, out: Path, device: str, workers: int = 1) -> float:
+    """Of what is missing, from a few steps of each task on this machine, with `workers` of its cores."""
     seconds = 0.0
     pace: dict[str, float] = {}
     for unit in plan.units():
@@ -132,36 +56,101 @@ def estimated_hours(plan: Plan, out: Path, device: str) -> float:
         if not missing:
             continue
         if unit.task not in pace:
-            pace[unit.task] = _seconds_a_run(TASKS[unit.task], device)
-        seconds += len(missing) * pace[unit.task]
-    return 4 / 3 * seconds / 3600
+            pace[unit.task] = _seconds_a_run(TASKS[unit.task], device, workers)
+        more = _EQUAL_ARITHMETIC if plan.equal_arithmetic and unit.times == 1 else 0.0
+        seconds += (1 + more) * len(missing) * pace[unit.task]
+    return seconds / workers / 3600
 
 
-def _seconds_a_run(task: Task, device: str) -> float:
+def _seconds_a_run(task: Task, device: str, workers: int) -> float:
+    """Steps beside what a run has once: its data, and its score at the end."""
     runs = task.together if device == "cpu" else 30
-    for steps in (1, _TIMED_STEPS):  # the first warms up
+    threads = torch.get_num_threads()
+    if workers > 1:
+        torch.set_num_threads(1)
+    spent = []
+    for steps in (1, 1, 1 + _TIMED_STEPS):  # the first warms up
         started = time.perf_counter()
         train(task, RULES["judge_c80"], range(runs), [task.rate] * runs, steps, device)
-        spent = time.perf_counter() - started
-    return spent / runs / _TIMED_STEPS * task.steps
+        spent.append(time.perf_counter() - started)
+    torch.set_num_threads(threads)
+    return (spent[1] + max(0.0, spent[2] - spent[1]) / _TIMED_STEPS * (task.steps - 1)) / runs
 
 
-def run(plan: Plan, out: Path, device: str, minutes: float | None = None) -> bool:
-    """Train what is missing; False where the `minutes` ended before the plan."""
-    units = list(plan.units())
-    total = sum(len(_missing(unit, plan, out)) * unit.steps for unit in units)
+def run(plan: Plan, out: Path, device: str, minutes: float | None = None, workers: int = 1) -> bool:
+    """Train what is missing, `workers` chunks of runs at a time; False where the `minutes` ended before the plan.
+
+    `UserError` where a process of a worker dies; what was finished is kept.
+    """
     ends = time.monotonic() + 60 * minutes if minutes is not None else None
-    with tqdm(total=total, unit="step", unit_scale=True, desc="routing") as bar:
-        for unit in units:
-            if not _do(unit, plan, out, device, bar, ends):
-                return False
-            more = equal_arithmetic(unit, out) if plan.equal_arithmetic else None
-            if more is None:
-                continue
-            bar.total = (bar.total or 0) + len(_missing(more, plan, out)) * more.steps
-            if not _do(more, plan, out, device, bar, ends):
-                return False
-    return True
+    with (
+        tqdm(unit="step", unit_scale=True, desc="routing") as bar,
+        _executor(workers) as pool,
+        _cancelled_at_the_end(pool),
+    ):
+        todo = _ToDo(plan, out, device)
+        under_way: dict[Future[tuple[Result, float]], _Chunk] = {}
+        while True:
+            in_time = ends is None or time.monotonic() <= ends
+            while in_time and len(under_way) < workers and todo.chunks:
+                chunk = todo.chunks.popleft()
+                bar.set_postfix_str(f"{chunk.unit.task}, {chunk.unit.rule}")
+                task = TASKS[chunk.unit.task]
+                work = (task, RULES[chunk.unit.rule], chunk.seeds, task.rate * chunk.unit.times, chunk.unit.steps)
+                under_way[pool.submit(_timed, *work, device)] = chunk
+            if not under_way:
+                return not todo.chunks
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                chunk = under_way.pop(future)
+                try:
+                    _keep(chunk, out, *future.result())
+                except BrokenProcessPool as error:
+                    raise UserError(
+                        f"{out}: a process that trained {chunk.unit.rule} on {chunk.unit.task} died (out of memory?); "
+                        "the same command goes on, with fewer --workers if it was memory"
+                    ) from error
+                todo.finished(chunk)
+                bar.total = todo.steps
+                bar.update(chunk.steps)
+
+
+class _ToDo:
+    """Chunks that wait, most wanted first, and how many steps there are in all."""
+
+    def __init__(self, plan: Plan, out: Path, device: str) -> None:
+        self.chunks: deque[_Chunk] = deque()
+        self.steps = 0
+        self._plan, self._out, self._device = plan, out, device
+        self._left: dict[Unit, int] = {}
+        for unit in plan.units():
+            self._add(unit)
+
+    def finished(self, chunk: _Chunk) -> None:
+        """The files of the chunk are written; with the last of a rule, softmax of equal arithmetic comes next."""
+        self._left[chunk.unit] -= 1
+        if self._left[chunk.unit] == 0:
+            self._add_equal_arithmetic(chunk.unit)
+
+    def _add(self, unit: Unit, first: bool = False) -> None:
+        if unit in self._left:  # two rules of one price
+            return
+        missing, together = _missing(unit, self._plan, self._out), TASKS[unit.task].together
+        if self._device != "cpu":
+            together = max(1, len(missing))
+        chunks = [_Chunk(unit, missing[start : start + together]) for start in range(0, len(missing), together)]
+        self._left[unit] = len(chunks)
+        self.steps += sum(chunk.steps for chunk in chunks)
+        if first:
+            self.chunks.extendleft(reversed(chunks))
+        else:
+            self.chunks.extend(chunks)
+        if not chunks:
+            self._add_equal_arithmetic(unit)
+
+    def _add_equal_arithmetic(self, unit: Unit) -> None:
+        more = equal_arithmetic(unit, self._out) if self._plan.equal_arithmetic and not unit.extra else None
+        if more is not None:
+            self._add(more, first=True)
 
 
 def equal_arithmetic(unit: Unit, out: Path) -> Unit | None:
@@ -182,38 +171,58 @@ def _missing(unit: Unit, plan: Plan, out: Path) -> list[int]:
     return [seed for seed in plan.seeds_of(unit) if seed not in done]
 
 
-def _do(unit: Unit, plan: Plan, out: Path, device: str, bar: tqdm, ends: float | None) -> bool:
-    """Train the missing seeds of a unit and keep them; False if its time was over before."""
-    missing, task = _missing(unit, plan, out), TASKS[unit.task]
-    together = task.together if device == "cpu" else len(missing)
-    while missing:
-        if ends is not None and time.monotonic() > ends:
-            return False
-        seeds, missing = missing[:together], missing[together:]
-        bar.set_postfix_str(f"{unit.task}, {unit.rule}")
-        started = time.perf_counter()
-        rates = [task.rate * unit.times] * len(seeds)
-        result = train(task, RULES[unit.rule], seeds, rates, unit.steps, device, bar.update)
-        _keep(unit, out, seeds, result.scores, result.prices, time.perf_counter() - started)
-    return True
+def _timed(task: Task, rule: Rule, seeds: list[int], rate: float, steps: int, device: str) -> tuple[Result, float]:
+    """The result and the seconds that it took."""
+    started = time.perf_counter()
+    result = train(task, rule, seeds, [rate] * len(seeds), steps, device)
+    return result, time.perf_counter() - started
 
 
-def _keep(unit: Unit, out: Path, seeds: list[int], scores: list[float], prices: list[float], seconds: float) -> None:
-    path = unit.path(out)
+class _InThisProcess(Executor):
+    """One piece of work at a time, done when it is submitted."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def _executor(workers: int) -> Executor:
+    """Workers of one thread each: runs are small, and cores that share one wait for each other."""
+    # A forked process could not use torch's threads, nor a GPU.
+    return ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) if workers > 1 else _InThisProcess()
+
+
+@contextmanager
+def _cancelled_at_the_end(pool: Executor) -> Iterator[None]:
+    try:
+        yield
+    finally:  # of an interrupted study: what has not begun need not be waited for
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    end_with_parent()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+
+
+def _keep(chunk: _Chunk, out: Path, result: Result, seconds: float) -> None:
+    unit, path = chunk.unit, chunk.unit.path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     before: dict[str, Any] = (
         read_json(path) if path.is_file() else {"seeds": [], "scores": [], "prices": [], "seconds": 0.0}
     )
-    if unequal := [score for score in scores if score != score]:
-        logger.warning("%s, %s: %d of %d runs ended in NaN", unit.task, unit.rule, len(unequal), len(scores))
+    if unequal := [score for score in result.scores if score != score]:
+        logger.warning("%s, %s: %d of %d runs ended in NaN", unit.task, unit.rule, len(unequal), len(result.scores))
     content = {
         **unit._asdict(),
         "steps": unit.steps,
         "learning_rate": TASKS[unit.task].rate * unit.times,
         "torch": torch.__version__,
-        "seeds": before["seeds"] + seeds,
-        "scores": before["scores"] + scores,
-        "prices": before["prices"] + prices,
+        "seeds": before["seeds"] + chunk.seeds,
+        "scores": before["scores"] + result.scores,
+        "prices": before["prices"] + result.prices,
         "seconds": before["seconds"] + seconds,
     }
     write_json(path, content)

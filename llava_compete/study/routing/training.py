@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,9 +28,8 @@ def train(
     rates: Sequence[float],
     steps: int,
     device: str,
-    tick: Callable[[int], object] = int,
 ) -> Result:
-    """Train one run for each seed and learning rate (of equal length); `tick` hears of runs x steps done.
+    """Train one run for each seed and learning rate (of equal length).
 
     A run does not depend on those beside it but for rounding. `ValueError` on unequal lengths.
     """
@@ -45,7 +44,6 @@ def train(
         now = [None if competing is None else _any(competing[step, layer], device) for layer in range(task.layers)]
         network.loss_R(step, now).sum().backward()
         optimizer.step()
-        tick(len(seeds))
     price_R = torch.stack([layer.price_R for layer in network.layers]).mean(0)
     return Result(network.score_R().tolist(), price_R.tolist())
 

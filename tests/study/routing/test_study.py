@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from concurrent.futures import Executor, Future
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
@@ -9,7 +11,7 @@ from llava_compete import cli
 from llava_compete.errors import UserError
 from llava_compete.evaluation.compare.statistics import paired_t
 from llava_compete.files import write_json
-from llava_compete.study.routing import first_study, grid, report, results, tasks, teacher
+from llava_compete.study.routing import first_study, grid, plans, report, results, tasks, teacher
 from llava_compete.study.routing.rules import EXPLORED
 
 TASK = "teacher_competition_1000"
@@ -22,8 +24,8 @@ def short(monkeypatch):
 
 
 def test_the_command_writes_its_files_and_goes_on_where_it_was(tmp_path, monkeypatch, short, capsys):
-    monkeypatch.setattr(grid, "default_plan", lambda seeds: grid.Plan((((TASK,), RULES, (1.0,)),), seeds))
-    command = ["study", "routing", "--out", str(tmp_path), "--seeds"]
+    monkeypatch.setattr(plans, "default_plan", lambda seeds: plans.Plan((((TASK,), RULES, (1.0,)),), seeds))
+    command = ["study", "routing", "--out", str(tmp_path), "--workers", "1", "--seeds"]
     assert cli.main([*command, "2"]) == 0
     kept = tmp_path / "runs" / TASK / "judge_all-x1.json"
     before = json.loads(kept.read_text())
@@ -42,7 +44,7 @@ def test_the_command_writes_its_files_and_goes_on_where_it_was(tmp_path, monkeyp
 
 
 def test_a_study_out_of_time_reports_what_it_has(tmp_path, short):
-    plan = grid.Plan((((TASK,), RULES, (1.0,)),), 2)
+    plan = plans.Plan((((TASK,), RULES, (1.0,)),), 2)
     assert grid.run(plan, tmp_path, "cpu", minutes=0.0) is False
     assert not (tmp_path / "runs").exists()
     assert grid.estimated_hours(plan, tmp_path, "cpu") > 0
@@ -51,8 +53,48 @@ def test_a_study_out_of_time_reports_what_it_has(tmp_path, short):
     assert grid.estimated_hours(plan, tmp_path, "cpu") == 0
 
 
+def test_the_hours_said_beforehand_charge_what_a_run_has_once_once(tmp_path, short, monkeypatch):
+    # A build of 3 s, steps of 0.1 s for all runs of a program, a score of 2 s: of 6 steps 5.6 s a program of 30 runs.
+    clock = [0.0]
+    monkeypatch.setattr(grid.time, "perf_counter", lambda: clock[0])
+
+    def train(task, rule, seeds, rates, steps, device):
+        clock[0] += 3 + 0.1 * steps + 2
+
+    monkeypatch.setattr(grid, "train", train)
+    monkeypatch.setitem(tasks.TASKS, TASK, dataclasses.replace(tasks.TASKS[TASK], steps=6))
+    plan = plans.Plan((((TASK,), RULES, (1.0, 2.0)),), 30)
+    # Three rules at two rates; softmax of equal arithmetic is taken for half as much again, at the first rate only.
+    expected = (3 * 1.5 + 3) * 5.6 / 3600
+    assert grid.estimated_hours(plan, tmp_path, "cpu") == pytest.approx(expected)
+    assert grid.estimated_hours(plan, tmp_path, "cpu", workers=2) == pytest.approx(expected / 2)
+
+
+def test_several_processes_find_what_one_finds(tmp_path, short):
+    plan = plans.Plan((((TASK,), ("softmax", "judge_all"), (1.0,)),), 2)
+    for workers in (1, 2):
+        assert grid.run(plan, tmp_path / str(workers), "cpu", workers=workers)
+    for path in (tmp_path / "1").rglob("*.json"):
+        one, two = (json.loads((tmp_path / n / path.relative_to(tmp_path / "1")).read_text()) for n in "12")
+        assert one["seeds"] == two["seeds"]
+        assert one["scores"] == pytest.approx(two["scores"], rel=1e-4)
+    assert sum(1 for _ in (tmp_path / "2").rglob("*.json")) == 3  # with softmax of equal arithmetic
+
+
+def test_a_worker_that_dies_is_one_line(tmp_path, short, monkeypatch):
+    class Broken(Executor):
+        def submit(self, *work):
+            future = Future()
+            future.set_exception(BrokenProcessPool())
+            return future
+
+    monkeypatch.setattr(grid, "_executor", lambda workers: Broken())
+    with pytest.raises(UserError, match=r"a process that trained .* on teacher_competition_1000 died"):
+        grid.run(plans.Plan((((TASK,), RULES, (1.0,)),), 2), tmp_path, "cpu", workers=2)
+
+
 def keep(out, rule, scores, extra=0, times=1.0, price=0.0, seeds=None, task="facts_8"):
-    unit = grid.Unit(task, rule, times, extra)
+    unit = plans.Unit(task, rule, times, extra)
     seeds = list(range(len(scores))) if seeds is None else seeds
     unit.path(out).parent.mkdir(parents=True, exist_ok=True)
     content = {**unit._asdict(), "seeds": seeds, "scores": scores, "prices": [price] * len(scores)}
@@ -102,17 +144,21 @@ def test_numbers_stand_beside_those_of_the_first_study(tmp_path):
 
 
 def test_explored_rules_are_in_no_other_preset_and_confirmed_on_fresh_seeds():
-    explored, fresh = grid.explore_plan(), grid.confirm_plan()
+    explored, fresh = plans.explore_plan(), plans.confirm_plan()
     assert {unit.rule for unit in explored.units()} > set(EXPLORED)
-    assert not set(EXPLORED) & {unit.rule for unit in (*grid.default_plan().units(), *grid.full_plan().units())}
-    unit = grid.Unit("facts_8", "softmax")
+    assert not set(EXPLORED) & {unit.rule for unit in (*plans.default_plan().units(), *plans.full_plan().units())}
+    unit = plans.Unit("facts_8", "softmax")
     assert not set(explored.seeds_of(unit)) & set(fresh.seeds_of(unit))
     assert len(fresh.seeds_of(unit)) == 30
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--seeds", "1"], "--seeds: found 1, expected at least 2"), (["--device", "cuda"], "--device: found cuda")],
+    [
+        (["--seeds", "1"], "--seeds: found 1, expected at least 2"),
+        (["--workers", "0"], "--workers: found 0, expected 1 or more"),
+        (["--device", "cuda"], "--device: found cuda"),
+    ],
 )
 def test_bad_input_is_one_line(words, message, capsys, tmp_path):
     assert cli.main(["study", "routing", "--out", str(tmp_path), *words]) != 0

@@ -2,8 +2,9 @@
 
 By default facts of 8 tasks and one teacher, 13 rules, 10 seeds: minutes on two cores. --full: every task and rule, 30
 seeds (8 on bytes), three learning rates; it says first how long that takes here. --explore: what was tried to make the
-judge better, --confirm: the best of that on seeds that had no part in choosing it. Finished runs are kept in --out: the
-same command goes on after a stop. Writes routing.json (every run's score), routing.png and README.md into --out.
+judge better, --confirm: the best of that on seeds that had no part in choosing it. --wide: routers that start with a
+standard deviation of sqrt(0.02), not 0.02. Finished runs are kept in --out: the same command goes on after a stop.
+Writes routing.json (every run's score), routing.png and README.md into --out.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     preset.add_argument("--full", action="store_true", help="every task, rule and learning rate")
     preset.add_argument("--explore", action="store_true", help="what was tried to make the judge better, seeds from 0")
     preset.add_argument("--confirm", action="store_true", help="the best of that on fresh seeds, from 100")
+    preset.add_argument("--wide", action="store_true", help="routers that start at seven times the width")
     preset.add_argument("--quick", action="store_true", help="three rules and two seeds on the smallest task")
-    parser.add_argument("--seeds", type=int, help="runs a rule (default: 10; --explore 5, --full, --confirm 30)")
+    parser.add_argument(
+        "--seeds", type=int, help="runs a rule (default: 10; --explore 5, --full, --confirm, --wide 30)"
+    )
     parser.add_argument("--minutes", type=float, help="stop after this time and report what has run")
     parser.add_argument("--workers", type=int, help="processes (default: cores, or one with --device cuda)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (default: cpu)")
@@ -54,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
         plan = plans.quick_plan()
     else:
         make = plans.default_plan
-        for preset in ("full", "explore", "confirm"):
+        for preset in ("full", "explore", "confirm", "wide"):
             if getattr(arguments, preset):
                 make = getattr(plans, f"{preset}_plan")
         plan = make() if arguments.seeds is None else make(arguments.seeds)

@@ -39,7 +39,8 @@ class Facts:
         number = torch.arange(facts, device=device)
         task, first, second = number // ITEMS**2, number // ITEMS % ITEMS, number % ITEMS
         self.parts_F3 = torch.stack([task, num_tasks + first, num_tasks + ITEMS + second], 1)
-        self.fixed = [_by_hash(num_tasks, layer, device) for layer in range(2)]
+        fixed = _evenly if rule.even else _by_hash
+        self.fixed = [fixed(num_tasks, layer, device) for layer in range(2)]
         self.task_F = task
         self.always = rule.response is not None and rule.response.always
 
@@ -79,6 +80,16 @@ class Facts:
 def _batches(facts: int, steps: int, generator: torch.Generator) -> Tensor:
     """[steps, B]: facts of a batch are distinct, and batches independent."""
     return torch.stack([torch.randperm(facts, generator=generator)[:BATCH] for _ in range(steps)])
+
+
+def _evenly(num_tasks: int, layer: int, device: str) -> Tensor:
+    """[tasks, E]: of experts in a drawn order, a task has two neighbours."""
+    order = torch.randperm(WIDTHS.num_experts, generator=generator_of("order", layer))
+    task = torch.arange(num_tasks)
+    chosen = torch.zeros(num_tasks, WIDTHS.num_experts)
+    for place in range(WIDTHS.num_chosen):
+        chosen[task, order[(task + place) % WIDTHS.num_experts]] = 1.0
+    return chosen.bool().to(device)
 
 
 def _by_hash(num_tasks: int, layer: int, device: str) -> Tensor:

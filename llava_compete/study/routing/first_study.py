@@ -149,19 +149,20 @@ class Beside(NamedTuple):
 def beside(runs: Runs, task: str) -> list[Beside]:
     """Of the rules that ran on a task at its learning rate: differences first, then scores."""
     rows = {row.rule: row for row in runs.rows(task)}
+    design = task.removeprefix("wide_")
     found = []
-    for rule, (theirs, their_half) in DIFFERENCES.get(task, {}).items():
+    for rule, (theirs, their_half) in DIFFERENCES.get(design, {}).items():
         if rule in rows and (test := rows[rule].samples) is not None:
             found.append(Beside(rule, test.mean, theirs, half_width(test), their_half))
-    scores = SCORES.get(task, {})
-    if "dense_all" in scores:  # it does not say how its dense layers started
-        scores = {**scores, "dense_all_start": scores["dense_all"]}
+    scores = SCORES.get(design, {})
+    if "dense_all" in scores:  # it does not say how its dense layers started, nor how tasks were fixed
+        scores = {**scores, "dense_all_start": scores["dense_all"], "fixed_evenly": scores["fixed"]}
     for rule, score in scores.items():
         if rule not in rows:
             continue
         found.append(Beside(rule, rows[rule].score, score, None, None))
-        if task.startswith("teacher"):
-            found.append(Beside(rule, _pooled(runs.scores(task, rule), task), score, None, None, pooled=True))
+        if design.startswith("teacher"):
+            found.append(Beside(rule, _pooled(runs.scores(task, rule), design), score, None, None, pooled=True))
     return found
 
 

@@ -109,7 +109,10 @@ class MoeLayer:
         """A router's weight, [R, ...]."""
         if name == "low_proj":
             return uniform(shape, shape[-1], seeds, (key, name), self.device)
-        return normal(shape, _std(name), seeds, (key, name), self.device)
+        return normal(shape, self._std(name), seeds, (key, name), self.device)
+
+    def _std(self, name: str) -> float:
+        return CONSTANT_STD if name.endswith("constants") else self.rule.router_std or INIT_STD
 
     def _router_shapes(self) -> dict[str, tuple[int, ...]]:
         routed, hidden = self.widths.num_experts - self.rule.shared, self.widths.hidden
@@ -285,10 +288,6 @@ class MoeLayer:
         if response.output == "router":
             return output
         return output.index_copy(0, runs, torch.einsum("rte,reto->rto", weights, answers))
-
-
-def _std(name: str) -> float:
-    return CONSTANT_STD if name.endswith("constants") else INIT_STD
 
 
 def layers(rule: Rule, widths: Widths, seeds: Sequence[int], count: int, device: str) -> list[MoeLayer]:

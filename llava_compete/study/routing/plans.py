@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from llava_compete.study.routing.rules import EXPLORED, RULES
-from llava_compete.study.routing.tasks import TASKS
+from llava_compete.study.routing.rules import EXPLORED, FIXED_EVENLY, RULES
+from llava_compete.study.routing.tasks import TASKS, WIDE
 
 _DEFAULT_RULES = (
     *("softmax", "published", "distil_only", "judge_all", "judge_c80", "judge_mean"),
@@ -17,7 +17,7 @@ _DEFAULT_RULES = (
 # Routers of other papers that have a result beside them.
 _RIVALS = ("tc_moe", "moe_plus_plus", "autonomy", "coupled")
 _FIRST_RULES = (*_DEFAULT_RULES, "judge_all_none", "judge_c50", "fixed", "dense_active")
-_SECOND_RULES = tuple(name for name in RULES if name not in (*_FIRST_RULES, *EXPLORED))
+_SECOND_RULES = tuple(name for name in RULES if name not in (*_FIRST_RULES, *EXPLORED, FIXED_EVENLY.name))
 _SMALL = ("facts_8", "teacher_competition_1000")
 _JUDGES = ("softmax", "judge_mean", "judge_c80", "judge_all")
 _BEST = ("relative_c80", "mean_pair", "mean_near")
@@ -100,6 +100,22 @@ def full_plan(seeds: int = 30) -> Plan:
             (("facts_64",), every, (3.0,)),
         ),
         seeds,
+    )
+
+
+def wide_plan(seeds: int = 30) -> Plan:
+    """Small tasks with routers that start wide; scores of controls, on which a router's start has no bearing."""
+    facts, large, teacher = (task.name for task in WIDE)
+    controls = ("random", "fixed", FIXED_EVENLY.name, "dense_active", "dense_all_start")
+    judges = ("published", "distil_only", *_JUDGES[1:], "judge_c50", "judge_next1")
+    return Plan(
+        (
+            ((facts,), ("softmax", *judges, *controls), (1.0,)),
+            ((teacher,), ("softmax", *judges), (1.0,)),
+            ((large,), ("softmax", "published", *_JUDGES[1:]), (1.0,)),
+        ),
+        seeds,
+        equal_arithmetic=False,
     )
 
 

@@ -62,7 +62,8 @@ class Judge:
 @dataclass(frozen=True)
 class Rule:
     """`router` is one of the package's, a control, or one of another paper; `title` is for people. `expert_start`: a
-    dense layer's weights start as wide as those of one expert."""
+    dense layer's weights start as wide as those of one expert. `router_std`: of a router's start, in place of the
+    package's. `even`: a fixed choice gives each expert as many tasks of facts."""
 
     name: str
     title: str
@@ -72,6 +73,8 @@ class Rule:
     dense: Literal["", "active", "all"] = ""
     coupling_coef: float = 0.0
     expert_start: bool = False
+    router_std: float | None = None
+    even: bool = False
 
     @property
     def has_router(self) -> bool:
@@ -164,5 +167,6 @@ _EXPLORED = (
     _judged("last_c80", "c .8, baseline the last of the choice", margin=0.8, baseline="last"),
 )
 EXPLORED = tuple(rule.name for rule in _EXPLORED)
-RULES = {rule.name: rule for rule in (*_ALL, *_EXPLORED)}
+FIXED_EVENLY = Rule("fixed_evenly", "fixed, as many tasks an expert", router="fixed", even=True)
+RULES = {rule.name: rule for rule in (*_ALL, *_EXPLORED, FIXED_EVENLY)}
 COMPETITION = COMPETITION_COEFS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -66,6 +66,16 @@ def _teacher(gate: Gate, samples: int) -> Task:
     return Task(name, title, "error / variance", build, 500, 1e-2, False, 1, 30)
 
 
+def _wide(task: Task) -> Task:
+    """The same, routers started at the standard deviation sqrt(0.02): N(0, 0.02) where 0.02 is the variance."""
+    build = functools.partial(_build_wide, task.build)
+    return replace(task, name=f"wide_{task.name}", title=f"{task.title}, routers started wide", build=build)
+
+
+def _build_wide(build: Callable[..., Network], rule: Rule, seeds: Sequence[int], steps: int, device: str) -> Network:
+    return build(replace(rule, router_std=0.02**0.5), seeds, steps, device)
+
+
 _ALL = (
     _facts(8, 400),
     _facts(24, 1200),
@@ -73,4 +83,5 @@ _ALL = (
     *(_teacher(gate, samples) for gate in ("competition", "softmax", "clusters") for samples in (1000, 8000)),
     Task("bytes", "bytes of six sources", "bits a byte", ByteText, 1600, 4e-3, False, 2, 4),
 )
-TASKS = {task.name: task for task in _ALL}
+WIDE = tuple(_wide(task) for task in _ALL if task.name in ("facts_8", "facts_24", "teacher_competition_1000"))
+TASKS = {task.name: task for task in (*_ALL, *WIDE)}

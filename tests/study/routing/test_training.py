@@ -155,3 +155,21 @@ def test_six_sources_have_bytes_of_their_own():
     assert [source.name for source in found] == ["Python", "C++", "English", "JSON", "Perl", "tests"]
     assert len({source.train[:200] for source in found}) == 6
     assert all(source.origin and source.train[:1000] not in source.held_out for source in found)
+
+
+def test_a_wide_start_widens_the_routers_alone():
+    made = [TASKS[name].build(RULES["softmax"], [5], 3, "cpu") for name in ("facts_8", "wide_facts_8")]
+    for narrow, wide in zip(*(network.layers for network in made), strict=True):
+        torch.testing.assert_close(wide.router.weights["weight"], narrow.router.weights["weight"] / 0.02 * 0.02**0.5)
+        assert torch.equal(wide.up, narrow.up)
+        assert torch.equal(wide.down, narrow.down)
+    assert torch.equal(made[0].drawn, made[1].drawn)
+
+
+@pytest.mark.parametrize("tasks", [8, 24])
+def test_a_fixed_choice_can_be_even(tasks):
+    by_hash, even = (facts.Facts(RULES[name], [5], 3, "cpu", tasks).fixed for name in ("fixed", "fixed_evenly"))
+    for unequal, equal in zip(by_hash, even, strict=True):
+        assert equal.sum(1).tolist() == unequal.sum(1).tolist() == [2] * tasks
+        assert equal.sum(0).tolist() == [tasks // 4] * 8
+        assert len(set(unequal.sum(0).tolist())) > 1

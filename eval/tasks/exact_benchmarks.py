@@ -33,15 +33,22 @@ def mathvista_prompt(doc, lmms_eval_specific_kwargs=None):
 def mathvista(doc, results):
     """MathVista: the benchmark's own normalisation of the answer as it stands."""
     mathvista_evaluator = _mathvista().mathvista_evaluator
-    text = results[0].strip()
-    if doc["question_type"] == "multi_choice":
-        letter = re.match(r"\(?([A-Z])\)?(?:[.:\s]|$)", text)
-        text = f"({letter[1]})" if letter else text
-    else:
-        numbers = re.findall(r"-?\d+(?:,\d{3})*(?:\.\d+)?", text)
-        text = numbers[-1].replace(",", "") if numbers else text
+    # The data set stores decimals as a float, with which `round` of lmms-eval's rules fails: no float were ever right.
+    precision = None if doc["precision"] is None else int(doc["precision"])
     found = mathvista_evaluator.normalize_extracted_answer(
-        text, doc["choices"], doc["question_type"], doc["answer_type"], doc["precision"]
+        _said(doc, results[0].strip()), doc["choices"], doc["question_type"], doc["answer_type"], precision
     )
     score = float(found is not None and mathvista_evaluator.safe_equal(found, doc["answer"]))
     return {"accuracy": {"score": score, "type": doc["question_type"], "id": str(doc["pid"])}}
+
+
+def _said(doc, text):
+    """What of an answer MathVista's rules are to read: a letter or an option, a list, or the last number."""
+    if doc["question_type"] == "multi_choice":
+        letter = re.match(r"\(?([A-Z])\)?(?:[.:\s]|$)", text)
+        return f"({letter[1]})" if letter and text not in doc["choices"] else text
+    if doc["answer_type"] == "list":
+        lists = re.findall(r"\[[^\[\]]*\]", text)
+        return lists[-1] if lists else text
+    numbers = re.findall(r"-?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)", text)
+    return numbers[-1].replace(",", "") if numbers else text

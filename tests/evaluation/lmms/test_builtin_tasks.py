@@ -361,7 +361,13 @@ def test_exact_variants_score_as_the_benchmarks_do():
     choice = {"pid": 1, "question_type": "multi_choice", "answer_type": "text", "choices": ["cat", "dog"],
               "precision": None, "answer": "dog"}  # fmt: skip
     number = {**choice, "question_type": "free_form", "answer_type": "integer", "choices": None, "answer": "1200"}
+    # As the data set has them: decimals are 1.0 or 2.0, lists are texts.
+    decimal = {**number, "answer_type": "float", "precision": 2.0, "answer": "0.25"}
+    series = {**number, "answer_type": "list", "answer": "[4, 5]"}
+    article = {**choice, "choices": ["no cat", "A cat"], "answer": "A cat"}
     for document, answer, score in (
+        (decimal, "0.25", 1.0), (decimal, "It is .249.", 1.0), (decimal, "2.5", 0.0), (article, "A cat", 1.0),
+        (series, "[4, 5]", 1.0), (series, "They are [4, 5].", 1.0), (series, "5", 0.0), (article, "A", 0.0),
         (choice, "B", 1.0), (choice, "(B) dog", 1.0), (choice, "A.", 0.0), (choice, "dog", 1.0),
         (number, "1,200", 1.0), (number, "The answer is 1200.", 1.0), (number, "12", 0.0), (number, "none", 0.0),
     ):  # fmt: skip

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from llava_compete.errors import UserError
 
@@ -79,7 +80,10 @@ def full_size(image: Image.Image) -> Size:
 def _upright_size(image: Image.Image, label: str) -> Size:
     width, height = image.size
     _check_size(width, height, label)
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in _ON_THEIR_SIDE
+    # Of a TIFF Pillow's size is that of the picture as it is shown, before it is read too.
+    turned = not isinstance(image, TiffImageFile) and (
+        image.getexif().get(ExifTags.Base.Orientation, 1) in _ON_THEIR_SIDE
+    )
     return (width, height) if turned else (height, width)
 
 

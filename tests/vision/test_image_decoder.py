@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from llava_compete.vision.image_decoder import BadImageError, open_image
+from llava_compete.vision.image_decoder import BadImageError, full_size, image_size, open_image
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 
@@ -23,12 +23,16 @@ def two_pixels(left=RED, right=GREEN):
     return image
 
 
-def test_exif_orientation_is_applied():
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_exif_orientation_is_applied(kind):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright: rotate by 90 degrees clockwise
-    image = open_image(saved(two_pixels(), "PNG", exif=exif))
+    content = saved(two_pixels(), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    image = open_image(content)
     assert image.size == (16, 32)
     assert (image.getpixel((8, 2)), image.getpixel((8, 30))) == (RED, GREEN)
+    # By the header alone tokens are counted, before the picture is decoded.
+    assert image_size(content) == full_size(image) == (32, 16)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from llava_compete.data.row_images import images_first
 from llava_compete.data.source_files import file_digests, source_digest, source_files
 from llava_compete.errors import UserError
 
-_FORMAT = "4"  # part of a table's name: raise when the columns or the meaning of a row change
+_FORMAT = "5"  # part of a table's name: raise when the columns or the meaning of a row change
 
 
 class Rows:

@@ -1,8 +1,9 @@
 """Rows of a WebDataset-like tar: members of one base name, side by side, are a row.
 
 `KEY.json` holds the turns and `KEY.jpg` (or KEY.0.jpg, KEY.1.jpg ...) the images; `KEY.txt` in place of turns is a
-caption. Read by hand: `datasets` refuses a tar in which some rows have an image and some have none, and Python's
-`tarfile` takes a damaged header for the end of the archive.
+caption. Any other member is a key of the row, which `records` refuses or names as ignored. Read by hand: `datasets`
+refuses a tar in which some rows have an image and some have none, and Python's `tarfile` takes a damaged header for the
+end of the archive.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from llava_compete.data.row_turns import TURNS
 from llava_compete.data.strict_json import UNDECODABLE, distinct, undecodable
 from llava_compete.parts import IMAGE_TOKEN
 
-_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+# Also of pictures that not every Pillow opens: as a picture that cannot be decoded each is named, and not lost.
+_IMAGE_SUFFIXES = (
+    "jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jp2", "jxl",
+)  # fmt: skip
+# What a row with such a member has beside its pictures.
+_OTHER_MEDIA = {
+    **dict.fromkeys(("mp4", "webm", "mkv", "avi", "mov"), "video"),
+    **dict.fromkeys(("wav", "mp3", "flac", "ogg", "m4a"), "audio"),
+}
 _END = 2 * tarfile.BLOCKSIZE  # zero bytes that close an archive
 
 
@@ -75,8 +84,7 @@ def _image_order(suffix: str) -> tuple[int, str]:
 
 
 def _row(file: Path, key: str, parts: dict[str, bytes]) -> Any:
-    names = sorted(parts, key=_image_order)
-    images = [parts[name] for name in names if name.rsplit(".", 1)[-1] in _IMAGE_SUFFIXES]
+    pictures = [name for name in sorted(parts, key=_image_order) if _kind(name) in _IMAGE_SUFFIXES]
     content: Any = {}
     if "json" in parts:
         try:
@@ -85,13 +93,24 @@ def _row(file: Path, key: str, parts: dict[str, bytes]) -> Any:
             return undecodable(f"{file}: {key}.json", error, parts["json"].decode(errors="backslashreplace"))
         if not isinstance(content, dict):
             return content
+    others = [name for name in parts if name not in pictures and name != "json"]
     if not any(content.get(name) for name in TURNS):
         if "txt" not in parts:
             return RecordError("no_conversation", f"{file}: {key} has no .json file with the turns and no .txt file")
+        others.remove("txt")
+        if not pictures:
+            beside = f", found {', '.join(others)}" if others else ""
+            return RecordError("image_missing", f"{file}: {key}.txt is a caption without a picture beside it{beside}")
         # Beside a caption the .json holds facts about the picture (width, address), as img2dataset writes them.
-        content = {"conversations": _caption(parts["txt"], len(images))}
-    embedded = [{"bytes": image, "path": None} for image in images]
-    return {"id": key.rpartition("/")[2], **content, **({"image": embedded} if embedded else {})}
+        content = {"conversations": _caption(parts["txt"], len(pictures))}
+    beside_turns = {_OTHER_MEDIA.get(_kind(name), name): f"{len(parts[name])} bytes" for name in others}
+    embedded = [{"bytes": parts[name], "path": None} for name in pictures]
+    row = {**beside_turns, "id": key.rpartition("/")[2], **content}
+    return {**row, "image": embedded} if embedded else row
+
+
+def _kind(suffix: str) -> str:
+    return suffix.rsplit(".", 1)[-1]
 
 
 def _caption(text: bytes, images: int) -> list[dict[str, str]]:

@@ -87,6 +87,20 @@ def test_tars_keep_the_order_of_images_and_rows_of_one_name(tmp_path):
     assert [image["bytes"] for image in second["image"]] == [b"other"]
 
 
+def test_no_member_of_a_tar_is_lost_in_silence(tmp_path):
+    """A picture of any kind is one; what is none is refused as its key in a row would be, or named."""
+    turns = json.dumps({"conversations": row("", None)["conversations"]}).encode()
+    files = [("a.avif", b"1"), ("a.txt", b"a dog"), ("b.txt", b"a cat"), ("c.mp4", b"1"), ("c.txt", b"rain")]
+    files += [("d.json", turns), ("d.mp4", b"1"), ("e.json", turns), ("e.cls", b"3"), ("e.txt", b"said before")]
+    write_tar(tmp_path / "rows.tar", files)
+    avif, alone, film, film_with_turns, others = read_rows(tmp_path / "rows.tar")
+    assert parse_row(avif, "?").images == [b"1"]
+    assert (alone.kind, film.kind) == ("image_missing", "image_missing")
+    with pytest.raises(RecordError, match="video: this package trains on images and text only"):
+        parse_row(film_with_turns, "?")
+    assert parse_row(others, "?").notes == [("field_ignored", "cls"), ("field_ignored", "txt")]
+
+
 def test_images_of_a_folder_of_tables_are_beside_them(tmp_path, processor):
     folder = tmp_path / "tables"
     folder.mkdir()

@@ -174,8 +174,10 @@ def _lookup_registry(name: str, pretrained: str | None) -> OpenClipModel:
         near = near or [model for model in models if name.lower() in model.lower()]
         hint = f"did you mean {', '.join(near[:5])}?" if near else "see open_clip.list_models()"
         raise UserError(f"vision_tower.name: unknown open_clip model {name!r}; {hint}")
-    if pretrained is None or Path(pretrained).is_file():
+    if pretrained is None:
         return OpenClipModel(model_cfg, {})
+    if Path(pretrained).is_file():
+        return OpenClipModel(model_cfg, _agreed_preprocessing(name))
     preprocess_cfg = get_pretrained_cfg(name, pretrained)
     if not preprocess_cfg:
         tags = list_pretrained_tags_by_model(name)
@@ -187,6 +189,18 @@ def _lookup_registry(name: str, pretrained: str | None) -> OpenClipModel:
         )
         model_cfg = {**model_cfg, "quick_gelu": trained_with}
     return OpenClipModel(model_cfg, preprocess_cfg)
+
+
+def _agreed_preprocessing(name: str) -> dict[str, Any]:
+    """What all published weights of an architecture agree in, for those of a file, which say nothing of pixels.
+
+    open_clip takes CLIP's for any file: a SigLIP tower would see pictures cropped, and of other brightness, unnoticed.
+    """
+    from llava_compete.vision.lean_open_clip import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    published = [get_pretrained_cfg(name, tag) for tag in list_pretrained_tags_by_model(name)]
+    found = {key: [one.get(key) for one in published] for key in ("mean", "std", "interpolation", "resize_mode")}
+    return {key: values[0] for key, values in found.items() if values and values.count(values[0]) == len(values)}
 
 
 def _open_clip_config_path(name: str) -> Path:

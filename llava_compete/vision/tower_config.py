@@ -201,7 +201,8 @@ class VisionTowerSection(StrictConfig):
     pretrained: str | None = Field(
         default=None,
         description=(
-            "open_clip's weight tag or a file; null leaves the weights random. hf-hub: and local-dir: bring theirs"
+            "open_clip's weight tag or a file; null leaves the weights random. hf-hub: and local-dir: bring theirs. "
+            "Pixels for a file are those that all tags of the name agree in, or `preprocess`"
         ),
     )
     feature_layer: FeatureLayer = -2

@@ -17,7 +17,7 @@ from tower_kit import TIMM, make_tower, open_clip_tower
 from llava_compete.errors import UserError
 from llava_compete.vision.sources import load_pretrained, resolve_tower
 from llava_compete.vision.tower import VisionTower
-from llava_compete.vision.tower_config import VisionTowerSection
+from llava_compete.vision.tower_config import CLIP_MEAN, VisionTowerSection
 
 
 @pytest.mark.parametrize("quick_gelu", [False, True])
@@ -126,6 +126,17 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         gradients.append([parameter.grad for parameter in tower.parameters()])
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "mode"), [("ViT-B-16-SigLIP", 0.5, "squash"), ("ViT-B-32", CLIP_MEAN[0], "crop")]
+)
+def test_weights_of_a_file_get_the_pixels_of_the_published_ones(
+    name: str, mean: float, mode: str, tmp_path: Path
+) -> None:
+    (tmp_path / "weights.bin").write_bytes(b"not read here")
+    tower = resolve_tower(VisionTowerSection(name=name, pretrained=str(tmp_path / "weights.bin")))
+    assert (tower.preprocess.mean[0], tower.preprocess.resize_mode) == (mean, mode)
 
 
 @pytest.mark.parametrize(

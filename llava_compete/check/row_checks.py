@@ -18,7 +18,7 @@ from llava_compete.data.records import Conversation, RecordError, message_texts,
 from llava_compete.data.row_images import images_first
 from llava_compete.data.row_turns import ROLES
 from llava_compete.errors import UserError
-from llava_compete.language.chat_encoding import cut_to_length, encode_conversation
+from llava_compete.language.chat_encoding import Message, cut_to_length, encode_conversation
 from llava_compete.language.piece_ids import piece_encoder
 from llava_compete.parts import IGNORE_INDEX, IMAGE_TOKEN
 from llava_compete.vision.image_decoder import BadImageError, full_size, image_size, open_image
@@ -67,6 +67,7 @@ PROBLEMS: dict[str, tuple[bool, str]] = {
     "duplicate_id": (False, "an earlier row with other content has this id"),
     "field_ignored": (False, "a key that nothing reads"),
     "answer_not_learnt": (False, "an answer with loss: false or weight: 0: context for the others, no target"),
+    "reasoning_not_written": (False, "reasoning that the chat template does not write: it is not learnt"),
     "first_answer_dropped": (False, "an answer before the first question: left out, as LLaVA does"),
     "last_question_dropped": (False, "a last question without an answer: left out"),
     "id_missing": (False, "no id: the row's number stands in"),
@@ -184,6 +185,8 @@ def _length_problems(
     except UserError as error:
         yield "template_fails", str(error)
         return
+    if _loses_reasoning(tokenizer, messages, counts, whole.input_ids):
+        yield "reasoning_not_written", PROBLEMS["reasoning_not_written"][1]
     if _has_control_tokens(text_side.tokenizer, conversation):
         yield "control_token_in_text", PROBLEMS["control_token_in_text"][1]
     if cut is None or all(label == IGNORE_INDEX for label in cut.labels):
@@ -195,6 +198,24 @@ def _length_problems(
     facts.tokens = len(cut.input_ids)
     facts.supervised = sum(label != IGNORE_INDEX for label in cut.labels)
     facts.image_tokens = cut.num_images * counts if isinstance(counts, int) else sum(counts[: cut.num_images])
+
+
+def _loses_reasoning(tokenizer: Any, messages: list[Message], counts: int | list[int], input_ids: list[int]) -> bool:
+    """Whether the ids of a conversation are those of its answers alone, and there is more in it."""
+    bare = [_without_reasoning(message) for message in messages]
+    try:
+        return bare != messages and encode_conversation(tokenizer, bare, tokens_per_image=counts).input_ids == input_ids
+    except UserError:
+        return False
+
+
+def _without_reasoning(message: Message) -> Message:
+    """An answer without its reasoning, which may be a field of its own or stand in the text."""
+    if message["role"] != "assistant":
+        return message
+    kept = {key: value for key, value in message.items() if key != "reasoning_content"}
+    _, mark, answer = "".join(part["text"] for part in message["content"]).rpartition("</think>")
+    return {**kept, "content": [{"type": "text", "text": answer.lstrip("\n")}]} if mark else kept
 
 
 def _has_control_tokens(tokenizer: Any, conversation: Conversation) -> bool:

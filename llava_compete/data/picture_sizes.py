@@ -7,7 +7,7 @@ named where the row is read.
 from __future__ import annotations
 
 import hashlib
-import os
+import io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from llava_compete.data.tables import SourceTable
+from llava_compete.files import write_bytes
 from llava_compete.vision.image_decoder import BadImageError, image_size
 
 _THREADS = 16  # reading headers waits for the disk
@@ -33,10 +34,9 @@ def picture_sizes(table: SourceTable, folder: Path) -> np.ndarray:
     with ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(lambda image: _size(table.section.images, image), references))
     sizes = np.array(found, np.int32).reshape(-1, 2)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    with partial.open("wb") as file:
-        np.save(file, sizes)
-    partial.replace(path)
+    content = io.BytesIO()
+    np.save(content, sizes)
+    write_bytes(path, content.getvalue())
     return sizes
 
 

@@ -14,6 +14,7 @@ from llava_compete.parts import IMAGE_TOKEN
 from llava_compete.vision.image_inputs import data_url_bytes
 
 Image = str | bytes
+_MAX_PATH = 4096  # characters of a path on Linux
 _INLINE = ("image", "path", "url", "base64", "image_url")
 
 
@@ -40,6 +41,12 @@ def image_reference(item: Any) -> Image:
         raise RecordError("image_reference_invalid", f"image: found {shown(item)}, expected a path or embedded bytes")
     if found.startswith(("http://", "https://")):
         raise RecordError("image_reference_invalid", f"image: found the address {shown(found)}; download it first")
+    if len(found) > _MAX_PATH and not found.startswith("data:"):
+        raise RecordError(
+            "image_reference_invalid",
+            f"image: found a text of {len(found):,} characters, {shown(found)}, expected a path or a data URL; what is "
+            "base64 goes behind data:image/png;base64,",
+        )
     if found.startswith("file://"):
         return urllib.request.url2pathname(urllib.parse.urlparse(found).path)
     try:

@@ -29,8 +29,11 @@ __all__ = [
     "encode_conversation",
     "images_before",
     "on_lines_of_their_own",
+    "refuse_other_prompts",
     "stop_token_ids",
 ]
+
+_SHOWN_IDS = 8  # of a prompt's end, in a message
 
 
 class EncodedAnswer(NamedTuple):
@@ -160,6 +163,20 @@ def cut_to_length(
         if length <= max_length:
             return shorter._replace(input_ids=shorter.input_ids[:length], labels=shorter.labels[:length])
     return None
+
+
+def refuse_other_prompts(tokenizer: Any) -> None:
+    """Raise an `EncodingError` where the template's prompt for an answer is not what stands before one in a row.
+
+    DeepSeek-R1's opens a thought and leaves thoughts out of rows: a model would be asked what it never learnt.
+    """
+    question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    prompt = encode_conversation(tokenizer, [question], add_generation_prompt=True).input_ids
+    row = encode_conversation(tokenizer, [question, answer])
+    before = row.input_ids[: row.answers[0].start]
+    if before != prompt:
+        shown = [tokenizer.decode(ids[-_SHOWN_IDS:]) for ids in (prompt, before)]
+        raise EncodingError(f"its prompt for an answer ends with {shown[0]!r}, and a row has {shown[1]!r} before one")
 
 
 def stop_token_ids(tokenizer: Any) -> list[int]:

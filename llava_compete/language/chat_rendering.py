@@ -58,9 +58,10 @@ def render_chat(
 
     Raises `EncodingError` if the template refuses them, leaves out an answer, or does not end one.
     """
-    plain = [_plain_message(message, encoder) for message in messages]
-    thinking = thinking or any(message.get("reasoning_content") for message in plain)
-    template = _Template(str(tokenizer.chat_template), tuple(sorted(_special_tokens(tokenizer).items())), thinking)
+    template = _Template(str(tokenizer.chat_template), tuple(sorted(_special_tokens(tokenizer).items())), True)
+    plain = [_plain_message(message, encoder, template) for message in messages]
+    if not any(message.get("reasoning_content") for message in plain):
+        template = template._replace(thinking=thinking)
     marked = template.render([_mark(message) for message in plain], add_generation_prompt)
     text = MARKS.sub("", marked)
     if any(message["content"] != message["content"].strip() for message in plain):
@@ -75,7 +76,7 @@ def render_chat(
     return RenderedChat(text, spans)
 
 
-def _plain_message(message: Message, encoder: PieceEncoder) -> Message:
+def _plain_message(message: Message, encoder: PieceEncoder, template: _Template) -> Message:
     """Contents as one string, an image as its token, nothing else in it that reads as a control token."""
     answer = message["role"] == "assistant"
     texts = [
@@ -84,7 +85,7 @@ def _plain_message(message: Message, encoder: PieceEncoder) -> Message:
     ]
     plain = {"role": message["role"], "content": "".join(texts)}
     reasoning = message.get("reasoning_content")
-    if answer and not reasoning and "</think>" in plain["content"]:
+    if answer and not reasoning and "</think>" in plain["content"] and not template.keeps_thoughts():
         # As the templates of reasoning models split it themselves, which a mark before it would not survive.
         reasoning, _, rest = plain["content"].rpartition("</think>")
         reasoning = reasoning.rpartition("<think>")[2].strip("\n")
@@ -106,6 +107,10 @@ def _special_tokens(tokenizer: Any) -> dict[str, Any]:
     """A missing bos or eos is an empty string, so that a template can just write it."""
     known = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     return {"bos_token": "", "eos_token": "", **known}
+
+
+_REASONING = "qzx"  # which no template writes of its own
+_THOUGHTFUL = f"<think>\n{_REASONING}\n</think>\n\nb"
 
 
 class _Template(NamedTuple):
@@ -133,11 +138,24 @@ class _Template(NamedTuple):
         """What the template writes between a question and the place where the model begins to write."""
         return _answer_prompt(self)
 
+    def keeps_thoughts(self) -> bool:
+        """Whether a thought in an answer's text is text like any other, and not for the template to move or drop."""
+        return _keeps_thoughts(self)
+
 
 @lru_cache(maxsize=64)
 def _answer_prompt(template: _Template) -> str:
     rendered = template.render([_mark({"role": "user", "content": "a"})], add_generation_prompt=True)
     return rendered.rpartition(USER_END)[2] if USER_END in rendered else ""
+
+
+@lru_cache(maxsize=64)
+def _keeps_thoughts(template: _Template) -> bool:
+    question, answer = _mark({"role": "user", "content": "a"}), _mark({"role": "assistant", "content": _THOUGHTFUL})
+    if answer["content"] not in template.render([question, answer], False):
+        return False
+    apart = {**_mark({"role": "assistant", "content": "b"}), "reasoning_content": _REASONING}
+    return _REASONING not in template.render([question, apart], False)  # such a template joins the two itself
 
 
 def _answer_spans(marked: str, control: re.Pattern[str], answer_prompt: str) -> list[AnswerSpan]:

@@ -58,6 +58,7 @@ BROKEN = {
     "turn_weight_unsupported": [row("a", conversations=[*turns()[:1], {**turns()[1], "weight": 0.5}])],
     "nothing_to_learn": [row("a", conversations=[*turns()[:1], {**turns()[1], "loss": False}])],
     "answer_not_learnt": [row("a", conversations=[*turns()[:1], {**turns()[1], "weight": 0}, *turns("And?")])],
+    "reasoning_not_written": [row("a", conversations=[turns()[0], {**turns()[1], "reasoning_content": "A cat."}])],
     "empty_answer": [row("a", conversations=turns(answer="")), row("b", conversations=turns(answer=" \n"))],
     "empty_question": [row("a", conversations=[*turns(), *turns("")])],
     "not_unicode": [
@@ -65,7 +66,7 @@ BROKEN = {
         row("\ud83d"),
         row("c", image="\ud83d.png"),
     ],
-    "image_reference_invalid": [row("a", image=7), row("b", image=["good.png", None])],
+    "image_reference_invalid": [row("a", image=7), row("b", image=["good.png", None]), row("c", image="iVBO" * 2000)],
     "image_in_answer": [
         row("a", None, [{"role": "user", "content": "Draw."}, {"role": "assistant", "content": [{"type": "image"}]}])
     ],

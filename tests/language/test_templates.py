@@ -99,6 +99,36 @@ def test_the_generation_prompt_of_a_reasoning_model_has_an_empty_thought():
         assert tokenizer.convert_tokens_to_ids("<think>") in encoded.labels
 
 
+THOUGHT = "<think>\nR\n</think>\n\nA1"
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3", "vicuna_v1", "gemma", "phi3", "mistral_v3", "smollm3"])
+def test_a_template_without_thoughts_leaves_one_in_an_answers_text(template):
+    tokenizer = make_tokenizer("byte_bpe_bos", template)
+    encoded = encode_conversation(tokenizer, [CONVERSATION[0], {"role": "assistant", "content": THOUGHT}])
+    (span,) = encoded.answers
+    assert tokenizer.decode(encoded.labels[span.start : span.answer_end]).strip() == THOUGHT
+
+
+def test_a_template_that_drops_thoughts_drops_those_in_an_answers_text():
+    """As DeepSeek-R1's does, by which a mark before the thought would be lost too."""
+    tokenizer = make_tokenizer("byte_bpe_bos", "chatml")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% set text = m['content'].split('</think>')[-1] %}"
+        "{{ '<|im_start|>' + m['role'] + '\n' + text + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    encoded = encode_conversation(tokenizer, [CONVERSATION[0], {"role": "assistant", "content": THOUGHT}])
+    (span,) = encoded.answers
+    assert tokenizer.decode(encoded.labels[span.start : span.end]) == "A1<|im_end|>"
+    assert choose_chat_template(tokenizer, "llama") == 0
+    # R1's prompt also opens a thought, which no row then has.
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+    with pytest.raises(UserError, match=r"its prompt for an answer ends with .*<think>.* set `chat_template`"):
+        choose_chat_template(tokenizer, "llama")
+
+
 def test_the_date_in_smollm3s_system_turn_does_not_change_what_is_learnt():
     tokenizer = make_tokenizer("unigram", "smollm3")
     text = tokenizer.apply_chat_template(CONVERSATION, tokenize=False)

@@ -18,7 +18,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from llava_compete.errors import UserError, did_you_mean
-from llava_compete.language.chat_encoding import stop_token_ids
+from llava_compete.language.chat_encoding import refuse_other_prompts, stop_token_ids
 from llava_compete.language.families import FAMILIES, LanguageFamily
 
 log = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ def choose_chat_template(tokenizer: Any, model_type: str) -> int:
     if tokenizer.chat_template:
         try:
             stop_token_ids(tokenizer)
+            refuse_other_prompts(tokenizer)
         except UserError as error:
             raise UserError(
                 f"the tokenizer's own chat template cannot be trained with: {error}; "

@@ -150,9 +150,13 @@ def _open(path: Path, image_folder: Path | None) -> Iterator[tuple[str, _TestTab
 
 
 def _columns(path: Path) -> list[str]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    return list(pq.read_schema(path).names)
+    try:
+        return list(pq.read_schema(path).names)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a parquet file: {str(error).splitlines()[0]}") from error
 
 
 def _read(table: _TestTable | _TrainingTable, source: str, number: int) -> Row:

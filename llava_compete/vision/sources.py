@@ -267,8 +267,10 @@ def _read_visual(path: Path) -> tuple[dict[str, Tensor], bool]:
                 return {key.removeprefix("visual."): file.get_tensor(key) for key in keys}, False
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: truncated or damaged weights ({_line(error)})") from error
-    content = load_pickled(path)
-    content = content.get("state_dict", content)
+    loaded: Any = load_pickled(path)
+    content = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{path}: expected tensors by name; not an open_clip checkpoint")
     content = {key.removeprefix("module."): value for key, value in content.items()}
     return {key.removeprefix("visual."): content[key] for key in _visual_keys(content, path)}, False
 

@@ -234,3 +234,9 @@ def test_a_missing_picture_names_its_row(data, tmp_path):
     (tmp_path / "gone.json").write_text(json.dumps([row]))
     with pytest.raises(UserError, match=r"gone, row 0: .*gone\.png"):
         Rows([tmp_path / "gone.json"])[0]
+
+
+def test_a_file_that_is_no_table_is_named(tmp_path):
+    (tmp_path / "broken.parquet").write_bytes(b"hello")
+    with pytest.raises(UserError, match=r"broken\.parquet: not a parquet file"):
+        Rows([tmp_path / "broken.parquet"])

@@ -251,6 +251,11 @@ def test_weights_of_another_tower_are_refused(tmp_path: Path) -> None:
     section = VisionTowerSection(config=TOWER, pretrained=str(tmp_path / "b.safetensors"))
     with pytest.raises(UserError, match=r"b\.safetensors: truncated or damaged"):
         load_pretrained(VisionTower(resolve_tower(section)), section)
+    for content in ([torch.zeros(1)], {0: torch.zeros(1)}):
+        torch.save(content, tmp_path / "c.pt")
+        section = VisionTowerSection(config=TOWER, pretrained=str(tmp_path / "c.pt"))
+        with pytest.raises(UserError, match=r"c\.pt: expected tensors by name"):
+            load_pretrained(VisionTower(resolve_tower(section)), section)
 
 
 @pytest.mark.filterwarnings("ignore:'torch.load' received a zip file:UserWarning")

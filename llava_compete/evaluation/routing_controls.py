@@ -118,9 +118,12 @@ def _fixed(block: SparseMoeBlock, routing: Routing, load_E: Tensor) -> Routing:
 
 
 def _mean_of_all(block: SparseMoeBlock, routing: Routing) -> Routing:
-    """The mean of the routed experts: the arithmetic of a dense model of their size, no choice at all."""
-    tokens, num_routed = routing.logits_TR.shape
-    return _equal_weights(routing, torch.arange(num_routed, device=routing.logits_TR.device).expand(tokens, -1))
+    """The mean of the routed experts: the arithmetic of a dense model of their size, no choice at all.
+
+    Of slots that are no expert there is nothing in it: an expert and the same with a minus would add up to 0.
+    """
+    num_experts, tokens = block.router.slots.num_experts - block.router.num_shared, len(routing.logits_TR)
+    return _equal_weights(routing, torch.arange(num_experts, device=routing.logits_TR.device).expand(tokens, -1))
 
 
 def _chosen(routing: Routing, experts_TC: Tensor) -> Routing:

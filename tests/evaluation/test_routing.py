@@ -8,14 +8,15 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from evaluation_kit import save_tiny
+from evaluation_kit import EXPERTS, save_tiny
 from PIL import Image
+from tiny import tiny_model
 
 from llava_compete.demo.build import png_bytes, write_test_table
 from llava_compete.errors import UserError
 from llava_compete.evaluation.config import EvalConfig
 from llava_compete.evaluation.routing import _batches, measure_routing
-from llava_compete.evaluation.routing_controls import _fixed, _mean_of_all, _shifted
+from llava_compete.evaluation.routing_controls import _fixed, _mean_of_all, _shifted, replaced_routing
 from llava_compete.model.build import load_checkpoint
 from llava_compete.moe.block import moe_blocks
 
@@ -172,6 +173,18 @@ def test_a_shared_expert_stays_and_what_cannot_compete_does_not(table, tmp_path,
             assert (changed.selected_experts_TK[:, -1] == 3).all()
             assert (changed.selected_experts_TK[:, :-1] < 3).all()
             assert changed.routing_weights_TK[:, -1].tolist() == pytest.approx([0.5] * 5)
+
+
+@pytest.mark.parametrize("router", ["softmax", "tc_moe", "moe_plus_plus", "autonomy"])
+def test_the_mean_of_all_is_that_of_the_experts(router):
+    """Not of slots that run one with a minus, or none."""
+    model, _ = tiny_model({"language": {**EXPERTS, "router": router}}, tower=None)
+    block, x = next(iter(moe_blocks(model.eval()).values())), torch.randn(5, 32)
+    with torch.no_grad(), replaced_routing(model, _mean_of_all):
+        found, routing = block(x), block.router(x)
+        alone = torch.ones(5, 1)
+        answers = [block.experts(x, torch.full((5, 1), e), alone, **routing.begun) for e in range(4)]
+    torch.testing.assert_close(found, torch.stack(answers).mean(0))
 
 
 def test_expert_use_sums_to_one_and_padding_does_not_count(table, tmp_path):

@@ -95,6 +95,16 @@ class MoeConfig(StrictConfig):
                     name,
                 )
 
+    def name_the_other_judge(self) -> None:
+        """One line where parts hold the published competition: that the loss may judge it, and what was measured."""
+        published = [name for name, part in self.parts().items() if part.competition_output == "winners"]
+        if published:
+            log.info(
+                "moe.%s: the published competition, judged by responses; sft_loss.yaml beside this recipe lets the "
+                "loss judge (competition_judge: loss), and README.md has what was measured of both",
+                ", moe.".join(published),
+            )
+
     def warn_of_untaught_routers(self) -> None:
         """Name the parts whose router learns nothing from the task: one routed choice beside the shared expert.
 

@@ -279,13 +279,8 @@ def _describe(config: TrainConfig, trainer: StageTrainer, data: Feed, moe: MoeCo
     )
     for row in rows:
         logger.info("%s", trainable.describe(row))
-    published = [name for name, part in moe.parts().items() if part.holds_contests] if moe else []
-    if config.stage == "sft" and published:
-        logger.info(
-            "moe.%s: the published competition, judged by responses; sft_loss.yaml beside this recipe lets the loss "
-            "judge (competition_judge: loss), and README.md has what was measured of both",
-            ", moe.".join(published),
-        )
+    if config.stage == "sft" and moe is not None:
+        moe.name_the_other_judge()
     write_manifest(
         config.output_dir,
         config,

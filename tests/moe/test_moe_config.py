@@ -131,3 +131,14 @@ def test_a_router_that_the_task_does_not_teach_is_named(caplog: pytest.LogCaptur
     assert record.getMessage().startswith(
         "moe.vision: router shared_softmax with num_experts_per_tok 2 routes one expert"
     )
+
+
+def test_the_published_competition_names_the_other_judge(caplog: pytest.LogCaptureFixture) -> None:
+    parts: dict[str, Any] = {"vision": {}, "projector": {}, "language": JUDGED}
+    with caplog.at_level("INFO", logger="llava_compete"):
+        MoeConfig.model_validate(parts).name_the_other_judge()
+        MoeConfig.model_validate({"vision": JUDGED, "language": TAUGHT}).name_the_other_judge()
+        MoeConfig.model_validate({"language": {"router": "softmax"}}).name_the_other_judge()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("moe.vision, moe.projector: the published competition")
+    assert "sft_loss.yaml beside this recipe" in record.getMessage()

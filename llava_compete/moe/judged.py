@@ -6,10 +6,11 @@ router's logits r get, besides their usual gradient, that of
     sum over asked j not in C of p_j · <g, Y_j - y>,    with g, Y_j and y constant:
 
 the first-order change of the loss had expert j spoken. Asked are the experts with p_j >= margin x (smallest p of C), at
-most the `contenders` next by p. Nothing flows into them, and no Y_j is ever written: with Y_j = V_j h_j + b_j,
-<g, Y_j> = <g V_j, h_j> + <g, b_j>. In the place of those that are not asked, or of all, running means of what experts
-say where they are chosen may answer (`answers.py`). Suffixes: T tokens, C tokens of a chunk, E experts, K chosen, m
-asked at most, P = C m rows sorted by expert, D in, M = I or 2 I hidden rows, I hidden, O out.
+most the `contenders` next by p. Nothing flows into them, and no Y_j is ever written: with Y_j = V_j h_j + b_j, <g, Y_j>
+= <g V_j, h_j> + <g, b_j>. y itself is kept: <g, y> is also the sum over C of w_i · dL/dw_i, but kernels give those in
+the dtype of computation, where it is rounded again. In the place of those that are not asked, or of all, running means
+of what experts say where they are chosen may answer (`answers.py`). Suffixes: T tokens, C tokens of a chunk, E experts,
+K chosen, m asked at most, P = C m rows sorted by expert, D in, M = I or 2 I hidden rows, I hidden, O out.
 """
 
 from __future__ import annotations

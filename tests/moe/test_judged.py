@@ -123,24 +123,30 @@ def test_the_forward_and_the_experts_gradients_are_the_router_steps() -> None:
 
 
 def test_the_judgement_is_the_first_order_change_of_the_loss() -> None:
-    """<g, Y_j - y> = (L(y + e d) - L(y - e d)) / 2e with d = Y_j - y through the rest of a network, in float64: asked
-    about expert j alone, the logits' gradient is that number times p_j (delta - p)."""
+    """<g, Y_j - y> = (L(y + e d) - L(y - e d)) / 2e with d = Y_j - y, through the rest of a network in float64: beside
+    the task's gradient the block's router gets, of each expert j, that number times p_j (delta - p) x."""
     block = judged_block({"output_size": 9}, **EVERYONE)
+    unjudged = judged_block({"output_size": 9}, **EVERYONE, competition_rate=0.0)
     generator = torch.Generator().manual_seed(2)
     rest = torch.nn.Sequential(torch.nn.Linear(9, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
-    packed = {name: p.detach().double() for name, p in block.experts.named_parameters()}
+    packed = {name: parameter.detach().double() for name, parameter in block.experts.named_parameters()}
     expert = make_expert(packed, "gelu", gated=False)
-    for token in torch.randn(3, 12, generator=generator).double():
-        logits = (block.router.weight.detach().double() @ token).requires_grad_()
-        y = block_output(expert, logits, token, 2).detach().requires_grad_()
-        (grad,) = torch.autograd.grad(rest(y).sin().sum(), y)
-        (ours,) = torch.autograd.grad(judgement(expert, logits, token, grad, 2), logits)
-        probs, theirs = torch.softmax(logits, 0).detach(), torch.zeros(5, dtype=torch.float64)
+    for x in torch.randn(3, 12, generator=generator):
+        found = torch.zeros(5, 12, dtype=torch.float64)
+        for sign, each in ((1, block), (-1, unjudged)):
+            rest(each(x[None]).double()).sin().sum().backward()
+            found += sign * each.router.weight.grad.double()
+            each.zero_grad()
+        token = x.double()
+        logits = block.router.weight.detach().double() @ token
+        y, probs = block_output(expert, logits, token, 2), torch.softmax(logits, 0)
+        slopes = torch.zeros(5, dtype=torch.float64)
         for e in asked(logits, 2, 0.0, None):
-            step = 1e-5 * (expert(e, token) - y.detach())
+            step = 1e-5 * (expert(e, token) - y)
             change = (rest(y + step).sin().sum() - rest(y - step).sin().sum()).item() / 2e-5
-            theirs += change * probs[e] * (torch.eye(5, dtype=torch.float64)[e] - probs)
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+            slopes += change * probs[e] * (torch.eye(5, dtype=torch.float64)[e] - probs)
+        torch.testing.assert_close(found, torch.outer(slopes, token), rtol=1e-4, atol=1e-6)
+        assert found.norm() > 1e-3
 
 
 @pytest.mark.parametrize("rule", [EVERYONE, {"competition_margin": 0.7}], ids=str)

@@ -9,13 +9,15 @@ from llava_compete.evaluation.compare.statistics import PairedT
 from llava_compete.study.routing import first_study
 from llava_compete.study.routing.results import Row, Runs, half_width
 from llava_compete.study.routing.rules import RULES
+from llava_compete.study.routing.sources import origins
 from llava_compete.study.routing.tasks import TASKS
 
 
 def to_json(runs: Runs, command: str) -> dict[str, Any]:
     """Every run's score, and the rows of the table."""
     rows = [_plain(row) for task in runs.tasks() for times in runs.rates(task) for row in runs.rows(task, times)]
-    return {"command": command, "rows": rows, "runs": runs.files}
+    content = {"command": command, "rows": rows, "runs": runs.files}
+    return content | {"byte_sources": origins()} if "bytes" in runs.tasks() else content
 
 
 def _plain(row: Row) -> dict[str, Any]:
@@ -46,6 +48,7 @@ def describe(runs: Runs, command: str, finished: bool) -> str:
             f"## {task.title}",
             "",
             f"{task.unit}, {better} is better; {task.steps:,} steps, learning rate {task.rate:g}.",
+            *([f"Sources: {', '.join(f'{key} ({value})' for key, value in origins().items())}."] * (name == "bytes")),
             "",
             "| rule | seeds | score | price | equal samples | equal arithmetic |",
             "| --- | --- | --- | --- | --- | --- |",

@@ -2,8 +2,8 @@
 
 Python and English (docstrings and comments) are the standard library, tests its own test suite, C++ PyTorch's headers,
 JSON the syntax trees of modules of the standard library. Perl is the machine's /usr/share/perl; where there is none,
-PyTorch's type stubs take its place, and where Python came without its tests, the tests of PyTorch's tools. Which files
-it was is part of the result. A fixed share of the files, by a hash of their names, is held out.
+PyTorch's type stubs take its place, and where Python came without its tests, the tests of PyTorch's tools. Which it was
+is said with the result (`origins`). A fixed share of the files, by a hash of their names, is held out.
 """
 
 from __future__ import annotations
@@ -56,6 +56,11 @@ def read_sources(train_bytes: int = TRAIN_BYTES, held_out_bytes: int = HELD_OUT_
         if tests.is_dir()
         else _source("tests", sorted((package / "testing").rglob("*.py")), "PyTorch's testing helpers", _plain, wanted),
     ]
+
+
+def origins() -> dict[str, str]:
+    """Where each source's bytes are from on this machine."""
+    return {source.name: source.origin for source in read_sources(2_000, 500)}
 
 
 def _source(name: str, files: list[Path], origin: str, convert: Callable[[str], str], wanted: dict[str, int]) -> Source:

@@ -116,6 +116,15 @@ def test_differences_are_paired_by_seed_at_equal_samples_arithmetic_and_best_rat
     assert "| +13% | **+2.8 ± 1.9** | -0.2 ± 4.4 |" in text
 
 
+def test_the_sources_of_bytes_are_said(tmp_path):
+    keep(tmp_path, "softmax", [3.4, 3.5], task="bytes")
+    keep(tmp_path, "judge_all", [3.4, 3.6], task="bytes")
+    runs = results.Runs(tmp_path)
+    found = report.to_json(runs, "command")["byte_sources"]
+    assert found["C++"] == "PyTorch's headers"
+    assert f"Perl ({found['Perl']})" in report.describe(runs, "command", True)
+
+
 def test_numbers_stand_beside_those_of_the_first_study(tmp_path):
     seeds = range(4)
     keep(tmp_path, "softmax", [80.0, 80.5, 81.0, 80.5])

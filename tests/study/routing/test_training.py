@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from llava_compete.study.routing import facts, sources, teacher
+from llava_compete.study.routing.draws import generator_of
 from llava_compete.study.routing.layer import MoeLayer, Widths
 from llava_compete.study.routing.optimizer import RunsAdamW
 from llava_compete.study.routing.rules import RULES
@@ -68,13 +70,40 @@ def test_a_dense_layer_can_start_as_experts_do():
     assert made[1].down.detach().abs().max().item() == pytest.approx(1 / 4**0.5, rel=0.1)
 
 
-def test_what_the_teachers_say_is_what_their_gate_chooses():
-    inputs, noisy, test_inputs, test_targets = teacher._data(0, "softmax", 4000)
+@pytest.mark.parametrize("gate", ["softmax", "competition", "clusters"])
+def test_what_the_teachers_say_is_what_their_gate_chooses(gate):
+    """By a loop over points and true experts, from the same draws."""
+    inputs, noisy, test_inputs, test_targets = teacher._data(0, gate, 4000)
+    rng = generator_of(0, "teacher", gate)
+    up, down, gates, centres = (
+        torch.randn(shape, generator=rng) * scale
+        for shape, scale in (
+            ((8, 12, 6), 1.5 / 12**0.5),
+            ((8, 6, 12), 2 / 6**0.5),
+            ((8, 12), 2.5 / 12**0.5),
+            ((8, 12), 1.2),
+        )
+    )
+    drawn = torch.randn(6000, 12, generator=rng)
+    cluster = torch.randint(8, (6000,), generator=rng).tolist()
+    x = torch.cat([test_inputs, inputs])
+    said = []
+    for point in (*range(30), *range(2000, 2030)):
+        answers = [F.gelu(x[point] @ up[e]) @ down[e] for e in range(8)]
+        if gate == "clusters":
+            torch.testing.assert_close(x[point], centres[cluster[point]] + 0.6 * drawn[point])
+            said.append(answers[cluster[point]])
+            continue
+        torch.testing.assert_close(x[point], drawn[point])
+        by_gate = (gates @ x[point]).exp()
+        scores = [float(by_gate[e] if gate == "softmax" else F.softplus(answers[e]).mean()) for e in range(8)]
+        best = sorted(range(8), key=lambda e: -scores[e])[:2]
+        said.append(sum(scores[e] * answers[e] for e in best) / sum(scores[e] for e in best))
+    said = torch.stack(said)
+    scale = (said[:30].norm() / test_targets[:30].norm()).item()
+    torch.testing.assert_close(said[:30], scale * test_targets[:30], rtol=1e-4, atol=1e-4)
+    assert (noisy[:30] - said[30:] / scale).std().item() == pytest.approx(0.1, rel=0.15)
     assert test_targets.std() == pytest.approx(1, abs=0.1)
-    again = teacher._data(0, "softmax", 4000)
-    assert torch.equal(inputs, again[0])
-    assert torch.equal(noisy, again[1])
-    assert not torch.equal(test_inputs[:10], inputs[:10])
 
 
 def test_prices_are_those_of_the_experts_that_answer():
@@ -115,7 +144,7 @@ def _moved(layer, x, means, expert):
     chose = (x[0] @ layer.router.weights["weight"][0].t()).topk(2).indices.eq(expert).any(1)
     if not chose.any():
         return means[0, expert]
-    hidden = torch.nn.functional.gelu(x[0, chose] @ layer.up[0, expert].t())
+    hidden = F.gelu(x[0, chose] @ layer.up[0, expert].t())
     return (0.9 * means[0, expert] + 0.1 * (hidden @ layer.down[0, expert]).mean(0)).detach()
 
 

@@ -100,14 +100,16 @@ def measure_checkpoint(
     if not blocks:
         return found
     found.sums = _all_sums(path, model, processor, rows, options, progress)
-    parts = list(batches_of(rows, options.batch_size, spread(len(rows), options.compared_rows)))
+    # Of each source: what was fitted on pictures alone would be measured on text alone.
+    halves = rows.halves(spread(len(rows), options.compared_rows))
+    fitted, held_out = (list(batches_of(rows, options.batch_size, half)) for half in halves)
+    parts = [*fitted, *held_out]
     batches = [to_batch(part, processor, device) for part in parts]
     loads = {name: sums.load_GE.sum(0).to(device) for name, sums in found.sums.layers.items()}
     found.controls = measure_controls(model, batches, loads)
     found.choices = all_choices(model, batches)
-    middle = (len(batches) + 1) // 2
-    if any(block.config.holds_contests for block in blocks.values()) and middle < len(batches):
-        found.prediction = measure_prediction(model, batches[:middle], batches[middle:])
+    if any(block.config.holds_contests for block in blocks.values()) and held_out:
+        found.prediction = measure_prediction(model, batches[: len(fitted)], batches[len(fitted) :])
     found.worth = measure_worth(model, batches)
     found.likeness = measure_likeness(model, batches[0])
     found.patches = surest_patches(model, processor, parts, _patch_layers(list(blocks)))

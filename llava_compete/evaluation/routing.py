@@ -93,8 +93,7 @@ def _batches(config: EvalConfig, processor: Any, device: torch.device) -> Iterat
     """The rows of each table as batches: 0 and those of its first half, then 1 and those of its second."""
     for path in config.routing_data:
         rows = Rows([_table(path)], limit=config.routing_rows)
-        middle = (len(rows) + 1) // 2
-        for half, numbers in enumerate((range(middle), range(middle, len(rows)))):
+        for half, numbers in enumerate(rows.halves(range(len(rows)))):
             for part in batches_of(rows, config.batch_size, numbers):
                 yield half, to_batch(part, processor, device)
 

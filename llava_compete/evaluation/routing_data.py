@@ -82,6 +82,18 @@ class Rows:
     def __len__(self) -> int:
         return sum(len(chosen) for _, _, chosen in self._sources)
 
+    def halves(self, numbers: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Ascending numbers of rows: of each file the first half of them, and the second."""
+        halves: tuple[list[int], list[int]] = ([], [])
+        start = 0
+        for _, _, chosen in self._sources:
+            mine = [number for number in numbers if start <= number < start + len(chosen)]
+            middle = (len(mine) + 1) // 2
+            halves[0].extend(mine[:middle])
+            halves[1].extend(mine[middle:])
+            start += len(chosen)
+        return halves
+
     def __getitem__(self, number: int) -> Row:
         for name, table, chosen in self._sources:
             if number < len(chosen):

@@ -136,6 +136,24 @@ def test_statistics_are_those_of_a_loop_over_tokens(checkpoint, data):
         assert layer["pairs"][0][1] == pytest.approx(together / independent, abs=2e-3)
 
 
+def test_probe_and_constant_are_fitted_on_a_half_of_each_source(checkpoint, data, monkeypatch):
+    """The order of the files says nothing; fitted on one file they would be measured on another."""
+    rows = Rows(data)
+    assert rows.halves(range(5)) == ([0, 1, 3], [2, 4])
+    assert rows.halves([0, 2, 4]) == ([0, 4], [2])
+    met = []
+    monkeypatch.setattr(
+        "llava_compete.evaluation.checkpoint_routing.measure_prediction", lambda _model, *halves: met.append(halves)
+    )
+    measured(checkpoint, data, batch_size=1)
+    (halves,) = met
+    processor = load_checkpoint(checkpoint)[1]
+    lengths = [len(encode_row(rows[number], processor)["input_ids"]) for number in range(5)]
+    assert len(set(lengths)) == 5, "they tell the rows apart"
+    found = [[batch["input_ids"].shape[1] for batch in half] for half in halves]
+    assert found == [[lengths[number] for number in half] for half in ([0, 1, 3], [2, 4])]
+
+
 def test_batches_and_processes_change_nothing(checkpoint, data):
     found = [measured(checkpoint, data, batch_size=size) for size in (1, 5)]
     one, other = (each.sums for each in found)

@@ -14,7 +14,9 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.integrations.deepgemm import is_deepgemm_loadable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.sonicmoe import is_sonicmoe_loadable
 
 from llava_compete.errors import UserError
 from llava_compete.moe.all_experts import AllExpertsDown, AllExpertsUp
@@ -248,6 +250,25 @@ def _of_transformers(name: str) -> Function:
         try:
             return function(weights, x_TD, selected_TK, weights_TK)
         except (ImportError, ValueError) as error:
-            raise UserError(f"experts_implementation: {name!r} cannot run here: {error}") from error
+            raise _cannot_run(name, error) from error
 
     return run
+
+
+def check_kernel(name: str) -> None:
+    """Refuse an implementation of transformers' whose kernel this machine cannot load, before a model is built.
+
+    Raises:
+        UserError: with what the kernel needs.
+    """
+    try:
+        if name == "sonicmoe":
+            is_sonicmoe_loadable(raise_error=True)
+        elif name == "deepgemm":
+            is_deepgemm_loadable(raise_error=True)
+    except ImportError as error:
+        raise _cannot_run(name, error) from error
+
+
+def _cannot_run(name: str, error: Exception) -> UserError:
+    return UserError(f"experts_implementation: {name!r} cannot run here: {error}")

@@ -27,6 +27,7 @@ from llava_compete.model.card import stage_card
 from llava_compete.model.checkpoint import read_config
 from llava_compete.moe.allocator import keep_freed_memory
 from llava_compete.moe.config import MoeConfig
+from llava_compete.moe.implementations import check_kernel
 from llava_compete.train import checkpoints, expert_parallel, trainable
 from llava_compete.train import resharding as universal
 from llava_compete.train.adapters import with_adapters
@@ -195,7 +196,11 @@ def _prepare_model(config: TrainConfig, rank: Rank, arguments: Any) -> tuple[Any
     adapted = any(part.mode == "lora" for part in config.trainable.values())
     unread = zero_stage(arguments) == 3 and config.word_start is None  # which trains on the weights before DeepSpeed
     with all_or_none(rank, "model"), main_first(rank):
-        expert_parallel.check(moe_settings(config), rank.world_size, zero_stage(arguments), adapted=adapted)
+        settings = moe_settings(config)
+        if settings is not None:
+            for part in settings.parts().values():
+                check_kernel(part.experts_implementation)
+        expert_parallel.check(settings, rank.world_size, zero_stage(arguments), adapted=adapted)
         with whole(sharding_of(arguments)):
             model, processor, moe = start_model(config, rank, unread=unread)
         config.data.check_context(context_of(model.config.text_config))

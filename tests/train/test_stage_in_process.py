@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from llava_compete.config import parse_config
 from llava_compete.errors import UserError
 from llava_compete.model.build import load_checkpoint
+from llava_compete.model.language_head import LanguageHead
 from llava_compete.model.upcycle import upcycle
 from llava_compete.train import checkpoints, run, saving, trainer
 from llava_compete.train.callbacks import progress as watch
@@ -41,7 +42,15 @@ def _forget_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
 
 
-def test_stages_one_after_the_other(data: Path, tmp_path: Path) -> None:
+def test_stages_one_after_the_other(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads: list[torch.Size] = []
+    plain = LanguageHead.__call__
+
+    def head(self: LanguageHead, hidden: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
+        heads.append(hidden.shape)
+        return plain(self, hidden, module)
+
+    monkeypatch.setattr(LanguageHead, "__call__", head)
     training = {"max_steps": 3, "logging_steps": 1}
     dense = run_stage_here(stage_config("pretrain_align", data, tmp_path / "dense", training=training, deepspeed=None))
     card = (dense / "README.md").read_text()
@@ -53,6 +62,9 @@ def test_stages_one_after_the_other(data: Path, tmp_path: Path) -> None:
     parent = {"checkpoint": str(tmp_path / "moe")}
     tuned = run_stage_here(stage_config("sft", data, tmp_path / "sft", model=parent, training=training, deepspeed=None))
 
+    # Logits of labelled positions side by side, never of 4 rows of a micro-batch.
+    assert len(heads) >= 6
+    assert all(shape[0] == 1 for shape in heads)
     model, _ = load_checkpoint(tuned)
     assert model.config.stage == "sft"
     assert model.config.parents[-1] == "upcycle"
@@ -94,6 +106,15 @@ def test_stages_one_after_the_other(data: Path, tmp_path: Path) -> None:
         run_stage_here(
             stage_config("sft", data, Path(parent["checkpoint"]), model={"checkpoint": str(tuned)}, deepspeed=None)
         )
+
+
+def test_a_kernel_that_is_not_there_is_named_before_a_model_is_built(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "start_model", fail)
+    moe = tiny_moe(language={"num_experts": 4, "experts_implementation": "sonicmoe"})
+    with pytest.raises(UserError, match="experts_implementation: 'sonicmoe' cannot run here"):
+        run_stage_here(stage_config("sft", data, tmp_path / "out", moe=moe, deepspeed=None))
 
 
 def test_loss_does_not_depend_on_micro_batches_or_checkpointing(data: Path, tmp_path: Path) -> None:

@@ -7,12 +7,24 @@ import itertools
 import pytest
 import torch
 from block_kit import largest_error, make_block, run_step
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_compete.errors import UserError
 from llava_compete.moe import competition, pairs
 from llava_compete.moe.block import SparseMoeBlock
-from llava_compete.moe.implementations import FUNCTIONS, Function, choose, dense, eager, grouped, one_token
+from llava_compete.moe.implementations import (
+    FUNCTIONS,
+    Function,
+    check_kernel,
+    choose,
+    dense,
+    eager,
+    grouped,
+    one_token,
+)
+from llava_compete.moe.terms import ROUTERS
 
 OURS = ("grouped_mm", "dense")
 SIZES = {"hidden_size": 16, "intermediate_size": 32}
@@ -141,19 +153,24 @@ def test_the_choice_of_an_implementation_at_inference() -> None:
         assert chosen(make_block(experts_implementation=implementation, sizes=SIZES), 1) is one_token
 
 
-def test_weights_between_multiples_of_16_bytes_take_the_grouped_products_too() -> None:
-    """As DeepSpeed's flat buffers lay them, behind a parameter of an odd number of elements."""
-    x = torch.randn(2, 9, 16)
-    plain = run_step(make_block(experts_implementation="grouped_mm", sizes=SIZES), x)
-    block = make_block(experts_implementation="grouped_mm", sizes=SIZES)
-    for parameter in block.experts.parameters():
-        flat = torch.empty(parameter.numel() + 1)
-        flat[1:] = parameter.detach().flatten()
-        parameter.data = flat[1:].view_as(parameter)
-        assert parameter.storage_offset() == 1
-    step = run_step(block, x)
-    torch.testing.assert_close(step.output, plain.output)
-    assert largest_error(step.grads, plain.grads) < 1e-6
+STEPS = [*((router, False) for router in ROUTERS), ("competition", True)]
+
+
+@pytest.mark.parametrize("implementation", OURS)
+@pytest.mark.parametrize(("router", "competing"), STEPS)
+def test_bfloat16_keeps_no_float32_row_of_a_choice(router: str, competing: bool, implementation: str) -> None:
+    """Routing weights multiply in the activations' dtype. In float32 a step keeps tokens [T, D], for its router, and
+    numbers by expert."""
+    block = make_block(router=router, num_experts_per_tok=3, experts_implementation=implementation, sizes=SIZES)
+    kept: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.extend([tensor.numel()] if tensor.dtype == torch.float32 else [])
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        run_step(block.bfloat16(), torch.randn(2, 9, 16).bfloat16(), competing=competing)
+    assert max(kept) <= 2 * 9 * 16, "of 3 choices each would be three times as much"
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -173,6 +190,13 @@ def test_a_kernel_that_is_not_there_is_an_error_of_one_line() -> None:
     with pytest.raises(UserError, match="experts_implementation: 'sonicmoe' cannot run here") as raised:
         block(torch.randn(2, 9, 16))
     assert "\n" not in str(raised.value)
+    with pytest.raises(UserError) as before:
+        check_kernel("sonicmoe")
+    assert str(before.value) == str(raised.value)
+    with pytest.raises(UserError, match="'deepgemm' cannot run here"):
+        check_kernel("deepgemm")
+    for implementation in ("auto", *FUNCTIONS, "batched_mm"):
+        check_kernel(implementation)
     deepgemm = make_block(experts_implementation="deepgemm", sizes=gated)
     with pytest.raises(UserError, match="'deepgemm' has no gradients"):
         deepgemm(torch.randn(2, 9, 16))

@@ -41,14 +41,16 @@ def _step(
         move_to_fake_gpu(model)
         ids = torch.zeros(ROWS, LENGTH, dtype=torch.long, device="cuda")
         one = torch.ones((), device="cuda")
-        inputs: dict[str, Any] = {"input_ids": ids, "labels": ids, "num_items_in_batch": one}
+        # As the collator hands it over: few positions with a label, padding at the end, bytes for pixels.
+        inputs: dict[str, Any] = {"input_ids": ids, "labels": ids, "num_items_in_batch": one, "right_padded": True}
+        inputs["label_positions"] = torch.zeros(LENGTH // 4, dtype=torch.long, device="cuda")
         inputs["num_sequences_in_batch"] = dict.fromkeys(PARTS, one)
         if packed:
             inputs |= {"sequence_ids": torch.zeros_like(ids), "num_local_sequences": 3}
         else:
             inputs["attention_mask"] = torch.ones_like(ids)
         if images and section is None:
-            inputs["pixel_values"] = torch.zeros(ROWS, 3, 28, 28, device="cuda")
+            inputs["pixel_values"] = torch.zeros(ROWS, 3, 28, 28, dtype=torch.uint8, device="cuda")
         elif images:
             inputs["image_sizes"] = [(28, 56), (30, 20)]
             count = sum(map(processor.tiling.num_tiles, inputs["image_sizes"]))

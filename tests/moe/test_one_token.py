@@ -56,13 +56,16 @@ def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def decode(router: str, implementation: str, experts: int = EXPERTS, **sizes: Any) -> tuple[Decoding, SparseMoeBlock]:
+def decode(
+    router: str, implementation: str, experts: int = EXPERTS, config: dict[str, Any] | None = None, **sizes: Any
+) -> tuple[Decoding, SparseMoeBlock]:
     block = make_block(
         router=router,
         num_experts=experts,
         num_experts_per_tok=CHOSEN,
         experts_implementation=implementation,
         sizes=sizes,
+        **(config or {}),
     ).eval()
     x = token(block)
     with torch.no_grad(), Decoding(block) as decoding:
@@ -105,6 +108,23 @@ def test_nothing_is_computed_that_nobody_reads(router: str) -> None:
             output = output + block.router.free_experts(x, routing.choices_TC, routing.weights_TC)
     assert decoding.counts == parts.counts
     torch.testing.assert_close(block(x), output)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"coupling_coef": 1.0},
+        {"competition_output": "router"},
+        {"competition_keeps": "input"},
+        {"competition_judge": "loss"},
+        {"competition_judge": "loss", "competition_answers": "both"},
+    ],
+    ids=str,
+)
+def test_what_only_training_has_costs_a_token_nothing(config: dict[str, Any]) -> None:
+    plain, _ = decode("competition", "auto")
+    decoding, _ = decode("competition", "auto", config=config)
+    assert decoding.counts == plain.counts
 
 
 @pytest.mark.parametrize("router", [router for router in ROUTERS if router not in WITH_IDLE_SLOTS])

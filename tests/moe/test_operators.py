@@ -1,5 +1,6 @@
 """What a block's step asks of a GPU, counted without one: the number of operators does not depend on E, and nothing
-sums over repeated rows (operator_kit.py). Eager experts are left out: they are one product an expert by name."""
+sums over repeated rows (operator_kit.py). Eager experts are left out, which are one product an expert by name, and
+transformers' `batched_mm`, which copies an expert's matrices for each choice and adds their gradients up."""
 
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
+from llava_compete.moe import competition as contests
+from llava_compete.moe import judged, pairs
 from llava_compete.moe.state import TokenGroups
 from llava_compete.moe.terms import ROUTERS
 
@@ -28,7 +31,14 @@ STEPS = [
 ]
 
 
-def count(router: str, competing: bool, implementation: str, experts: int, **config: Any) -> tuple[int, int]:
+def count(
+    router: str,
+    competing: bool,
+    implementation: str,
+    experts: int,
+    dtype: torch.dtype = torch.float32,
+    **config: Any,
+) -> tuple[int, int]:
     """Operators of a forward and of a backward of output and auxiliary loss."""
     block = make_block(
         router=router,
@@ -37,9 +47,9 @@ def count(router: str, competing: bool, implementation: str, experts: int, **con
         experts_implementation=implementation,
         sizes={**SIZES, **config.pop("sizes", {})},
         **config,
-    )
+    ).to(dtype)
     block.state.competition_enabled, block.state.competing = True, frozenset({block.name} if competing else ())
-    x = torch.randn(2, 32, 16, requires_grad=True)
+    x = torch.randn(2, 32, 16, dtype=dtype, requires_grad=True)
     block.state.begin("language", TokenGroups.from_mask(torch.ones(2, 32)))
     with Operators() as forward, block.state.recording():
         output = block(x)
@@ -73,6 +83,29 @@ def test_nor_does_it_for_other_experts_and_competitions(sizes: dict[str, Any], c
 def test_nor_does_it_where_the_loss_judges(rule: dict[str, Any]) -> None:
     few, many = (count("competition", False, "dense", experts, competition_judge="loss", **rule) for experts in (4, 64))
     # On a CPU the rows of contested experts go through one operator for all of them.
+    assert few == many
+
+
+ON_A_GPU: list[tuple[str, bool, dict[str, Any]]] = [
+    *((router, False, {}) for router in ROUTERS),
+    ("competition", True, {}),
+    ("competition", True, {"competition_keeps": "input", "competition_chunk_tokens": 20}),
+    ("competition", True, {"competition_output": "router"}),
+    ("competition", False, {"competition_judge": "loss"}),
+    ("competition", False, {"competition_judge": "loss", "competition_margin": 0.0}),
+    ("competition", False, {"competition_judge": "loss", "competition_answers": "both"}),
+    ("softmax", False, {"coupling_coef": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("router", "competing", "config"), ON_A_GPU, ids=str)
+def test_nor_for_the_operators_that_a_gpu_runs(
+    router: str, competing: bool, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16, with sums by gathers and products where a CPU has others: these must not repeat rows either."""
+    for module in (pairs, contests, judged):
+        monkeypatch.setattr(module, "is_gpu", lambda _: True)
+    few, many = (count(router, competing, "grouped_mm", experts, torch.bfloat16, **config) for experts in (4, 64))
     assert few == many
 
 

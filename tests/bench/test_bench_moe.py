@@ -47,6 +47,23 @@ def test_recomputation_bounds_a_competition_steps_memory() -> None:
     assert peaks[moe.RECOMPUTED] < peaks[moe.COMPETITION]
 
 
+def test_of_many_experts_kept_pre_activations_leave_less_than_half_of_a_competition_steps_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """55% less at E = 64, where a chunk is a small part of the tokens."""
+    monkeypatch.setitem(moe.CHUNK_TOKENS, "cpu", 32)
+    rows = moe.measure(
+        [moe.Shape(64, 16, 64, 4)],
+        tokens=256,
+        rounds=1,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        cases=("dense_e", moe.COMPETITION, moe.PRE_ACTIVATIONS),
+    )
+    peaks = {row.case: row.peak_mb for row in rows}
+    assert peaks[moe.PRE_ACTIVATIONS] <= 0.45 * peaks[moe.COMPETITION]
+
+
 @pytest.mark.parametrize(
     "option", ["--rounds 0", "--threads 0", "--shape 8 8 2 4", "--shape 8 8 5 2", "--shape 8 0 4 2"]
 )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from block_kit import largest_error, make_block
-from slow_moe import AFFINITIES, expert, forward, route
+from slow_moe import AFFINITIES, expert, forward, route, route_ternary
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -51,6 +51,8 @@ def _clear_tokens(block: SparseMoeBlock, competing: bool, count: int) -> Tensor:
         if competing:
             outputs = [expert(leaves, index, x, ACT2FN[ACTIVATION]) for index in range(block.config.num_experts)]
             scores = torch.stack([AFFINITIES["softplus"](y) for y in outputs])
+        elif router == "tc_moe":  # chooses by its probabilities, for its logits are biased after the product
+            scores = route_ternary(leaves, x, chosen)[1].log()
         else:
             scores = route(router, leaves, x, chosen)[0]
         ordered = scores.sort(descending=True).values

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_gpu import backward, fake_gpu, move_to_fake_gpu
 from tiny import TOWER, tiny_model
 
 from llava_compete.bench import train as bench
@@ -103,6 +104,28 @@ def test_the_gpu_shape_is_the_papers_models_with_as_many_layers_as_fit_stepped_o
     assert needed <= bench.GPU_LIMIT < more
     with pytest.raises(UserError, match=r"1 GiB of GPU memory do not hold a layer of Phi-3\.5-mini"):
         bench.fit(2**30)
+
+
+@pytest.mark.parametrize("case", bench.CASES)
+def test_a_step_of_the_gpu_shape_runs_on_a_gpu_that_is_not_there(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its real widths, rows and length, with two layers: batch, micro-batches and optimizer."""
+    shape = bench._cut(bench.GPU_SHAPE, 2)
+    assert shape.tower is not None
+    labelled = shape.rows * (shape.length - shape.tower.num_patches)
+    model = bench.build(case, shape, torch.device("meta"))
+    competing = frozenset(moe_blocks(model)) if case == "competition" else frozenset()
+    logits: list[torch.Size] = []
+    model.lm_head.register_forward_hook(lambda *call: logits.append(call[2].shape))
+    for name, value in (("get_device_capability", (9, 0)), ("synchronize", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    with fake_gpu():
+        # The search looks at values, once before the first step.
+        positions = torch.zeros(labelled, dtype=torch.long, device="cuda")
+        monkeypatch.setattr(bench, "label_positions", lambda _: positions)
+        move_to_fake_gpu(model)
+        assert bench.make_step(model, shape, torch.device("cuda"))(competing) > 0
+    assert logits == [(1, labelled, shape.vocabulary)] * shape.micro_batches
 
 
 def test_operations_of_the_gpu_shape_are_counted_in_every_case() -> None:

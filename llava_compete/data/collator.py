@@ -96,7 +96,7 @@ def label_positions(labels_BN: torch.Tensor) -> torch.Tensor:
     Without a label the first position stands in: the head must be called on every rank, or ZeRO-3 waits for it.
     """
     positions = (F.pad(labels_BN[:, 1:], (0, 1), value=IGNORE_INDEX) != IGNORE_INDEX).flatten().nonzero()[:, 0]
-    return positions if len(positions) else torch.zeros(1, dtype=torch.int64)
+    return positions if len(positions) else positions.new_zeros(1)
 
 
 def _first_fit(items: Sequence[dict[str, Any]], limit: int) -> list[list[dict[str, Any]]]:

@@ -18,12 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llava_compete.cli import main
 from llava_compete.config import read_yaml
+from llava_compete.data.collator import label_positions
 from llava_compete.errors import UserError
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.section import ModelSection
 from llava_compete.moe.block import moe_blocks
 from llava_compete.moe.experts import PackedExperts
-from llava_compete.parts import PREFIXES
+from llava_compete.parts import IGNORE_INDEX, PREFIXES
 from llava_compete.plan.cluster import Cluster, Weights
 from llava_compete.plan.plan import build_on_meta, plan, state_memory, weight_bytes
 from llava_compete.plan.recipe import architecture, read_recipe
@@ -179,6 +180,21 @@ def test_what_competitions_keep_agrees_with_a_real_step(keeps: str) -> None:
     cost = simulate(planned, 2, 256, 2, competing)
     # What a chunk takes for a moment is not planned, and large at these widths.
     assert cost.activations(checkpointing=False) == pytest.approx(live.peak, rel=0.2)
+    assert cost.flops == pytest.approx(counter.get_total_flops(), rel=0.15)
+
+
+def test_the_head_is_planned_where_a_label_may_be() -> None:
+    """Three images in 64 tokens, and a vocabulary whose logits outweigh the layers."""
+    model, _ = tiny_model(language={"vocab_size": 4096})
+    ids = torch.randint(5, 200, (1, 64))
+    ids[:, : 3 * model.config.num_image_tokens] = model.config.image_token_id
+    labels = ids.masked_fill(ids == model.config.image_token_id, IGNORE_INDEX)
+    with FlopCounterMode(display=False) as counter:
+        options = {"labels": labels, "label_positions": label_positions(labels)}
+        output = model(input_ids=ids, pixel_values=torch.randn(3, 3, 28, 28), **options)
+        output.loss.backward()
+    cost = simulate(model.to("meta"), 1, 64, 3, frozenset())
+    assert cost.loss_bytes == 2 * output.logits.nbytes
     assert cost.flops == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from naflex_kit import TOWER
 from PIL import ExifTags, Image
 from tiny import tiny_model
 
@@ -110,17 +111,27 @@ def test_tiles_are_chosen_and_counted_by_the_files_own_size() -> None:
     assert processor.fetch_images(contents[0]).size == (125, 62)  # its grid is 1 x 2 tiles: 28 x 56 pixels
 
 
-@pytest.fixture(scope="module", params=[{}, {"tiles": {"max": 4}}, {"scales": (1, 2)}], ids=["one", "tiles", "scales"])
+KINDS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "tiles": {"tiles": {"max": 4}},
+    "scales": {"scales": (1, 2)},
+    "patches": {"tower": TOWER, "naflex": {"max_patches": 64}},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def drafting(request: Any) -> Any:
-    options = {"language": {"max_position_embeddings": 1024}, **request.param}
+    options = {"language": {"max_position_embeddings": 1024}, **KINDS[request.param]}
     model, processor = tiny_model(preprocess={"jpeg_draft": True}, **options)
     return model.eval(), processor
 
 
-def test_training_evaluation_and_serving_see_the_same_draft(
-    drafting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("draft", [True, False], ids=["draft", "whole"])
+def test_training_evaluation_and_serving_see_the_same_pixels(
+    drafting: Any, draft: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = drafting
+    monkeypatch.setattr(processor.image_processor, "jpeg_draft", draft)
     path = tmp_path / "photo.jpg"
     path.write_bytes(jpeg(photograph(600, 451), orientation=6))
     turns = [{"from": "human", "value": "<image>\nwhat colour ?"}, {"from": "gpt", "value": "the circle is red ."}]
@@ -131,7 +142,8 @@ def test_training_evaluation_and_serving_see_the_same_draft(
     item = build_datasets(section, processor, seed=0).train[0]
     trained = item["pixel_values"]
     assert trained.dtype == torch.uint8
-    assert not torch.equal(trained, processor.image_processor([open_image(path)], return_tensors="pt")["pixel_values"])
+    whole = processor.image_processor([open_image(path)], return_tensors="pt")["pixel_values"]
+    assert torch.equal(trained, whole) != draft
 
     opened = Image.open(path)
     url = f"data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()}"

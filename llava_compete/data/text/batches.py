@@ -13,7 +13,10 @@ from llava_compete.errors import UserError
 
 
 class TextCollator:
-    """Rows of equal length to a batch; `sequence_ids`, numbered through the batch, only if documents are separate."""
+    """Rows of equal length to a batch; `sequence_ids`, numbered through the batch, only if documents are separate.
+
+    No `label_positions`: rows are full and nearly every token has a label, so the head runs for them all.
+    """
 
     def __init__(self, separate_documents: bool) -> None:
         self.separate_documents = separate_documents

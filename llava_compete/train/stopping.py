@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from multiprocessing.context import ForkContext, ForkProcess
 from types import FrameType
 from typing import Any, Protocol
 
@@ -56,15 +55,20 @@ class StopOnSignal:
         self.trainer.stop_requested = True
 
 
-@contextmanager
-def deaf_children() -> Iterator[None]:
-    """Processes that are started inside never get these signals.
+class _DeafProcess(ForkProcess):
+    def start(self) -> None:
+        """With the signals blocked, and not ignored by the child once it runs: they may arrive before it does."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class DeafContext(ForkContext):
+    """Starts processes that never get these signals.
 
     A loader worker that left at the first of them would end the run, which waits for its data, before it has saved.
-    The signals are blocked, and not ignored by the child once it runs, since they may arrive before it does.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    Process = _DeafProcess

@@ -32,7 +32,7 @@ from llava_compete.train.metrics import StepMetrics, learning_rates, peak_memory
 from llava_compete.train.saving import SavingTrainer, has_adapters
 from llava_compete.train.sharded_start import is_unread, partition
 from llava_compete.train.starting_point import HANDOVER
-from llava_compete.train.stopping import deaf_children
+from llava_compete.train.stopping import DeafContext
 from llava_compete.train.waiting import wait_for_all
 
 # Settings of an optimizer's groups that a resume with --allow-changed obeys; the rest is the optimizer's own state.
@@ -42,11 +42,15 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAI
 
 
 class StageLoader(DataLoader):
-    """A plain DataLoader over ready micro-batches of row numbers; `set_epoch` reaches its sampler."""
+    """A plain DataLoader over ready micro-batches of row numbers; `set_epoch` reaches its sampler.
 
-    def __iter__(self) -> Any:
-        with deaf_children():
-            return super().__iter__()
+    Its workers hear no request to stop, nor do those of the plain loader that takes its place in an epoch that a run
+    goes on in (accelerate's `skip_first_batches`): the context by which they start is handed on.
+    """
+
+    def __init__(self, dataset: Any, *, num_workers: int = 0, **kwargs: Any) -> None:
+        context = DeafContext() if num_workers else None
+        super().__init__(dataset, num_workers=num_workers, multiprocessing_context=context, **kwargs)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of epoch `epoch`."""

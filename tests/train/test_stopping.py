@@ -8,9 +8,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
+from accelerate import PartialState
+from accelerate.data_loader import skip_first_batches
 from torch.utils.data import Dataset
 
 from llava_compete import console
@@ -65,10 +68,15 @@ class _Rows(Dataset[int]):
         return index
 
 
-def test_loader_workers_do_not_hear_a_request_to_stop() -> None:
-    loader = StageLoader(
-        _Rows(), batch_sampler=[[n] for n in range(50)], num_workers=2, collate_fn=lambda rows: rows[0]
-    )
+@pytest.mark.parametrize("skipped", [0, 5])
+def test_loader_workers_do_not_hear_a_request_to_stop(skipped: int) -> None:
+    """Nor in an epoch that a run goes on in, where accelerate makes another loader."""
+    rows = [[n] for n in range(skipped + 50)]
+    loader: Any = StageLoader(_Rows(), batch_sampler=rows, num_workers=2, collate_fn=lambda row: row[0] - skipped)
+    if skipped:
+        PartialState(cpu=True)
+        loader = skip_first_batches(loader, skipped)
+        PartialState._reset_state()
     before = psutil.Process().children()  # such as what an earlier test's pool left to track its shared memory
     batches = iter(loader)
     workers = [child for child in psutil.Process().children() if child not in before]

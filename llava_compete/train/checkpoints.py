@@ -1,8 +1,9 @@
 """Checkpoints that are whole or absent, what may be resumed, and the marks of a running and a finished stage.
 
 A checkpoint is written under `.saving/`, marked with `complete.json` and renamed, so a kill or a full disk leaves the
-last good one in place; the mark lists the files with sizes and checksums, so one that lost or changed some later is
-noticed too. `run/lock` keeps a second run out; `run/finished.json` is a stage's last file.
+last good one in place; one that goes is renamed to there before it is removed. The mark lists the files with sizes and
+checksums, so one that lost or changed some later is noticed too. `run/lock` keeps a second run out; `run/finished.json`
+is a stage's last file.
 """
 
 from __future__ import annotations
@@ -73,9 +74,9 @@ def write_finished(output_dir: Path, content: dict[str, Any]) -> None:
 
 
 def clear_staging(output_dir: Path) -> None:
-    """Remove what a killed run was in the middle of writing."""
+    """Remove what a killed run was in the middle of writing, or of removing."""
     if (output_dir / STAGING).exists():
-        logger.warning("%s: removed a checkpoint that was not written to its end", output_dir / STAGING)
+        logger.warning("%s: removed a checkpoint that was not written or removed to its end", output_dir / STAGING)
         shutil.rmtree(output_dir / STAGING)
 
 
@@ -86,17 +87,17 @@ def publish(output_dir: Path, name: str, record: dict[str, Any]) -> None:
     write_json(staged / COMPLETE, {**record, "bytes": files, "crc32": _checksums(staged, files)})
     _sync(staged)
     if target.exists():
-        shutil.rmtree(target)
+        _set_aside(target)
     staged.rename(target)
     _sync_entry(output_dir)
-    (output_dir / STAGING).rmdir()
+    shutil.rmtree(output_dir / STAGING)
 
 
 def list_complete(output_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first; an incomplete one is named in a warning and left out."""
     found = []
     numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-"))):
+    for path in sorted(numbered, key=step_of):
         if problem := _torn(path):
             logger.warning("%s: incomplete checkpoint skipped (%s)", path, problem)
         else:
@@ -160,19 +161,41 @@ def mark(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
 
 
-def rotate(output_dir: Path, limit: int | None) -> None:
-    """Delete the oldest complete checkpoints beyond `limit`; None keeps all."""
-    if limit is not None and limit > 0:
-        for path in list_complete(output_dir)[:-limit]:
-            shutil.rmtree(path)
+def rotate(output_dir: Path, limit: int | None, step: int) -> None:
+    """Delete complete checkpoints beyond `limit`, the oldest first; None keeps all.
+
+    step: of the one just written. Those of later steps go before all others: the run passed them over when it began,
+        damaged or of a rate that had decayed, and would otherwise keep them in place of its own.
+    """
+    if limit is None or limit <= 0:
+        return
+    complete = sorted(list_complete(output_dir), key=lambda path: (step_of(path) <= step, step_of(path)))
+    if doomed := complete[:-limit]:
+        for path in doomed:
+            _set_aside(path)
+        shutil.rmtree(output_dir / STAGING)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps that were done when it was written."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _set_aside(checkpoint: Path) -> None:
+    """To where `clear_staging` finds it, should a kill come while it is removed: half of one would stay for ever."""
+    (checkpoint.parent / STAGING).mkdir(exist_ok=True)
+    checkpoint.rename(checkpoint.parent / STAGING / f"{checkpoint.name}.old")
 
 
 def install_model(staged: Path, output_dir: Path) -> None:
     """Move the final model from `staged` into `output_dir`; `config.json` last, so no half model loads.
 
-    What an installation that was killed has left there is replaced.
+    What an installation that was killed has left there is replaced, and an earlier result with all of its weights: in
+    other shards they would lie beside the new ones, and transformers takes one whole file before any index.
     """
     _sync(staged)
+    for path in (output_dir / "config.json", *output_dir.glob("model*.safetensors*")):
+        path.unlink(missing_ok=True)
     for path in sorted(staged.iterdir(), key=lambda path: path.name == "config.json"):
         target = output_dir / path.name
         if target.is_dir():  # `replace` takes the place of a file, not of a folder with files

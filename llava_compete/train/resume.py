@@ -12,6 +12,7 @@ from transformers import SchedulerType, TrainingArguments
 
 from llava_compete.errors import UserError
 from llava_compete.train import checkpoints
+from llava_compete.train.checkpoints import step_of
 from llava_compete.train.extension import Jump, Plan, Schedule, jump
 from llava_compete.train.identity import EXPERT_PARALLEL, SPLIT, cannot_be_obeyed, differences
 
@@ -69,7 +70,8 @@ def choose(
                 "a constant rate, and warmup_stable_decay before its decay, go on without one"
             )
         logger.info("%s", changed["total_steps"])
-    changes = [*mark["changes"], *([{"step": _step(checkpoint), "changed": list(changed.values())}] if changed else [])]
+    here = [{"step": step_of(checkpoint), "changed": list(changed.values())}] if changed else []
+    changes = [*mark["changes"], *here]
     spread_over, now = (where.get(EXPERT_PARALLEL, 1) for where in (mark["identity"], identity))
     resharded = mark["identity"]["world_size"] != identity["world_size"] or spread_over != now
     return Start(checkpoint, resharded, plan, changes, spread_over)
@@ -80,11 +82,11 @@ def _without_jump(newest: Path, older: Iterator[Path], schedule: Schedule, plan:
 
     With `warmup_stable_decay`, from the newest one before the decay if there is one: the decayed weights are a branch.
     """
-    found = jump(newest, _step(newest), schedule, plan)
+    found = jump(newest, step_of(newest), schedule, plan)
     if found.is_one and schedule.arguments.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
         for checkpoint in older:
-            earlier = jump(checkpoint, _step(checkpoint), schedule, plan)
-            if _step(checkpoint) >= plan.warmup_steps and not earlier.is_one:
+            earlier = jump(checkpoint, step_of(checkpoint), schedule, plan)
+            if step_of(checkpoint) >= plan.warmup_steps and not earlier.is_one:
                 return checkpoint, earlier
     return newest, found
 
@@ -133,10 +135,6 @@ def total_steps(arguments: TrainingArguments, batches: int) -> int:
         return int(arguments.max_steps)
     steps = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
     return math.ceil(arguments.num_train_epochs * steps)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def _weights_only(checkpoint: Path) -> str:

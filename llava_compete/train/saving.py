@@ -75,7 +75,7 @@ class SavingTrainer(Trainer):
         if self.args.should_save:
             output_dir = Path(self.args.output_dir)
             checkpoints.publish(output_dir, f"checkpoint-{self.state.global_step}", self.mark)
-            checkpoints.rotate(output_dir, self.args.save_total_limit)
+            checkpoints.rotate(output_dir, self.args.save_total_limit, self.state.global_step)
         wait_for_all()
         self._tell_save_time(time.perf_counter() - began)
 

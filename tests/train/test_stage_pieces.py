@@ -204,14 +204,72 @@ def test_a_checkpoint_counts_only_when_published(tmp_path: Path) -> None:
 def test_a_checkpoint_that_lost_a_file_is_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
-    for name in ("checkpoint-3", "checkpoint-6"):
-        _stage(tmp_path, name)
-        checkpoints.publish(tmp_path, name, {"identity": _identity(2, 4, 1)})
+    _publish(tmp_path, "checkpoint-3", "checkpoint-6")
     torn = tmp_path / "checkpoint-6" / "global_step6" / "weights"
     torn.write_text("w", encoding="utf-8") if damage == "cut" else torn.unlink()
     with caplog.at_level("WARNING"):
         assert checkpoints.list_complete(tmp_path) == [tmp_path / "checkpoint-3"]
     assert "checkpoint-6: incomplete checkpoint skipped (global_step6/weights should have 7 bytes" in caplog.text
+
+
+def _publish(output_dir: Path, *names: str) -> None:
+    for name in names:
+        _stage(output_dir, name)
+        checkpoints.publish(output_dir, name, {"identity": _identity(2, 4, 1)})
+
+
+def _kept(output_dir: Path) -> list[str]:
+    return sorted(path.name for path in output_dir.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"),
+    [
+        (None, ["checkpoint-3", "checkpoint-6", "checkpoint-9"]),
+        (2, ["checkpoint-3", "checkpoint-6"]),
+        (1, ["checkpoint-6"]),
+    ],
+)
+def test_the_checkpoint_just_written_outlives_one_of_later_steps(
+    tmp_path: Path, limit: int | None, kept: list[str]
+) -> None:
+    """The run began before step 9: that checkpoint is damaged, or of a branch that had decayed."""
+    _publish(tmp_path, "checkpoint-3", "checkpoint-9", "checkpoint-6")
+    checkpoints.rotate(tmp_path, limit, 6)
+    assert _kept(tmp_path) == kept
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["rotated", "written again"])
+def test_a_kill_while_a_checkpoint_is_removed_leaves_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    _publish(tmp_path, "checkpoint-3", "checkpoint-6")
+
+    def killed(path: Path) -> None:
+        (path / checkpoints.COMPLETE).unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            _publish(tmp_path, "checkpoint-6") if again else checkpoints.rotate(tmp_path, 1, 6)
+    checkpoints.clear_staging(tmp_path)
+    assert _kept(tmp_path) == (["checkpoint-3", "checkpoint-6"] if again else ["checkpoint-6"])
+    assert next(checkpoints.sound(tmp_path)).name == "checkpoint-6"
+
+
+def test_a_result_takes_the_place_of_one_in_other_shards(tmp_path: Path) -> None:
+    """transformers would load the one file that an earlier save left, and never look at the index."""
+    staged = tmp_path / checkpoints.STAGING / "final"
+    staged.mkdir(parents=True)
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    for name in (*shards, "config.json"):
+        (staged / name).write_text("new", encoding="utf-8")
+    for name in ("model.safetensors", "model-00001-of-00003.safetensors", "config.json", "notes.txt"):
+        (tmp_path / name).write_text("old", encoding="utf-8")
+    checkpoints.install_model(staged, tmp_path)
+    assert _kept(tmp_path) == sorted([*shards, "config.json", "notes.txt"])
+    assert (tmp_path / "config.json").read_text(encoding="utf-8") == "new"
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path: Path) -> None:

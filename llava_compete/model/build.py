@@ -26,6 +26,7 @@ from llava_compete.model.checkpoint import (
     save_checkpoint,
 )
 from llava_compete.model.config import LlavaCompeteConfig
+from llava_compete.model.dtypes import cast
 from llava_compete.model.handover import language_headers, read_embeddings, read_handover, write_handover
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.place_experts import make_projector, make_tower
@@ -154,7 +155,7 @@ def _make(
     text_config, tokenizer = _language_of(section, trained_tokenizer)
     config = build_config(section, moe, text_config, tokenizer)
     config.dtype = getattr(torch, section.dtype)
-    model = _join(section, config, tokenizer, unread).to(config.dtype)
+    model = cast(_join(section, config, tokenizer, unread), config.dtype)
     model.generation_config = default_generation_config(tokenizer, config)
     return model, processor_of(config, tokenizer)
 

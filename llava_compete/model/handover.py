@@ -27,6 +27,7 @@ from llava_compete.model.checkpoint import (
     read_weight_headers,
     save_checkpoint,
 )
+from llava_compete.model.dtypes import cast
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.processor import LlavaCompeteProcessor
 from llava_compete.model.section import ModelSection
@@ -94,7 +95,7 @@ def read_handover(
         config._attn_implementation = section.attention
     with torch.device("meta"):
         model = LlavaCompeteForConditionalGeneration(config)
-    model.to(getattr(torch, section.dtype)).tie_weights()
+    cast(model, getattr(torch, section.dtype)).tie_weights()
     name = None if section.language_model is None else section.language_model.name
     in_place = {} if name is None else _places(model, name)
     handed = read_weight_headers(directory) if any(directory.glob(f"{MODEL}*.safetensors")) else {}

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_forward import picture
 from tiny import LANGUAGE, TOWER, tiny_model, tiny_tokenizer
-from tower_kit import open_clip_tower
+from tower_kit import ROTARY, open_clip_tower
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, CLIPConfig, LlamaConfig, LlamaForCausalLM
 
 from llava_compete.errors import UserError
 from llava_compete.language.templates import read_template, set_chat_template
-from llava_compete.model.build import apply_moe_settings, build_model
+from llava_compete.model.build import apply_moe_settings, build_model, build_unread
 from llava_compete.model.checkpoint import load_checkpoint, save_checkpoint
 from llava_compete.model.section import ModelSection
 from llava_compete.moe.config import MoeConfig
@@ -61,6 +61,26 @@ def test_named_parts_keep_their_weights(language: Path, tmp_path: Path, caplog: 
     again, _ = load_checkpoint(tmp_path / "saved")
     inputs = processor(text=["a <image> red"], images=[picture()], return_tensors="pt")
     assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("unread", [False, True])
+@pytest.mark.parametrize("tower", [TOWER, ROTARY], ids=["open_clip", "EVA"])
+def test_a_new_model_in_bfloat16_is_as_exact_as_a_loaded_one(
+    language: Path, tmp_path: Path, tower: dict[str, Any], unread: bool
+) -> None:
+    """Above all in its rotary frequencies, which tell the language model where a token stands."""
+    made = section(language, vision_tower={"config": tower}, dtype="bfloat16")
+    model, processor = build_model(made, None, seed=0)
+    save_checkpoint(model, processor, tmp_path / "saved")
+    if unread:
+        model, _ = build_unread(made, None, 0, None, tmp_path / "handed", makes=True)
+    loaded, _ = load_checkpoint(tmp_path / "saved", dtype=torch.bfloat16)
+    buffers = dict(loaded.named_buffers())
+    assert buffers["model.language_model.rotary_emb.inv_freq"].dtype == torch.float32
+    assert dict(model.named_buffers()).keys() == buffers.keys()
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, buffers[name], rtol=0, atol=0, msg=name)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 def test_a_language_model_that_lacks_a_tensor_is_refused(language: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llava_compete.data.page_words import Word
 from llava_compete.errors import UserError
-from llava_compete.train.word_start import WordStart, likeness
+from llava_compete.train.word_start import WordStart, in_float32, likeness, mean_embedding
 from llava_compete.vision.image_decoder import Size
 from llava_compete.vision.projector import pooled
 from llava_compete.vision.token_maps import TokenMap, boxes_of_tokens, tile_cells, token_maps
@@ -86,20 +86,19 @@ def start_on_pages(model: Any, dataset: Any, section: WordStart, seed: int, bf16
     tokens = _compute(model, dataset, pages, bf16)
     num_pages = len(tokens.starts) - 1
     num_trained = num_pages - num_pages // _HELD_OUT
-    projector = model.multi_modal_projector
-    optimizer = torch.optim.AdamW(projector.parameters(), lr=section.learning_rate, weight_decay=0.0)
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, section.steps)
-    for _ in range(section.steps):
-        chosen = torch.randint(num_trained, (section.batch_size,), generator=generator).tolist()
-        places = _of_pages(tokens, chosen)
-        loss = page_loss(_embedded(projector, tokens.features_nFD[places]), words_AH, tokens.own_nM[places])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        falling.step()
-    optimizer.zero_grad()
-    trained = _shares_found(projector, tokens, range(num_trained), words_AH)
-    held_out = _shares_found(projector, tokens, range(num_trained, num_pages), words_AH)
+    with in_float32(model.multi_modal_projector) as projector:
+        optimizer = torch.optim.AdamW(projector.parameters(), lr=section.learning_rate, weight_decay=0.0)
+        falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, section.steps)
+        for _ in range(section.steps):
+            chosen = torch.randint(num_trained, (section.batch_size,), generator=generator).tolist()
+            places = _of_pages(tokens, chosen)
+            loss = page_loss(_embedded(projector, tokens.features_nFD[places]), words_AH, tokens.own_nM[places])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            falling.step()
+        trained = _shares_found(projector, tokens, range(num_trained), words_AH)
+        held_out = _shares_found(projector, tokens, range(num_trained, num_pages), words_AH)
     logger.info(
         "word_start: %d pages, %d words; after %d steps the words nearest to the tokens that show them: %s; "
         "on %d pages held out: %s",
@@ -125,14 +124,13 @@ def page_loss(embeddings_nH: Tensor, words_AH: Tensor, own_nM: Tensor) -> Tensor
 
 def word_embeddings(model: Any, tokenizer: Any, words: list[str]) -> Tensor:
     """[A, H] float32: the mean embedding of each word's tokens as they are in a text, behind a space."""
-    weight = model.get_input_embeddings().weight.detach()
     before = tokenizer.encode("x", add_special_tokens=False)
     found = []
     for word in words:
         # Behind another word: alone, some tokenizers would put a second space before it.
         ids = tokenizer.encode("x" + (word if word == BLANK else f" {word}"), add_special_tokens=False)
         ids = ids[len(before) :] if ids[: len(before)] == before else ids
-        found.append(weight[ids].float().mean(0))
+        found.append(mean_embedding(model, ids))
     return torch.stack(found)
 
 

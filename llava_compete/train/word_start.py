@@ -10,8 +10,11 @@ loss = cross-entropy of sqrt(H) * cos(mean feature, mean embedding of an answer)
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,30 +60,44 @@ def start_projector(model: Any, dataset: Any, section: WordStart, seed: int) -> 
     pictures, answers = _pictures_and_answers(dataset, rows)
     if not pictures:
         raise UserError("word_start: no row of the data has exactly one picture and an answer")
-    weight = model.get_input_embeddings().weight
     distinct = list(dict.fromkeys(answers))
-    words = torch.stack([weight.detach()[list(answer)].float().mean(0) for answer in distinct])
+    words = torch.stack([mean_embedding(model, answer) for answer in distinct])
     own = torch.tensor([distinct.index(answer) for answer in answers], device=words.device)
     with torch.no_grad():
         groups = torch.stack(pictures).split(_PICTURES_AT_ONCE)
         features = torch.cat([model.vision_tower(group.to(words.device)) for group in groups]).float()
-    projector = model.multi_modal_projector
-    optimizer = torch.optim.AdamW(projector.parameters(), lr=section.learning_rate, weight_decay=0.0)
-    for _ in range(section.steps):
-        chosen = torch.randint(len(features), (section.batch_size,), generator=pairs).to(words.device)
-        loss = word_loss(projector(features[chosen]), words, own[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    optimizer.zero_grad()
-    with torch.no_grad():
-        nearest = likeness(torch.cat([projector(group) for group in features.split(_PICTURES_AT_ONCE)]), words)
+    with in_float32(model.multi_modal_projector) as projector:
+        optimizer = torch.optim.AdamW(projector.parameters(), lr=section.learning_rate, weight_decay=0.0)
+        for _ in range(section.steps):
+            chosen = torch.randint(len(features), (section.batch_size,), generator=pairs).to(words.device)
+            loss = word_loss(projector(features[chosen]), words, own[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            nearest = likeness(torch.cat([projector(group) for group in features.split(_PICTURES_AT_ONCE)]), words)
     share = float((nearest.argmax(1) == own).float().mean())
     logger.info(
         "word_start: %d pictures, %d answers; after %d steps %.0f%% of the pictures are nearest to their own",
         *(len(features), len(words), section.steps, 100 * share),
     )
     return share
+
+
+@contextmanager
+def in_float32(projector: Any) -> Iterator[Any]:
+    """A copy to train, whose weights `projector` has afterwards: most steps would be lost in bfloat16's rounding."""
+    trained = copy.deepcopy(projector).float()
+    yield trained
+    projector.load_state_dict(trained.state_dict())
+
+
+@torch.no_grad()
+def mean_embedding(model: Any, tokens: Sequence[int]) -> Tensor:
+    """[H] float32: of what the embeddings' own call gives, since Gemma's scales its weights there."""
+    embeddings = model.get_input_embeddings()
+    ids = torch.tensor(tokens, dtype=torch.int64, device=embeddings.weight.device)
+    return embeddings(ids).float().mean(0)
 
 
 def word_loss(embeddings_nPH: Tensor, words_AH: Tensor, own_n: Tensor) -> Tensor:

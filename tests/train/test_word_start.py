@@ -12,8 +12,10 @@ from tiny import tiny_model
 
 from llava_compete.config import parse_config
 from llava_compete.errors import UserError
+from llava_compete.model.dtypes import cast
 from llava_compete.parts import IGNORE_INDEX
 from llava_compete.train.config import TrainConfig
+from llava_compete.train.word_pages import word_embeddings
 from llava_compete.train.word_start import WordStart, start_projector, word_loss
 
 END = 3
@@ -45,6 +47,32 @@ def test_pictures_learn_the_words_of_their_first_answer() -> None:
     assert float(((features - targets).norm(dim=1) / targets.norm(dim=1)).max()) < 0.3
     assert all(torch.equal(model.state_dict()[name], value) for name, value in others.items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_projector_in_bfloat16_learns_in_float32() -> None:
+    model, _ = tiny_model()
+    size = model.config.tower.image_size
+    pixels = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    rows = [item(pixels[n : n + 1], words) for n, words in enumerate([(40, 41), (50,)])]
+    cast(model, torch.bfloat16)
+    assert start_projector(model, rows, WordStart(steps=100, batch_size=4), seed=0) == 1.0
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_words_are_what_the_language_model_reads() -> None:
+    """Gemma's embeddings are scaled by sqrt(H) when they are called, and pictures join them behind that."""
+    gemma = {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64}
+    model, processor = tiny_model(language=gemma)
+    size = model.config.tower.image_size
+    pixels = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    start_projector(model, [item(pixels, (40, 41))], WordStart(steps=300, batch_size=1, learning_rate=0.01), seed=0)
+    feature = model.get_image_features(pixels).pooler_output.mean((0, 1))
+    read = model.get_input_embeddings()(torch.tensor([40, 41])).mean(0)
+    assert float((feature - read).norm() / read.norm()) < 0.3
+    words = word_embeddings(model, processor.tokenizer, ["circle"])
+    ids = processor.tokenizer.encode(" circle", add_special_tokens=False)
+    torch.testing.assert_close(words[0], model.get_input_embeddings()(torch.tensor(ids)).mean(0))
 
 
 def test_the_loss_is_that_of_the_formula() -> None:

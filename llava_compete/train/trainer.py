@@ -256,7 +256,9 @@ class StageTrainer(SavingTrainer):
         """The step's gradient norm; a non-finite one marks the step as bad and keeps it from the weights."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         norm = norm.item() if isinstance(norm, Tensor) else float(norm if norm is not None else 0.0)
-        return self.bad_steps.judge(norm, self.accelerator.optimizer_step_was_skipped, model, self._tr_loss)
+        # DeepSpeed has done this step; elsewhere it is still to come, and what a loss scale skipped is the one before.
+        skipped = self.deepspeed is not None and self.accelerator.optimizer_step_was_skipped
+        return self.bad_steps.judge(norm, skipped, model, self._tr_loss)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Nothing here: counted before training, see mfu.py."""

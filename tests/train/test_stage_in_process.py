@@ -182,6 +182,26 @@ def test_non_finite_steps_are_skipped_then_stop_therun_stage_here(
     assert "NaN" not in (tmp_path / "nan" / "run" / "metrics.jsonl").read_text()
 
 
+def test_a_step_that_the_loss_scale_skipped_is_one_bad_step(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float16 without DeepSpeed, switched on behind the stage's back, which refuses it on a CPU."""
+    make, plain = trainer.StageTrainer.create_optimizer, trainer.StageTrainer.compute_loss
+
+    def create_optimizer(self: Any, model: Any = None) -> Any:
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        self.accelerator.native_amp, self.accelerator.state._mixed_precision = True, "fp16"
+        return make(self, model)
+
+    def compute_loss(self: Any, *rest: Any, **options: Any) -> Any:
+        return plain(self, *rest, **options) * (math.inf if self.state.global_step == 1 else 1)
+
+    monkeypatch.setattr(trainer.StageTrainer, "create_optimizer", create_optimizer)
+    monkeypatch.setattr(trainer.StageTrainer, "compute_loss", compute_loss)
+    out = run_stage_here(stage_config("sft", data, tmp_path / "out", training={"max_steps": 4}, **FRESH))
+    assert [line["step"] for line in read_metrics(out) if line["loss"] is None] == [2]
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_gradient_that_breaks_in_the_backward_alone_names_its_layer(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool

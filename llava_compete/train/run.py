@@ -170,7 +170,10 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
     with StopOnSignal(trainer), closing(watch):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < trainer.state.max_steps:
-        logger.info("stopped at step %d; the same command goes on from here", trainer.state.global_step)
+        goes_on = "the same command goes on from here"
+        if config.training.save_only_model:
+            goes_on = "its checkpoint holds the model alone (training.save_only_model), and nothing goes on from it"
+        logger.info("stopped at step %d; %s", trainer.state.global_step, goes_on)
         return False
     _save_final(config, trainer, rank)
     if rank.is_main:

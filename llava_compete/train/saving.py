@@ -47,6 +47,7 @@ class SavingTrainer(Trainer):
     def __init__(self, **kwargs: Any) -> None:
         self._saving = False  # a training checkpoint, and not the stage's result
         self._longest_save = 0.0
+        self.saved_step = 0  # of the last training checkpoint
         self.mark: dict[str, Any] = {}
         self.expert_ranks = 1
         super().__init__(**kwargs)
@@ -77,6 +78,7 @@ class SavingTrainer(Trainer):
             checkpoints.publish(output_dir, f"checkpoint-{self.state.global_step}", self.mark)
             checkpoints.rotate(output_dir, self.args.save_total_limit, self.state.global_step)
         wait_for_all()
+        self.saved_step = self.state.global_step
         self._tell_save_time(time.perf_counter() - began)
 
     def _tell_save_time(self, seconds: float) -> None:

@@ -264,6 +264,14 @@ class StageTrainer(SavingTrainer):
         """Nothing here: counted before training, see mfu.py."""
         return 0
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's; a run that was told to stop saves once and leaves, whatever else is due, now or at the end
+        that breaking off an epoch is for the Trainer: who told it may not wait for an evaluation."""
+        if self.step_counts is not None and self.step_counts.stop:
+            self.control.should_evaluate = False
+            self.control.should_save &= self.state.global_step != self.saved_step
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     # ---- log: called on every rank, so the collective inside `collect` is safe ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -158,6 +158,25 @@ def test_sigterm_saves_and_the_same_command_goes_on(
     assert_same_curve(straight, run_stage_here(config), tolerance=1e-6)
 
 
+def test_a_run_that_is_told_to_stop_does_not_evaluate_first(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor at the end of an epoch that it breaks off, where it would save once more."""
+    saved: list[int] = []
+    plain = checkpoints.publish
+    monkeypatch.setattr(checkpoints, "publish", lambda *rest: (saved.append(1), plain(*rest)))
+    training = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    config = stage_config("sft", data, tmp_path / "out", training=training, sample_steps=3, **FRESH)
+    config["data"]["validation_fraction"] = 0.1
+    at_step(monkeypatch, 2, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    out = run_stage_here(config)
+    assert [path.name for path in checkpoints.list_complete(out)] == ["checkpoint-3"]
+    assert len(saved) == 1
+    assert "eval_loss" not in (out / "run" / "metrics.jsonl").read_text()
+    assert not (out / "run" / "answers.jsonl").exists()
+    assert "stopped at step 3; the same command goes on from here" in capsys.readouterr().err
+
+
 def test_non_finite_steps_are_skipped_then_stop_therun_stage_here(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -100,7 +100,8 @@ class AnswersCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         every = self.trainer.config.sample_steps
-        if not every or state.global_step % every:
+        counts = self.trainer.step_counts
+        if not every or state.global_step % every or (counts is not None and counts.stop):
             return
         answers = greedy_answers(
             self.trainer.core_model,

@@ -100,10 +100,11 @@ def _try_optimizer_and_schedule(arguments: TrainingArguments) -> None:
     except (ImportError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"training.optim: {arguments.optim.value}: {' '.join(str(error).split())}") from error
     steps = max(arguments.max_steps, 1)
+    rate = arguments.learning_rate  # which some schedules compare with their lowest one
     try:
         get_scheduler(
             arguments.lr_scheduler_type,
-            torch.optim.SGD([number], lr=1.0),
+            torch.optim.SGD([number], lr=rate),
             num_warmup_steps=arguments.get_warmup_steps(steps),
             num_training_steps=steps,
             scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),

@@ -79,7 +79,7 @@ def rates_at(step: int, schedule: Schedule, plan: Plan) -> list[float]:
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in schedule.base_rates]
     scheduler = get_scheduler(
         schedule.arguments.lr_scheduler_type,
-        torch.optim.SGD(groups, lr=1.0),
+        torch.optim.SGD(groups, lr=schedule.arguments.learning_rate),  # of which a lowest rate is a share
         num_warmup_steps=plan.warmup_steps,
         num_training_steps=plan.total_steps,
         scheduler_specific_kwargs=dict(schedule.arguments.lr_scheduler_kwargs or {}),

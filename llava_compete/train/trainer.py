@@ -162,6 +162,13 @@ class StageTrainer(SavingTrainer):
             decayed=set(self.get_decay_parameter_names(model)),
         )
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As the Trainer's; schedules with a lowest rate look for the `defaults` that DeepSpeed's optimizers lack."""
+        wrapped: Any = getattr(self.optimizer, "optimizer", None)
+        if self.is_deepspeed_enabled and not hasattr(wrapped, "defaults"):
+            wrapped.defaults = wrapped.optimizer.defaults
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def schedule(self) -> Schedule:
         """The learning rates that the config asks for, before there is an optimizer."""
         return Schedule(self.args, [group["lr"] for group in self._groups(self.model)])

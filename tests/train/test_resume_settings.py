@@ -227,6 +227,14 @@ def test_a_finished_run_is_extended(
     assert finished["steps"] == 10
 
 
+def test_a_longer_run_with_a_lowest_rate_says_the_rate_it_will_have(start: Path, tmp_path: Path) -> None:
+    lowest = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.005}}
+    config = _stage(start, tmp_path / "out", **lowest)
+    run_stage_here(config)
+    with pytest.raises(UserError, match=r"the learning rate of step 5 is 0\.00827, by the plan so far 0\.005\."):
+        run_stage_here(_changed(config, "training.max_steps", 10))
+
+
 def test_a_longer_run_with_another_rate_says_the_rate_it_will_have(
     start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -165,6 +165,10 @@ def test_the_saved_config_is_read_again_as_it_was(tmp_path: Path) -> None:
         ({"torch_compile_backend": "inductorr"}, "training.torch_compile_backend: found 'inductorr', expected one of"),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "training.lr_scheduler_kwargs: warmup_stable_decay: "),
         ({"lr_scheduler_kwargs": {"cycles": 3}}, "training.lr_scheduler_kwargs: linear: .*cycles"),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1e-3}, "learning_rate": 1e-4},
+            r"training.lr_scheduler_kwargs: polynomial: lr_end \(0.001\) must be smaller than initial lr \(0.0001\)",
+        ),
     ],
 )
 def test_what_the_machine_lacks_is_said_before_anything_is_loaded(

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from stage_kit import (
     ROOT,
     fresh_model,
+    read_metrics,
     run_stage,
     stage_environment,
 )
@@ -48,6 +49,13 @@ def test_two_processes_equal_one(
     data: Path, tmp_path: Path, reference: Path, micro: int, accumulation: int, changes: dict[str, Any]
 ) -> None:
     assert_same_curve(reference, train_launched(data, tmp_path, "out", micro, accumulation, **changes))
+
+
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_a_schedule_with_a_lowest_rate_under_zero(data: Path, tmp_path: Path, zero: str) -> None:
+    training = {"max_steps": 2, "lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 0.005}}
+    out = train_launched(data, tmp_path, "out", 8, 1, processes=1, deepspeed=zero, training=training)
+    assert [line["learning_rate"] for line in read_metrics(out)] == pytest.approx([0.01, 0.0075])
 
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])

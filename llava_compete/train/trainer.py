@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils.data import DataLoader
 
 from llava_compete.errors import UserError
@@ -149,8 +148,9 @@ class StageTrainer(SavingTrainer):
         return self.optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """As transformers', which takes a batch norm's scale for a weight."""
-        scales = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, BatchNorm)}
+        """As transformers', which takes the scale of a norm for a weight unless it is a layer norm, or named as one:
+        batch norms, and timm's RMS norms."""
+        scales = {f"{name}.weight" for name, module in model.named_modules() if "norm" in type(module).__name__.lower()}
         return [name for name in super().get_decay_parameter_names(model) if name not in scales]
 
     def _groups(self, model: nn.Module) -> list[dict[str, Any]]:

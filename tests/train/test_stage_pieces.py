@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from stage_kit import stage_config, write_data
 from tiny import TEXTS, tiny_model
@@ -26,6 +27,7 @@ from llava_compete.train.distributed import Rank
 from llava_compete.train.identity import SPLIT
 from llava_compete.train.resume import check_identity
 from llava_compete.train.starting_point import start_model
+from llava_compete.train.trainer import StageTrainer
 
 
 def _parse(**changes: object) -> TrainConfig:
@@ -102,6 +104,15 @@ def test_trainable_map_sets_gradients_groups_and_table() -> None:
         ("projector", "full", 16, 16),
         ("language", "full", 25, 25),
     ]
+
+
+def test_no_norm_is_decayed_whatever_its_name() -> None:
+    """The RMS norms of AIMv2 are called `norm1` and `norm2`."""
+    with torch.device("meta"):
+        model = timm.create_model("aimv2_large_patch14_224")
+    decayed = StageTrainer.get_decay_parameter_names(StageTrainer.__new__(StageTrainer), model)
+    assert [name for name in decayed if "norm" in name] == []
+    assert "blocks.0.attn.qkv.weight" in decayed
 
 
 def test_trainable_part_that_the_model_lacks_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -249,6 +250,10 @@ def test_an_earlier_result_is_kept_where_it_is_of_this_parent_and_config(
     capsys.readouterr()
     assert main(command) == 0
     assert capsys.readouterr().err == f"{tmp_path / 'moe'}: upcycled already\n"
+    shutil.rmtree(tmp_path / "moe" / "run")  # as a kill before the record was written leaves it
+    assert main(command) == 0
+    assert (tmp_path / "moe" / "run" / "manifest.json").is_file()
+    before = (tmp_path / "moe" / "model.safetensors").stat().st_mtime_ns
     assert main([*command, "moe.language.num_experts=8"]) == 2
     assert "moe.language.num_experts was 4, is 8" in capsys.readouterr().err
     weights = load_file(dense / "model.safetensors")

@@ -62,7 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"{arguments.config}: missing key 'model.checkpoint', the dense checkpoint to upcycle")
     read_config(config.model.checkpoint, config.model.trust_remote_code)
     parent = checkpoint_digest(Path(config.model.checkpoint))
-    if arguments.keep and (config.output_dir / "config.json").is_file():
+    # Written last: without it a call was killed at its end, and the next one makes all anew.
+    if arguments.keep and (config.output_dir / "run" / "manifest.json").is_file():
         _refuse_other(config, parent)
         logger.info("%s: upcycled already", config.output_dir)
         return 0

@@ -41,13 +41,15 @@ def _version(name: str) -> str | None:
 
 
 def git_state() -> dict[str, Any]:
-    """Commit of the source tree and whether it has uncommitted changes; empty outside a git checkout."""
+    """Commit of the source tree and whether it has uncommitted changes; empty where this file is in no git checkout, or
+    in somebody else's: an environment often lies below another project."""
 
     def git(*words: str) -> str:
         source = Path(__file__).resolve().parent
         return subprocess.run(["git", "-C", str(source), *words], capture_output=True, text=True, check=True).stdout
 
     try:
+        git("ls-files", "--error-unmatch", "manifest.py")
         return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
     except (OSError, subprocess.CalledProcessError):
         return {}

@@ -17,9 +17,9 @@ from torch import Tensor
 from llava_compete.errors import UserError
 from llava_compete.files import read_json
 
-# What transformers, peft and torch users call the weights of a directory; an index stands for its shards.
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-WHOLE = ("model.safetensors", "pytorch_model.bin")
+# What transformers, peft and torch users call the weights of a directory; the first that is there is taken, as by
+# transformers. An index stands for its shards.
+NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 class StoredTensor(NamedTuple):
@@ -44,19 +44,22 @@ def weight_files(directory: Path) -> list[Path]:
     Raises:
         UserError: a broken index, or a shard that it lists and that is not there.
     """
-    for name in INDEXES:
-        index = directory / name
-        if index.is_file():
-            content = read_json(index)
-            names = content.get("weight_map") if isinstance(content, dict) else None
-            if not isinstance(names, dict):
-                raise UserError(f"{index}: has no 'weight_map', expected an index of shards")
-            files = [directory / shard for shard in sorted(set(names.values()))]
-            for file in files:
-                if not file.is_file():
-                    raise UserError(f"{file}: missing, though {name} lists it")
-            return files
-    return next(([directory / name] for name in WHOLE if (directory / name).is_file()), [])
+    found = next((directory / name for name in NAMES if (directory / name).is_file()), None)
+    if found is None:
+        return []
+    return _shards(found) if found.name.endswith(".index.json") else [found]
+
+
+def _shards(index: Path) -> list[Path]:
+    content = read_json(index)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict):
+        raise UserError(f"{index}: has no 'weight_map', expected an index of shards")
+    files = [index.parent / shard for shard in sorted(set(names.values()))]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: missing, though {index.name} lists it")
+    return files
 
 
 def read_headers(file: Path) -> dict[str, StoredTensor]:

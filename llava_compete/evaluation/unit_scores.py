@@ -78,13 +78,13 @@ def read_units(directory: Path, task: str) -> list[Unit]:
     path = directory / "samples" / f"{task}.jsonl"
     try:
         units = [Unit(**line) for line in read_json_lines(path)]
+        wrong = next(
+            (u for u in units if not (math.isfinite(u.score) and math.isfinite(u.weight) and u.weight > 0)), None
+        )
     except (TypeError, UserError) as error:
         raise UserError(f"{path}: not per-sample scores ({error}); evaluate again") from error
-    for unit in units:
-        if not (math.isfinite(unit.score) and math.isfinite(unit.weight) and unit.weight > 0):
-            raise UserError(
-                f"{path}: {unit.id}: score {unit.score}, weight {unit.weight}; expected numbers, weight > 0"
-            )
+    if wrong is not None:
+        raise UserError(f"{path}: {wrong.id}: score {wrong.score}, weight {wrong.weight}; expected numbers, weight > 0")
     return units
 
 

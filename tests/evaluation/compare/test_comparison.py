@@ -256,6 +256,9 @@ def test_runs_that_cannot_be_read(tmp_path):
     no_samples, cut, half_line, no_json, altered = (write_run(tmp_path / n, {"pope": [1.0, 0.0]}) for n in "abcde")
     not_a_number = write_run(tmp_path / "nan", {"pope": [1.0, float("nan")]})
     (altered / "samples" / "pope.jsonl").write_text((cut / "samples" / "pope.jsonl").read_text().replace("0.0", "0.5"))
+    a_text = write_run(tmp_path / "text", {"pope": [1.0, 0.0]})
+    samples = (a_text / "samples" / "pope.jsonl").read_text()
+    (a_text / "samples" / "pope.jsonl").write_text(samples.replace("0.0", '"right"'))
     (no_samples / "samples" / "pope.jsonl").unlink()
     lines = (cut / "samples" / "pope.jsonl").read_text().split("\n")
     (cut / "samples" / "pope.jsonl").write_text(lines[0] + "\n")
@@ -270,6 +273,7 @@ def test_runs_that_cannot_be_read(tmp_path):
         (str(no_samples), "missing, although summary.json names the task"),
         (str(cut), "1 samples, but summary.json says 2"),
         (str(half_line), "not per-sample scores"),
+        (str(a_text), "not per-sample scores .*must be real number"),
         (str(altered), r"these samples score 0\.75\d*, but summary\.json says 0\.5"),
         (str(not_a_number), "q1: score nan, weight 1.0; expected numbers"),
         (str(no_json), "not the summary of an evaluation"),

@@ -159,12 +159,15 @@ def _operators_between_mlps(model: Any) -> int:
 @pytest.mark.parametrize("experts", [4, 64])
 @pytest.mark.parametrize("tokens", [1, 3, 64, 300])
 def test_inference_never_waits_for_the_gpu(tokens: int, experts: int) -> None:
-    block = make_block(num_experts=experts, sizes={**SIZES, "output_size": 24}).bfloat16()
-    with fake_gpu(), torch.no_grad():
-        move_to_fake_gpu(block)
-        output = block(torch.empty(1, tokens, 16, dtype=torch.bfloat16, device="cuda"))
-    assert output.shape == (1, tokens, 24)
-    assert output.device.type == "cuda"
+    for router in ROUTERS:
+        for output_size in (16, 24):
+            sizes = {**SIZES, "output_size": output_size}
+            block = make_block(router=router, num_experts=experts, sizes=sizes).bfloat16().eval()
+            with fake_gpu(), torch.no_grad():
+                move_to_fake_gpu(block)
+                output = block(torch.empty(1, tokens, 16, dtype=torch.bfloat16, device="cuda"))
+            assert output.shape == (1, tokens, output_size)
+            assert output.device.type == "cuda"
 
 
 @pytest.mark.parametrize(

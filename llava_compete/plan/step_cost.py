@@ -204,7 +204,7 @@ class _Asking:
         logits_TE = chosen[2] if len(chosen) > 2 else None
         how = experts.judgement
         if logits_TE is not None and how is not None:
-            output_TO = _JudgedOutput.apply(output_TO, logits_TE)
+            output_TO = _JudgedOutput.apply(output_TO, logits_TE, x_TD, how.subtracts_output)
             most = experts.num_experts - experts.num_winners if how.contenders is None else how.contenders
             if how.contenders is None and how.margin == 0:
                 most = experts.num_experts  # products of all on all tokens, without a sort
@@ -257,16 +257,16 @@ def _expert_products(
 
 
 class _JudgedOutput(torch.autograd.Function):
-    """Keeps what the loss's judgement keeps."""
+    """Keeps what the loss's judgement keeps: also the tokens, of which a router in float32 keeps a copy of its own."""
 
     @staticmethod
-    def forward(ctx: Any, output_TO: Tensor, logits_TE: Tensor) -> Tensor:
-        ctx.save_for_backward(output_TO, logits_TE)
+    def forward(ctx: Any, output_TO: Tensor, logits_TE: Tensor, x_TD: Tensor, subtracts_output: bool) -> Tensor:
+        ctx.save_for_backward(logits_TE, x_TD, output_TO if subtracts_output else None)
         return output_TO.view_as(output_TO)
 
     @staticmethod
-    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, Tensor]:
-        return grad_TO, torch.zeros_like(ctx.saved_tensors[1])
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return grad_TO, torch.zeros_like(ctx.saved_tensors[0]), None, None
 
 
 def _chosen_experts(experts: PackedExperts, x_TD: Tensor, weights_TK: Tensor) -> Tensor:

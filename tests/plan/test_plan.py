@@ -28,7 +28,7 @@ from llava_compete.parts import IGNORE_INDEX, PREFIXES
 from llava_compete.plan.cluster import Cluster, Weights
 from llava_compete.plan.plan import build_on_meta, plan, state_memory, weight_bytes
 from llava_compete.plan.recipe import architecture, read_recipe
-from llava_compete.plan.step_cost import simulate
+from llava_compete.plan.step_cost import _Recorder, simulate
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 REAL = sorted(
@@ -161,6 +161,23 @@ def test_what_the_losss_judgement_keeps_and_costs_agrees_with_a_real_step(rule: 
     assert cost.flops == plain.flops
     assert (cost.asking_flops > 0) == ("competition_margin" in rule)
     assert cost.flops + cost.asking_flops == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_the_judgement_keeps_tokens_logits_and_outputs_in_bfloat16() -> None:
+    """Counted by the same hooks around real layers: what is kept beyond a step that nobody judges."""
+    kept = []
+    for rule in ({"competition_rate": 0.0}, {"competition_baseline": "none"}, {}):
+        moe = {"language": {"competition_judge": "loss", **rule}}
+        model = tiny("cpu", moe).bfloat16()
+        recorder, ids = _Recorder(model, FlopCounterMode(display=False)), token_ids(model)
+        with recorder:
+            model(input_ids=ids, pixel_values=torch.randn(2, 3, 28, 28).bfloat16(), labels=ids)
+        planned = simulate(tiny("meta", moe).bfloat16(), 2, 256, 2, frozenset())
+        kept.append([sum(found.layer_bytes.values()) for found in (recorder, planned)])
+    plain, bare, whole = kept
+    # Six layers, 512 tokens: of width 128 in two bytes, of 4 experts in four; the outputs where they are the baseline.
+    assert [now - before for now, before in zip(bare, plain, strict=True)] == [6 * 512 * (128 * 2 + 4 * 4)] * 2
+    assert [now - before for now, before in zip(whole, bare, strict=True)] == [6 * 512 * 128 * 2] * 2
 
 
 @pytest.mark.parametrize("keeps", ["everything", "pre_activations", "input"])

@@ -53,11 +53,11 @@ class Mixture(torch.autograd.Function):
         grad_weights = (grad_weighted * hidden).sum(-1)
         of_logits = None
         if ctx.question is not None:
-            of_logits = _judge(grad, output, grad_weights, ctx.question)
+            of_logits = _judge(grad, output, weights, grad_weights, ctx.question)
         return grad_weighted.mul_(weights.unsqueeze(-1)), grad_weights, grad_down, of_logits, None
 
 
-def _judge(grad: Tensor, output: Tensor, answers: Tensor, question: Question) -> Tensor:
+def _judge(grad: Tensor, output: Tensor, weights: Tensor, answers: Tensor, question: Question) -> Tensor:
     """The term's gradient by the logits: that of sum over asked j of p_j <g, Y_j - y>, all but p constant."""
     probs, asked = question.logits_RTE.detach().softmax(-1), question.asked_RTE
     baseline: Tensor | float = 0.0
@@ -66,7 +66,10 @@ def _judge(grad: Tensor, output: Tensor, answers: Tensor, question: Question) ->
     elif question.last_RTE is not None:
         baseline = (answers * question.last_RTE).sum(-1, keepdim=True)
     if question.estimated_RTE is not None and question.estimate is not None:
-        answers = torch.where(question.estimated_RTE, question.estimate(grad), answers)
+        estimates = question.estimate(grad)
+        if question.baseline == "estimate":
+            baseline = (estimates * weights).sum(-1, keepdim=True)
+        answers = torch.where(question.estimated_RTE, estimates, answers)
         asked = asked | question.estimated_RTE
     answers = (answers - baseline) * (asked & ~question.chosen_RTE) * question.strength
     return torch._softmax_backward_data(answers, probs, -1, probs.dtype)

@@ -32,8 +32,8 @@ class Judge:
     Attributes:
         answers: the asked experts' own, an estimate (`mean`) without asking, or `both`: the estimate where none is
             asked.
-        baseline: what an answer is compared with: the output, nothing, or the answer of the `last` of the choice, whose
-            place an expert would take.
+        baseline: what an answer is compared with: the output, nothing, the answer of the `last` of the choice, whose
+            place an expert would take, or the `estimate` of the output, from those of the chosen.
         period: from which to which share of the steps it judges.
         last_margin: to which the margin goes, linearly, by the end.
         deep_margin: of every layer but the first.
@@ -45,7 +45,7 @@ class Judge:
         decay: of what an estimate remembers, a step.
     """
 
-    baseline: Literal["output", "none", "last"] = "output"
+    baseline: Literal["output", "none", "last", "estimate"] = "output"
     margin: float = 0.0
     contenders: int | None = None
     answers: Literal["full", "mean", "both"] = "full"
@@ -153,6 +153,14 @@ _EXPLORED = (
     _judged("mean_linear", "a linear map of the token for answers", answers="mean", estimate="linear"),
     _judged("mean_last", "means of the answers as last choice", answers="mean", estimate="last"),
     _judged("mean_baseline_last", "running means, baseline the last of the choice", answers="mean", baseline="last"),
+    _judged("mean_baseline_mean", "running means, baseline those of the chosen", answers="mean", baseline="estimate"),
+    _judged(
+        "pair_baseline_pair",
+        "means by first choice, baseline those of the chosen",
+        answers="mean",
+        estimate="pair",
+        baseline="estimate",
+    ),
     _judged("relative_mean", "running means, over the probability of the choice", answers="mean", relative=True),
     _judged("second_half", "c .8, in the second half of the steps", margin=0.8, period=(0.5, 1.0)),
     _judged("first_half", "c .8, in the first half of the steps", margin=0.8, period=(0.0, 0.5)),

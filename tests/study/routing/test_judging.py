@@ -91,6 +91,10 @@ def test_the_term_is_the_sum_written_out(name, key):
     for t in range(TOKENS):
         first, last = choices[t]
         outputs = {"output": plain[0, t].detach(), "last": answers[t, last]}
+        if judge.baseline == "estimate":
+            told = [estimate_of(judge, before, expert, x[0, t], first) for expert in (first, last)]
+            both = probs[t, [first, last]].detach()
+            outputs["estimate"] = sum(w * m for w, m in zip(both / both.sum(), told, strict=True) if m is not None)
         share = (probs[t, first] + probs[t, last]).detach() if judge.relative else 1.0
         for expert in set(range(4)) - {first, last}:
             near = bool(probs[t, expert] >= margin * probs[t, last])

@@ -86,13 +86,21 @@ class MoeConfig(StrictConfig):
         return self.model_dump(mode="json", exclude={"expert_parallel"})
 
     def warn_of_moved_starts(self) -> None:
-        """Name the parts whose judgement has no baseline: with equal experts it is <g, y> for each one asked, not 0."""
+        """Name the parts whose judgement is not 0 with equal experts: without a baseline it is <g, y> for each one, and a
+        running mean is far from what any expert says of one token."""
         for name, part in self.parts().items():
             if part.competition_baseline == "none":
                 log.warning(
                     "moe.%s: competition_baseline none moves the router of an upcycled start, whose experts still "
                     "agree; output leaves it",
                     name,
+                )
+            if part.competition_answers in ("mean", "both"):
+                log.warning(
+                    "moe.%s: competition_answers %s moves the router of an upcycled start, whose experts still agree: "
+                    "there its gradient was 60 times the task's; full leaves it",
+                    name,
+                    part.competition_answers,
                 )
 
     def name_the_other_judge(self) -> None:

@@ -139,7 +139,8 @@ class MoeLayerConfig(StrictConfig):
         description=(
             "competition_judge loss: what an expert answers that was not chosen: what it would have said (full, "
             "default); the running mean of what it said where it was chosen (mean), for hardly any arithmetic; or "
-            "both: contested experts are asked, for the others their means answer"
+            "both: contested experts are asked, for the others their means answer. Means move an upcycled start, where "
+            "all experts still agree"
         ),
     )
     competition_margin: float | None = Field(

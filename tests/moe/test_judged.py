@@ -252,6 +252,14 @@ def test_a_missing_baseline_is_named(caplog: pytest.LogCaptureFixture) -> None:
     assert record.getMessage().startswith("moe.vision: competition_baseline none moves the router")
 
 
+@pytest.mark.parametrize("answers", ["mean", "both"])
+def test_means_at_an_upcycled_start_are_named(answers: str, caplog: pytest.LogCaptureFixture) -> None:
+    part = {"competition_judge": "loss", "competition_answers": answers}
+    MoeConfig.model_validate({"vision": {"competition_judge": "loss"}, "language": part}).warn_of_moved_starts()
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"moe.language: competition_answers {answers} moves the router")
+
+
 def test_a_rate_below_one_follows_the_schedule() -> None:
     always, seldom = judged_block(**EVERYONE), judged_block(**EVERYONE, competition_rate=0.5)
     expected = run_step(always, X, MASK).grads

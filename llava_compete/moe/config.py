@@ -86,8 +86,8 @@ class MoeConfig(StrictConfig):
         return self.model_dump(mode="json", exclude={"expert_parallel"})
 
     def warn_of_moved_starts(self) -> None:
-        """Name the parts whose judgement is not 0 with equal experts: without a baseline it is <g, y> for each one, and a
-        running mean is far from what any expert says of one token."""
+        """Name the parts whose judgement is not 0 with equal experts: without a baseline it is <g, y> for each one,
+        and a running mean is far from what any expert says of one token."""
         for name, part in self.parts().items():
             if part.competition_baseline == "none":
                 log.warning(

@@ -96,9 +96,14 @@ def _try_optimizer_and_schedule(arguments: TrainingArguments) -> None:
     number = torch.nn.Parameter(torch.zeros(1))
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
-        kind([number], **options)
+        optimizer = kind([number], **options)
     except (ImportError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"training.optim: {arguments.optim.value}: {' '.join(str(error).split())}") from error
+    if callable(getattr(optimizer, "eval", None)):
+        raise UserError(
+            f"training.optim: {arguments.optim.value} has other weights for evaluation than for training (it has no "
+            "schedule); checkpoints, results and the held-out loss would be of those for training. Expected another"
+        )
     steps = max(arguments.max_steps, 1)
     rate = arguments.learning_rate  # which some schedules compare with their lowest one
     try:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from in_process_kit import run_stage_here
 from stage_kit import ROOT, stage_config, stage_environment, tiny_moe, write_data
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from llava_compete.config import dump_yaml, load_config, parse_config
 from llava_compete.errors import UserError
@@ -177,6 +178,19 @@ def test_what_the_machine_lacks_is_said_before_anything_is_loaded(
     section = TrainingSection.model_validate(training)
     with pytest.raises(UserError, match=expected):
         build_arguments(section, output_dir=tmp_path, seed=0, deepspeed=None, on_gpu=False)
+
+
+def test_an_optimizer_with_weights_of_its_own_for_evaluation_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of `schedulefree`, which is not installed here."""
+
+    class ScheduleFree(torch.optim.SGD):
+        def eval(self) -> None: ...
+
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", lambda *_: (ScheduleFree, {"lr": 1.0}))
+    with pytest.raises(UserError, match=r"training.optim: adamw_torch has other weights for evaluation"):
+        build_arguments(TrainingSection(), output_dir=tmp_path, seed=0, deepspeed=None, on_gpu=False)
 
 
 @pytest.fixture

@@ -155,8 +155,10 @@ def beside(runs: Runs, task: str) -> list[Beside]:
         if rule in rows and (test := rows[rule].samples) is not None:
             found.append(Beside(rule, test.mean, theirs, half_width(test), their_half))
     scores = SCORES.get(design, {})
-    if "dense_all" in scores:  # it does not say how its dense layers started, nor how tasks were fixed
-        scores = {**scores, "dense_all_start": scores["dense_all"], "fixed_evenly": scores["fixed"]}
+    # It does not say how its dense layers started, nor how tasks were fixed.
+    for rule, same in (("dense_all_start", "dense_all"), ("fixed_evenly", "fixed")):
+        if same in scores:
+            scores = {**scores, rule: scores[same]}
     for rule, score in scores.items():
         if rule not in rows:
             continue

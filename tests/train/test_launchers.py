@@ -127,7 +127,8 @@ exec env -i HOME="$HOME" PATH="$PATH" HOST="$1" bash -c "$2"
 
 def test_a_hostfile_starts_the_stage_on_each_machine(venv: Path, tmp_path: Path) -> None:
     write_script(venv / "bin" / "ssh", SSH)
-    says = 'echo "$HOST" torchrun "$@" OMP=$OMP_NUM_THREADS WANDB="$WANDB_NAME" OTHER="$OTHER"'
+    # Not the shell's own echo, which writes line by line, so that the lines of two machines may mix.
+    says = 'env printf "%s\\n" "$HOST torchrun $* OMP=$OMP_NUM_THREADS WANDB=$WANDB_NAME OTHER=$OTHER"'
     ours = f'[ "$1" = "{OUR_TORCHRUN}" ] || exec {sys.executable} "$@"'
     write_script(venv / "bin" / "python", f"{ours}; shift; {says}")
     hosts = tmp_path / "hosts"

@@ -32,17 +32,16 @@ def test_rows_and_figure(tmp_path: Path) -> None:
     assert figure.stat().st_size > 0
 
 
+def _peaks(shape: moe.Shape, tokens: int, *cases: str) -> dict[str, float]:
+    """MB by case."""
+    cpu = torch.device("cpu")
+    rows = moe.measure([shape], tokens=tokens, rounds=1, device=cpu, dtype=torch.float32, cases=cases)
+    return {row.case: row.peak_mb for row in rows}
+
+
 def test_recomputation_bounds_a_competition_steps_memory() -> None:
     """At E = 4 within 1.5 of a router step's peak: counted bytes, so exact and quick."""
-    rows = moe.measure(
-        [moe.Shape(64, 256, 4, 2)],
-        tokens=1024,
-        rounds=1,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        cases=("dense_k", "dense_e", "competition", moe.COMPETITION, moe.RECOMPUTED),
-    )
-    peaks = {row.case: row.peak_mb for row in rows}
+    peaks = _peaks(moe.Shape(64, 256, 4, 2), 1024, "dense_k", "dense_e", "competition", moe.COMPETITION, moe.RECOMPUTED)
     assert peaks[moe.RECOMPUTED] <= 1.5 * peaks["competition"]
     assert peaks[moe.RECOMPUTED] < peaks[moe.COMPETITION]
 
@@ -52,15 +51,7 @@ def test_of_many_experts_kept_pre_activations_leave_less_than_half_of_a_competit
 ) -> None:
     """55% less at E = 64, where a chunk is a small part of the tokens."""
     monkeypatch.setitem(moe.CHUNK_TOKENS, "cpu", 32)
-    rows = moe.measure(
-        [moe.Shape(64, 16, 64, 4)],
-        tokens=256,
-        rounds=1,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        cases=("dense_e", moe.COMPETITION, moe.PRE_ACTIVATIONS),
-    )
-    peaks = {row.case: row.peak_mb for row in rows}
+    peaks = _peaks(moe.Shape(64, 16, 64, 4), 256, "dense_e", moe.COMPETITION, moe.PRE_ACTIVATIONS)
     assert peaks[moe.PRE_ACTIVATIONS] <= 0.45 * peaks[moe.COMPETITION]
 
 

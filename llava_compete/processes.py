@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from multiprocessing import parent_process
+from multiprocessing.process import BaseProcess
 
 
 def usable_cores() -> int:
@@ -26,6 +27,6 @@ def end_with_parent() -> None:
     threading.Thread(target=_end_after, args=(parent,), name="end-with-parent", daemon=True).start()
 
 
-def _end_after(parent: object) -> None:
-    parent.join()  # type: ignore[attr-defined]
+def _end_after(parent: BaseProcess) -> None:
+    parent.join()
     os._exit(1)

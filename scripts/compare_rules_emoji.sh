@@ -22,7 +22,7 @@ done
 ensure_venv
 export PATH="$VENV/bin:$PATH" NUM_PROCESSES=${NUM_PROCESSES:-1} # as scripts/realistic.sh trains the parent
 
-say "$SEEDS seeds: some $((5 * SEEDS)) hours on 2 cores"
+say "$SEEDS seeds: some $((5 * SEEDS)) hours on 2 cores, less with fewer training.max_steps"
 for ((seed = 0; seed < SEEDS; seed++)); do
   parent=$out/parent/seed$seed
   for stage in pretrain_align pft; do

@@ -8,10 +8,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,12 +82,8 @@ def run(plan: Plan, out: Path, device: str, minutes: float | None = None, worker
     `UserError` where a process of a worker dies; what was finished is kept.
     """
     ends = time.monotonic() + 60 * minutes if minutes is not None else None
-    with (
-        tqdm(unit="step", unit_scale=True, desc="routing") as bar,
-        _executor(workers) as pool,
-        _cancelled_at_the_end(pool),
-    ):
-        todo = _ToDo(plan, out, device)
+    todo = _ToDo(plan, out, device)
+    with tqdm(total=todo.steps, unit="step", unit_scale=True, desc="routing") as bar, _executor(workers) as pool:
         under_way: dict[Future[tuple[Result, float]], _Chunk] = {}
         while True:
             in_time = ends is None or time.monotonic() <= ends
@@ -179,7 +174,7 @@ def _timed(task: Task, rule: Rule, seeds: list[int], rate: float, steps: int, de
 
 
 class _InThisProcess(Executor):
-    """One piece of work at a time, done when it is submitted."""
+    """One piece of work at a time, done when it is submitted: in a thread Ctrl-C would not end it."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -191,14 +186,6 @@ def _executor(workers: int) -> Executor:
     """Workers of one thread each: runs are small, and cores that share one wait for each other."""
     # A forked process could not use torch's threads, nor a GPU.
     return ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) if workers > 1 else _InThisProcess()
-
-
-@contextmanager
-def _cancelled_at_the_end(pool: Executor) -> Iterator[None]:
-    try:
-        yield
-    finally:  # of an interrupted study: what has not begun need not be waited for
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _start_worker() -> None:

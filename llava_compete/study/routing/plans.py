@@ -120,5 +120,5 @@ def wide_plan(seeds: int = 30) -> Plan:
 
 
 def quick_plan() -> Plan:
-    """Two rules and seeds on the smallest task: whether a machine runs the study at all, and how fast."""
+    """Three rules and two seeds on the smallest task: whether a machine runs the study at all, and how fast."""
     return Plan(((("facts_8",), ("softmax", "published", "judge_c80"), (1.0,)),), 2)

@@ -46,7 +46,7 @@ def run(settings: Settings, out: Path, device: str) -> dict[str, Any]:
     """Train what is missing (one file a rule and size in `out`/runs), then the curve as plain data."""
     rules = tuple(dict.fromkeys(("softmax", *settings.rules)))
     cells = [(rule, size) for size in settings.sizes for rule in rules]
-    scores = {}
+    scores, prices = {}, {}
     for rule, size in tqdm(cells, desc="learning curve", unit="cell"):
         path = out / "runs" / f"{settings.gate}-{rule}-n{size}-seeds{settings.seeds}.json"
         if not path.is_file():
@@ -55,12 +55,17 @@ def run(settings: Settings, out: Path, device: str) -> dict[str, Any]:
             found = train(task, RULES[rule], seeds, [task.rate] * settings.seeds, task.steps, device)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, found._asdict())
-        scores[rule, size] = np.array(read_json(path)["scores"])
+        kept = read_json(path)
+        scores[rule, size], prices[rule, size] = np.array(kept["scores"]), float(np.mean(kept["prices"]))
     points = []
     for size in settings.sizes:
         point: dict[str, Any] = {"n": size}
         for rule in rules:
-            point[rule] = {"error": float(scores[rule, size].mean()), "by_seed": scores[rule, size].tolist()}
+            point[rule] = {
+                "error": float(scores[rule, size].mean()),
+                "by_seed": scores[rule, size].tolist(),
+                "price": prices[rule, size],
+            }
             if rule != "softmax":
                 test = paired_t(scores[rule, size] - scores["softmax", size])
                 point[rule] |= {"difference": test.mean, "interval": test.interval, "p": test.p}
@@ -79,6 +84,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator, StrMethodFormatter
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     sizes = [point["n"] for point in result["points"]]
@@ -90,8 +96,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
             halves = [(cell["interval"][1] - cell["interval"][0]) / 2 if cell["interval"] else 0 for cell in cells]
             right.errorbar(sizes, means, halves, fmt="o-", ms=4, capsize=3, label=rule)
     left.set(xscale="log", yscale="log", xlabel="samples n", ylabel="error / variance")
+    left.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    left.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
     right.axhline(0, color="grey", lw=0.8)
     right.set(xscale="log", xlabel="samples n", ylabel="error minus softmax's, paired by seed")
+    for axis in (left, right):
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axis.xaxis.set_minor_locator(NullLocator())  # its labels lie on those of the sizes
+    figure.suptitle(f"a teacher gated by {result['gate']}, {result['seeds']} seeds")
     left.legend()
     right.legend()
     figure.savefig(path, dpi=120)
@@ -107,6 +119,7 @@ def describe(result: dict[str, Any], command: str) -> str:
         f"`{command}`: {result['seeds']} seeds, each a teacher, its data and a start.",
         "",
         "Error over variance on new inputs, and the difference to softmax with the 95% interval of a paired t by seed.",
+        "All take as many steps; *price*: experts' arithmetic beyond softmax's, from the smallest n to the largest.",
         "",
         "| n | " + " | ".join(RULES[rule].title for rule in rules) + " |",
         "| --- |" + " --- |" * len(rules),
@@ -118,7 +131,8 @@ def describe(result: dict[str, Any], command: str) -> str:
     for rule in rules[1:]:
         apart = [f"{point['n']:,}" for point in result["points"] if _excludes_zero(point[rule])]
         where = f"excludes 0 at n = {'; '.join(apart)}" if apart else "excludes 0 at no n"
-        lines.append(f"{RULES[rule].title}: the interval {where}.")
+        first, last = (100 * result["points"][at][rule]["price"] for at in (0, -1))
+        lines.append(f"{RULES[rule].title}: price {first:+.0f}% to {last:+.0f}%; the interval {where}.")
     return "\n".join([*lines, ""])
 
 

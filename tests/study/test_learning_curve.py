@@ -24,6 +24,9 @@ def test_the_command_writes_a_paired_curve_and_keeps_its_runs(tmp_path, monkeypa
     assert point["judge_all"]["difference"] == expected.mean
     assert point["judge_all"]["interval"] == list(expected.interval)
     assert (tmp_path / "learning_curve.png").stat().st_size > 5000
+    # The 10 experts that were not chosen answer, one forward each; 2 are paid for, forward and twice that backward.
+    assert point["judge_all"]["price"] == pytest.approx(10 / (3 * 2))
+    assert point["softmax"]["price"] == 0
     assert "| 200 | 0" in (tmp_path / "README.md").read_text().replace("| 1.", "| 0.")
     monkeypatch.setattr(learning_curve, "train", None)  # nothing is trained again
     assert cli.main(command) == 0

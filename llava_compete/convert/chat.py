@@ -14,7 +14,7 @@ from typing import Any
 from llava_compete.errors import UserError
 from llava_compete.files import read_json
 from llava_compete.language.chat_encoding import encode_conversation
-from llava_compete.language.templates import family_template, set_chat_template
+from llava_compete.language.templates import family_template, keep_chat_template, set_chat_template
 from llava_compete.parts import IMAGE_TOKEN
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def adopt_template(tokenizer: Any, directory: Path, model_type: str, chosen: str
     own = _own_template(tokenizer, directory)
     if chosen is None and own is not None:
         for text in (own, _PARTS + own):
-            tokenizer.chat_template = text
+            keep_chat_template(tokenizer, text)
             if _ends_answers(tokenizer):
                 return "the source's own"
     name = chosen or family_template(model_type, tokenizer)

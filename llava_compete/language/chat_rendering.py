@@ -3,6 +3,9 @@
 Any template will do, with or without `{% generation %}` marks: contents are marked while it renders, and what the model
 writes of a turn is found from the marks. It begins where the template's generation prompt ends, so that a training row
 begins with exactly what the model is given at inference; it ends with the control token behind the answer.
+
+A template that asks for today's date always gets the same one: rows, prompts and scores would otherwise change
+overnight, in the middle of a run too, and no prompt would be what training had.
 """
 
 from __future__ import annotations
@@ -20,6 +23,19 @@ from llava_compete.language.piece_ids import ANSWER_END, ANSWER_START, MARKS, US
 from llava_compete.parts import IMAGE_TOKEN
 
 Message = dict[str, Any]
+
+# The one that Llama's own templates write where nothing tells them a date; at midnight.
+DAY = "26 July 2024"
+_DAY_BY_CODE = {
+    "%d": "26", "%-d": "26", "%B": "July", "%b": "Jul", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday",
+    "%a": "Fri", "%H": "00", "%M": "00", "%S": "00",
+}  # fmt: skip
+# A line of the template, in place of transformers' function of this name: so it holds for whatever renders it.
+_ON_THAT_DAY = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f".replace('{code}', '{text}')" for code, text in _DAY_BY_CODE.items())
+    + " }}{% endmacro %}\n"
+)
 
 
 class EncodingError(UserError):
@@ -41,6 +57,13 @@ class RenderedChat(NamedTuple):
     answers: list[AnswerSpan]
 
 
+def with_fixed_day(template: str) -> str:
+    """A template that writes `DAY` for today's date; any other as it is."""
+    if "strftime_now" not in template or template.startswith(_ON_THAT_DAY):
+        return template
+    return _ON_THAT_DAY + template
+
+
 def content_parts(message: Message) -> Sequence[dict[str, Any]]:
     """The content of a message as parts; one that is neither a text nor an image is an `EncodingError`."""
     content = message["content"]
@@ -58,7 +81,9 @@ def render_chat(
 
     Raises `EncodingError` if the template refuses them, leaves out an answer, or does not end one.
     """
-    template = _Template(str(tokenizer.chat_template), tuple(sorted(_special_tokens(tokenizer).items())), True)
+    template = _Template(
+        with_fixed_day(str(tokenizer.chat_template)), tuple(sorted(_special_tokens(tokenizer).items())), True
+    )
     plain = [_plain_message(message, encoder, template) for message in messages]
     if not any(message.get("reasoning_content") for message in plain):
         template = template._replace(thinking=thinking)

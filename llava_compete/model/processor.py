@@ -15,6 +15,7 @@ from transformers.utils import PROCESSOR_NAME
 
 from llava_compete.errors import UserError
 from llava_compete.language.chat_encoding import encode_conversation, on_lines_of_their_own
+from llava_compete.language.chat_rendering import with_fixed_day
 from llava_compete.model.served import AUTO_MAP, write_stub
 from llava_compete.parts import IMAGE_TOKEN
 from llava_compete.vision.image_decoder import full_size, open_image
@@ -129,7 +130,7 @@ class LlavaCompeteProcessor(ProcessorMixin):
         """As in transformers; with `tokenize`, ids are made as in training.
 
         So a literal "<image>" or another control token in somebody's text is text, and cannot stand for an image.
-        `enable_thinking` (a switch of some templates) is off unless it is given.
+        `enable_thinking` (a switch of some templates) is off unless it is given; today's date is the one in training.
         """
         kwargs.setdefault("enable_thinking", False)
         asked = {key for key, value in kwargs.items() if value}
@@ -141,6 +142,8 @@ class LlavaCompeteProcessor(ProcessorMixin):
                 conversation = texts if is_batched else texts[0]
             if not kwargs["enable_thinking"] and "enable_thinking" not in str(chat_template or self.chat_template):
                 del kwargs["enable_thinking"]  # a template without it needs no telling, and transformers warns
+            if chat_template is None and isinstance(self.chat_template, str):
+                chat_template = with_fixed_day(self.chat_template)
             return super().apply_chat_template(
                 conversation,
                 chat_template,

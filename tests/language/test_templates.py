@@ -129,6 +129,33 @@ def test_a_template_that_drops_thoughts_drops_those_in_an_answers_text():
         choose_chat_template(tokenizer, "llama")
 
 
+# As Llama 3.2's: a date that the caller gives, else today's.
+LLAMA_3_2 = (
+    "{%- if not date_string is defined -%}{%- if strftime_now is defined -%}"
+    "{%- set date_string = strftime_now('%d %b %Y') -%}{%- else -%}{%- set date_string = '26 Jul 2024' -%}"
+    "{%- endif -%}{%- endif -%}{{- '<|im_start|>system\nToday Date: ' + date_string + '<|im_end|>\n' -}}"
+)
+
+
+# As gpt-oss's: in a macro, and with white space in front that is the template's own.
+IN_A_MACRO = "  {%- macro head() -%}Today Date: {{ strftime_now('%Y-%m-%d') }}\n{% endmacro %}{{ head() }}"
+
+
+@pytest.mark.parametrize(
+    ("before", "date"), [("", "26 July 2024"), (LLAMA_3_2, "26 Jul 2024"), (IN_A_MACRO, "2024-07-26")]
+)
+def test_no_row_or_prompt_has_another_date_tomorrow(before, date):
+    """Also where transformers or a server renders the checkpoint's template."""
+    tokenizer = own_copy("smollm3" if not before else "chatml")
+    tokenizer.chat_template = before + tokenizer.chat_template
+    assert choose_chat_template(tokenizer, "llama") == 0
+    assert f"Today Date: {date}" in tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
+    row = encode_conversation(tokenizer, CONVERSATION)
+    prompt = encode_conversation(tokenizer, CONVERSATION[:1], add_generation_prompt=True)
+    for encoded in (row, prompt):
+        assert f"Today Date: {date}" in tokenizer.decode(encoded.input_ids)
+
+
 def test_the_date_in_smollm3s_system_turn_does_not_change_what_is_learnt():
     tokenizer = make_tokenizer("unigram", "smollm3")
     text = tokenizer.apply_chat_template(CONVERSATION, tokenize=False)

@@ -28,7 +28,10 @@ def ask(*content: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": list(content)}]
 
 
-@pytest.mark.parametrize("own", [None, TEXTS_ALONE], ids=["ours", "texts alone"])
+DATED = "{{- '<|im_start|>system\n' + strftime_now('%d %B %Y') + '<|im_end|>\n' -}}" + TEXTS_ALONE
+
+
+@pytest.mark.parametrize("own", [None, TEXTS_ALONE, DATED], ids=["ours", "texts alone", "dated"])
 def test_a_question_has_the_ids_of_a_training_row(processor: Any, own: str | None) -> None:
     kept = processor.tokenizer.chat_template
     try:
@@ -46,7 +49,8 @@ def test_a_question_has_the_ids_of_a_training_row(processor: Any, own: str | Non
 
         # The same as text, and from text with the picture beside it.
         text = processor.apply_chat_template(messages, add_generation_prompt=True)
-        assert text == "<|im_start|>user\n<image>\nwhat colour ?<|im_end|>\n<|im_start|>assistant\n"
+        before = "<|im_start|>system\n26 July 2024<|im_end|>\n" if own == DATED else ""
+        assert text == before + "<|im_start|>user\n<image>\nwhat colour ?<|im_end|>\n<|im_start|>assistant\n"
         from_text = processor(images=[PICTURE], text=text, return_tensors="pt")
         assert torch.equal(from_text["input_ids"], inputs["input_ids"])
     finally:

@@ -2,7 +2,7 @@
 
 A template is stored in the checkpoint's tokenizer (`tokenizer.chat_template`); training, evaluation and chat render
 that one, so there is no template flag anywhere else. A tokenizer's own template is kept as it is, whatever the model's
-family: `language.chat_rendering` finds the answers in any.
+family, but for today's date: `language.chat_rendering` finds the answers in any.
 
 Sources: chatml, qwen2_5, qwen3, smollm2, smollm3, gemma, llama3, phi3: the templates that the models' authors publish;
 vicuna_v1, llava_llama_2, plain: LLaVA's conversations; mistral_*: mistral-common, versions 1, 3 and 3 with tekken.
@@ -19,6 +19,7 @@ from tokenizers import AddedToken
 
 from llava_compete.errors import UserError, did_you_mean
 from llava_compete.language.chat_encoding import refuse_other_prompts, stop_token_ids
+from llava_compete.language.chat_rendering import DAY, with_fixed_day
 from llava_compete.language.families import FAMILIES, LanguageFamily
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def read_template(name: str) -> str:
         hint = did_you_mean(name, TEMPLATES) or f"; valid: {', '.join(TEMPLATES)}"
         raise UserError(f"unknown chat template {name!r}{hint}")
     parts = [(_FOLDER / f"{part}.jinja").read_text(encoding="utf-8") for part in ("_content", name)]
-    return "".join(parts).rstrip("\n")
+    return with_fixed_day("".join(parts).rstrip("\n"))
 
 
 def set_chat_template(tokenizer: Any, name: str) -> int:
@@ -73,6 +74,13 @@ def set_chat_template(tokenizer: Any, name: str) -> int:
     return added
 
 
+def keep_chat_template(tokenizer: Any, text: str) -> None:
+    """Store a template that is not ours, as it is but for today's date."""
+    tokenizer.chat_template = with_fixed_day(text)
+    if tokenizer.chat_template != text:
+        log.info("the chat template writes today's date: it is always %s here, in training and after", DAY)
+
+
 def choose_chat_template(tokenizer: Any, model_type: str) -> int:
     """Keep the tokenizer's own chat template, or store the one of the model's family and say so.
 
@@ -81,6 +89,7 @@ def choose_chat_template(tokenizer: Any, model_type: str) -> int:
     if isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if tokenizer.chat_template:
+        keep_chat_template(tokenizer, tokenizer.chat_template)
         try:
             stop_token_ids(tokenizer)
             refuse_other_prompts(tokenizer)

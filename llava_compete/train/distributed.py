@@ -110,7 +110,12 @@ def process_group(rank: Rank) -> Iterator[dist.Store]:
 
 def _open_store(rank: Rank) -> dist.Store:
     """The rendezvous: small keys and values that all ranks see."""
-    return _tcp_store(rank, int(os.environ["MASTER_PORT"]), serves=rank.is_main and not _is_agents_store())
+    port = int(os.environ["MASTER_PORT"])
+    if not _is_agents_store():
+        return _tcp_store(rank, port, serves=rank.is_main)
+    # It stays where the agent starts the ranks anew (--max-restarts), and so do the keys of those before them.
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"start {start}", _tcp_store(rank, port, serves=False))
 
 
 def _is_agents_store() -> bool:

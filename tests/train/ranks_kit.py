@@ -49,10 +49,15 @@ def start_ranks(
     ranks: Sequence[int] = (0, 1),
     answers: Sequence[int] | None = None,
     after: Callable[[Rank], None] = lambda rank: None,
+    port: int | None = None,
 ) -> Callable[[], list[str]]:
-    """Starts the ranks of `errors_of_ranks`; calling the result waits for their messages."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    """Starts the ranks of `errors_of_ranks`; calling the result waits for their messages.
+
+    port: where they meet; default a free one.
+    """
+    if port is None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe(duplex=False) for _ in ranks]
     processes = [

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from stage_kit import ROOT
+from stage_kit import ROOT, stage_environment
 
 
 def _start(port: int, program: str) -> subprocess.Popen[str]:
@@ -44,6 +46,29 @@ def test_a_signal_leaves_the_ranks_alone() -> None:
         process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rendezvous",
+    [["--standalone"], ["--nnodes", "1", "--node_rank", "0", "--master_addr", "127.0.0.1", "--master_port"]],
+    ids=["c10d", "static"],
+)
+def test_ranks_that_are_started_anew_meet(rendezvous: list[str]) -> None:
+    """PyTorch's own torchrun keeps its store, and so the port of the rank 0 that is gone."""
+    port = [str(_free_port())] if rendezvous[-1] == "--master_port" else []
+    launcher = [sys.executable, "-m", "torch.distributed.run", *rendezvous, *port]
+    worker = Path(__file__).with_name("restart_worker.py")
+    result = subprocess.run(
+        [*launcher, "--nproc_per_node", "2", "--max-restarts", "1", worker],
+        env={**os.environ, **stage_environment(2), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.stdout.count("value 0") == 2, result.stderr
+    assert result.returncode == 0
 
 
 def test_a_taken_port_is_one_line() -> None:

@@ -1,7 +1,7 @@
 """Minutes of a cluster are dear: before anything is loaded, find the rank that cannot take part, and name it.
 
 A roll-call and a small all-reduce on the devices with a limit, equal package versions and settings, one shared output
-directory. `check_space` runs later, once the model's size is known.
+directory. `disk_space` is looked at later, once the model's size is known.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import socket
 from collections.abc import Mapping
 from datetime import timedelta
@@ -29,7 +28,6 @@ from llava_compete.train.waiting import SharedError, meet
 logger = logging.getLogger(__name__)
 
 LIMIT = timedelta(seconds=60)
-GIB = 2**30
 
 
 def check_links(rank: Rank, store: dist.Store) -> None:
@@ -139,19 +137,3 @@ def log_devices(rank: Rank) -> None:
     for host in dict.fromkeys(host for host, _ in everyone):
         ranks = (f"rank {number} {device}" for number, (place, device) in enumerate(everyone) if place == host)
         logger.info("%s: %s", host, ", ".join(ranks))
-
-
-def check_space(output_dir: Path, parameters: int, trainable: int) -> None:
-    """Refuse to start when one checkpoint will not fit on the disk.
-
-    Args:
-        parameters, trainable: numbers; a checkpoint holds the weights twice (model directory and engine state) and
-            three float32 copies (weights, two moments) of what trains.
-    """
-    needed = 2 * 4 * parameters + 3 * 4 * trainable
-    free = shutil.disk_usage(output_dir).free
-    if free < needed:
-        raise UserError(
-            f"{output_dir}: {free / GIB:.2f} GiB free, a checkpoint needs about {needed / GIB:.2f} GiB; "
-            "make room or set another output_dir"
-        )

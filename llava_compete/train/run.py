@@ -41,6 +41,7 @@ from llava_compete.train.callbacks.tensorboard import ResumedTensorBoardCallback
 from llava_compete.train.callbacks.throughput import ThroughputCallback
 from llava_compete.train.compiled_layers import compile_layers, refuse_zero_3
 from llava_compete.train.config import DEEPSPEED_DIR, TrainConfig
+from llava_compete.train.disk_space import check_space, written
 from llava_compete.train.distributed import Rank, all_or_none, main_first, of_main, process_group, this_rank
 from llava_compete.train.expert_resharding import merge_experts
 from llava_compete.train.finished import has_finished, record, refuse_to_begin_again
@@ -51,7 +52,6 @@ from llava_compete.train.preflight import (
     check_alike,
     check_links,
     check_same,
-    check_space,
     comparable_settings,
     log_devices,
 )
@@ -230,8 +230,7 @@ def _begin(
             else:
                 logger.info("%s: going on from %s", config.stage, start.checkpoint.name)
             checkpoints.clear_finished(config.output_dir)
-            rows = _trainable_rows(config, trainer)
-            check_space(config.output_dir, sum(r.parameters for r in rows), sum(r.trainable_parameters for r in rows))
+            check_space(config.output_dir, written(trainer.model, arguments), arguments, total)
             if start.checkpoint is not None and start.resharded and identity["zero_stage"]:
                 if max(start.expert_parallel, trainer.expert_ranks) > 1:
                     names = expert_parallel.expert_names(trainer.model)

@@ -19,6 +19,8 @@ from llava_compete.model.lora import merge_adapters
 from llava_compete.model.upcycle import upcycle
 from llava_compete.moe.config import MoeConfig
 from llava_compete.parts import part_of
+from llava_compete.train import run
+from llava_compete.train.disk_space import Written
 
 FRESH = {"moe": tiny_moe(), "deepspeed": None}
 
@@ -53,7 +55,15 @@ def test_lora_resume_equals_straight(data: Path, tmp_path: Path, monkeypatch: py
             deepspeed=None,
         )
 
+    expected: list[Written] = []
+    monkeypatch.setattr(run, "check_space", lambda *arguments: expected.append(arguments[1]))
     straight = run_stage_here(stage("straight", 8))
+    checkpoint = max(straight.glob("checkpoint-*"))
+    states = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"].values()
+    held = [*load_file(checkpoint / "trained.safetensors").values(), *(t for state in states for t in state.values())]
+    assert sum(tensor.nbytes for tensor in held) == pytest.approx(expected[0].checkpoint, rel=0.01)
+    result = sum(tensor.nbytes for tensor in load_file(straight / "model.safetensors").values())
+    assert result == pytest.approx(expected[0].result, rel=0.05)  # adapters are not in it
     at_step(monkeypatch, 5, fail)
     with pytest.raises(KeyboardInterrupt):
         run_stage_here(stage("broken", 2))

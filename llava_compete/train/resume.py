@@ -58,6 +58,11 @@ def choose(
     if total_steps != plan.total_steps:
         plan = plan.extended(total_steps)
         checkpoint, extension = _without_jump(checkpoint, sound, schedule, plan)
+        if step_of(checkpoint) > total_steps:  # whose weights would be the result of a run that asks for fewer
+            raise UserError(
+                f"{checkpoint}: has trained {step_of(checkpoint)} steps, found {total_steps} as the run's whole length "
+                "(training.max_steps or num_train_epochs); expected as many or more, or choose another output_dir"
+            )
     mark = checkpoints.mark(checkpoint)
     changed = check_identity(checkpoint, mark["identity"], identity, allow_changed=allow_changed)
     if "training.warmup_steps" in changed:

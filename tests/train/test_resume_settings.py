@@ -276,6 +276,8 @@ def test_an_extended_run_equals_one_that_was_long_from_the_start(start: Path, tm
     """With a constant rate and no competitions nothing depends on the length."""
     short = _stage(start, tmp_path / "short", max_steps=4)
     run_stage_here(short)
+    with pytest.raises(UserError, match="checkpoint-4: has trained 4 steps, found 3 as the run's whole length"):
+        run_stage_here(_changed(short, "training.max_steps", 3))
     extended = run_stage_here(_changed(short, "training.max_steps", 7))
     straight = run_stage_here(_stage(start, tmp_path / "long", max_steps=7))
     for one, other in zip(read_metrics(straight), read_metrics(extended), strict=True):

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, flushed to the disk, then renamed over it.
+"""Files and folders that are whole or absent: written beside their place, flushed to the disk, then renamed over it.
 
 JSON lines are cut at "\n" and nowhere else. `str.splitlines` also cuts at U+2028, U+2029 and U+0085, which JSON leaves
 unescaped inside strings, and would tear an answer that holds one.
@@ -6,15 +6,20 @@ unescaped inside strings, and would tear an answer that holds one.
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from llava_compete.errors import UserError
+
+# How the name of a folder ends that is not yet whole.
+PARTIAL = ".partial"
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -37,6 +42,26 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """`write_bytes` of UTF-8 text, its line breaks as they are."""
     write_bytes(path, text.encode())
+
+
+def write_figure(path: str | Path, figure: Any, dpi: int) -> None:
+    """A figure of matplotlib's, of the kind that the file's name ends in."""
+    content = io.BytesIO()
+    figure.savefig(content, format=Path(path).suffix.removeprefix("."), dpi=dpi)
+    write_bytes(path, content.getvalue())
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill, which takes its place when all is written; what a killed run left is dropped."""
+    partial = path.with_name(path.name + PARTIAL)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    yield partial
+    if path.exists():
+        path.rmdir()
+    partial.rename(path)
 
 
 def clear_left_over(folder: Path, older_than_s: float = 3600.0) -> None:

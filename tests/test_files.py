@@ -5,11 +5,20 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 
 from llava_compete.errors import UserError
-from llava_compete.files import read_json, read_json_lines, write_json, write_json_lines, write_text
+from llava_compete.files import (
+    new_directory,
+    read_json,
+    read_json_lines,
+    write_figure,
+    write_json,
+    write_json_lines,
+    write_text,
+)
 
 
 def test_json_lines_hold_any_text(tmp_path: Path) -> None:
@@ -40,6 +49,29 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, mon
         write_json(path, {"new": 2})
     assert read_json(path) == {"old": 1}
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_figures_and_folders_are_whole_or_absent(tmp_path: Path) -> None:
+    class Broken:
+        def savefig(self, file: IO[bytes], **_: Any) -> None:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+
+    write_text(tmp_path / "a.png", "old")
+    with pytest.raises(OSError, match="No space left"):
+        write_figure(tmp_path / "a.png", Broken(), dpi=100)
+    assert (tmp_path / "a.png").read_text() == "old"
+
+    def fill_half() -> None:
+        with new_directory(tmp_path / "b") as partial:
+            write_figure(partial / "a.png", Broken(), dpi=100)
+
+    with pytest.raises(OSError, match="No space left"):
+        fill_half()
+    assert not (tmp_path / "b").exists()
+    with new_directory(tmp_path / "b") as partial:
+        (partial / "whole").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.png", "b", "whole"]
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])

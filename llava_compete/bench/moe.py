@@ -337,5 +337,5 @@ def write_figure(rows: Sequence[Row], path: Path) -> None:
     axes.set_xticks(range(len(shapes)), [str(shape) for shape in shapes])
     axes.set_ylabel("time / floor (E dense for competition, K dense else)")
     axes.legend(fontsize=7, ncols=2)
-    figure.savefig(path, dpi=150)
+    files.write_figure(path, figure, dpi=150)
     plt.close(figure)

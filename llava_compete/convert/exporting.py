@@ -23,12 +23,13 @@ from transformers import (
 )
 
 from llava_compete.convert.experts import expert_recipes, export_text_config
-from llava_compete.convert.importing import new_directory, refuse_existing
+from llava_compete.convert.importing import refuse_existing
 from llava_compete.convert.llava_hf import PROJECTOR
 from llava_compete.convert.pictures import export_preprocessing, pinpoints_of
 from llava_compete.convert.recipes import Recipe, plan_tensors
 from llava_compete.convert.towers import SIGLIP, export_recipes, export_tower
 from llava_compete.errors import UserError
+from llava_compete.files import new_directory
 from llava_compete.language.loading_report import damage_named, refuse_wrong_keys
 from llava_compete.model.checkpoint import model_on_meta, read_config, read_weight_headers
 from llava_compete.model.config import LlavaCompeteConfig

@@ -6,9 +6,6 @@ Tensors are read one by one and written in shards, so memory stays near one shar
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +18,7 @@ from llava_compete.convert.moe_language import MOE_LANGUAGE
 from llava_compete.convert.places import directory_of
 from llava_compete.convert.recipes import plan_tensors
 from llava_compete.errors import UserError, and_more
-from llava_compete.files import read_json
+from llava_compete.files import new_directory, read_json
 from llava_compete.model.build import default_generation_config, processor_of
 from llava_compete.model.checkpoint import TensorFacts, model_on_meta
 from llava_compete.model.shards import SHARD_BYTES, write_shards
@@ -82,19 +79,6 @@ def refuse_existing(output_dir: Path) -> None:
     """Raise a `UserError` where something is in the way of a new directory."""
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"{output_dir}: not empty; choose another --out")
-
-
-@contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill, which takes its place when all is written; what a killed run left is dropped."""
-    partial = path.with_name(path.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    yield partial
-    if path.exists():
-        path.rmdir()
-    partial.rename(path)
 
 
 def _open(directory: Path) -> tuple[Layout, Source]:

@@ -16,7 +16,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from llava_compete.files import write_json
+from llava_compete.files import write_bytes, write_json
 
 VALIDATION_PERCENT = 8
 _MIN_CHARS = 200
@@ -51,7 +51,7 @@ def build_stdlib_text(directory: Path, library: Path | None = None) -> Summary:
         lines = [json.dumps(row, ensure_ascii=False) for row in documents]
         path = directory / f"{split}.jsonl"
         # A docstring may escape half a surrogate pair, which UTF-8 cannot hold.
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")
+        write_bytes(path, "".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
         sizes[split] = sum(len(row["text"].encode("utf-8", "replace")) for row in documents)
     summary = Summary(len(rows["train"]), sizes["train"], len(rows["validation"]), sizes["validation"])
     meta = summary._asdict() | {"python": platform.python_version()}

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from llava_compete.errors import UserError
+from llava_compete.files import new_directory
 from llava_compete.model.checkpoint import load_checkpoint, read_weight_headers, save_checkpoint
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.parameter_names import OLD_NAMES, are_old, current_name
@@ -184,4 +185,5 @@ def merge_adapters(adapter: str | Path, output_dir: str | Path, checkpoint: str 
     merged = load_adapter(model, adapter).merge_and_unload()
     merged.config.parents = [*model.config.parents, model.config.stage]
     merged.config.stage = "merge"
-    save_checkpoint(merged, processor, output_dir)
+    with new_directory(output_dir) as partial:
+        save_checkpoint(merged, processor, partial)

@@ -10,6 +10,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+from llava_compete.files import write_figure
 from llava_compete.report.colors import OKABE_ITO
 
 
@@ -40,7 +41,7 @@ def plot_loss_terms(stages: dict[str, list[dict[str, Any]]], path: Path) -> None
             below.text(0.5, 0.5, "dense: no auxiliary terms", ha="center", va="center", transform=below.transAxes)
         above.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    write_figure(path, figure, dpi=120)
     plt.close(figure)
 
 

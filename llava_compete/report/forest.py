@@ -11,6 +11,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+from llava_compete.files import write_figure
 from llava_compete.report.colors import expert_colors
 
 ROW_INCHES = 0.16
@@ -73,5 +74,5 @@ def plot_forest(
     axis.grid(axis="x", alpha=0.3)
     handles = [plt.Line2D([], [], color=color, marker=mark, label=name) for name, (color, mark) in style.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(methods), 4), fontsize=8)
-    figure.savefig(path, dpi=120)
+    write_figure(path, figure, dpi=120)
     plt.close(figure)

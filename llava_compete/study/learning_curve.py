@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from llava_compete.errors import UserError
 from llava_compete.evaluation.compare.statistics import paired_t
-from llava_compete.files import read_json, write_json
+from llava_compete.files import read_json, write_figure, write_json
 from llava_compete.study.routing.rules import RULES
 from llava_compete.study.routing.tasks import TASKS, Task
 from llava_compete.study.routing.teacher import Gate, TeacherStudent
@@ -106,7 +106,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.suptitle(f"a teacher gated by {result['gate']}, {result['seeds']} seeds")
     left.legend()
     right.legend()
-    figure.savefig(path, dpi=120)
+    write_figure(path, figure, dpi=120)
     plt.close(figure)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from llava_compete.files import write_figure
+
 _COLOURS = {"competition": "tab:blue", "softmax": "tab:orange"}
 _TITLES = {"exact": "k = k* = 2", "over": "k = 3, k* = 2", "linear": "linear experts", "two_layer": "two-layer experts"}
 
@@ -44,7 +46,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.set_xlabel("samples n")
     for axis in axes[:, 0]:
         axis.set_ylabel("error of the experts' parameters (Voronoi loss)")
-    figure.savefig(path, dpi=130)
+    write_figure(path, figure, dpi=130)
     plt.close(figure)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llava_compete.files import write_figure
 from llava_compete.study.mixture import Experts, Family, Gating, gate_log_probs
 from llava_compete.study.sample_efficiency import WIDTH, true_parameters
 
@@ -228,5 +229,5 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel="e", title=_NAMES[experts])
         axis.legend()
     axes[0].set_ylabel("squared Hellinger distance")
-    figure.savefig(path, dpi=120)
+    write_figure(path, figure, dpi=120)
     plt.close(figure)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_compete.evaluation.compare.statistics import PairedT
+from llava_compete.files import write_figure
 from llava_compete.study.routing import first_study
 from llava_compete.study.routing.results import Row, Runs, half_width
 from llava_compete.study.routing.rules import RULES
@@ -168,5 +169,5 @@ def draw(runs: Runs, path: Path) -> None:
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
     axes.flat[0].legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    write_figure(path, figure, dpi=120)
     plt.close(figure)

@@ -18,6 +18,11 @@ from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.parameter_names import OLD_NAMES, are_old, current_name
 from llava_compete.model.processor import LlavaCompeteProcessor
 
+# Beside a model in a `checkpoint-*`: what a run goes on from, and by what it knows that all is there.
+_OF_A_RUN = (
+    "*.pt", "*.pth", "*.bin", "complete.json", "trainer_state.json", "answer_means.safetensors", "zero_to_fp32.py",
+    "latest", "latest_universal", ".*",
+)  # fmt: skip
 CHUNK_BYTES = 16 * 1024**2  # of a file that is mapped at once
 MODEL = "model"  # how names of files with a model's weights begin
 # safetensors' names of what torch can hold.
@@ -40,6 +45,12 @@ DTYPES = {
 def index_name(stem: str) -> str:
     """The file that says which shard holds which tensor, where there are several."""
     return f"{stem}.safetensors.index.json"
+
+
+def own_files(directory: Path) -> list[Path]:
+    """The files of a checkpoint itself: nothing of its run, and no folder, which are runs, evaluations and reports."""
+    files = (path for path in sorted(directory.iterdir()) if path.is_file())
+    return [path for path in files if not any(path.match(pattern) for pattern in _OF_A_RUN)]
 
 
 class TensorFacts(NamedTuple):

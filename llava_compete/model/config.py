@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from llava_compete.files import PARTIAL
 from llava_compete.model.card import model_card, write_card
 from llava_compete.model.served import AUTO_MAP, declare_experts, write_stub
 from llava_compete.moe.config import MoeConfig
@@ -58,7 +59,8 @@ class LlavaCompeteConfig(PreTrainedConfig):
         """As in transformers, with a card, and the file by which others find this model's classes (`served.py`)."""
         super().save_pretrained(save_directory, *args, **kwargs)
         write_stub(Path(save_directory))
-        write_card(Path(save_directory), model_card(self, Path(save_directory).resolve().name))
+        name = Path(save_directory).resolve().name.removesuffix(PARTIAL)  # which it will have
+        write_card(Path(save_directory), model_card(self, name))
 
     @property
     def tower(self) -> TowerConfig | None:

@@ -23,11 +23,14 @@ from torch import Tensor
 
 from llava_compete.config import StrictConfig
 from llava_compete.errors import UserError, and_more
+from llava_compete.files import PARTIAL
+from llava_compete.model.card import CARD
 from llava_compete.model.checkpoint import (
     MODEL,
     TensorFacts,
     index_name,
     model_on_meta,
+    own_files,
     read_config,
     read_weight_headers,
 )
@@ -50,8 +53,6 @@ DENSE_NAMES = {
     "up_proj": (("c_fc",), ("fc1",), ("up_proj",), ("dense_h_to_4h",), ("gate_up_proj",)),
     "down_proj": (("down_proj",), ("c_proj",), ("fc2",), ("dense_4h_to_h",)),
 }
-# What a checkpoint directory holds besides config and weights, and what of it belongs to the parent's run only.
-_RUN_FOLDERS = ("checkpoint-*", "run", "adapter")
 
 
 class UpcycleConfig(StrictConfig):
@@ -118,7 +119,7 @@ def upcycle(
     # A tied tensor is one with its source, also where a checkpoint stores it a second time.
     kept = {key: facts for key, facts in headers.items() if tied.get(key) not in headers}
     sources = _plan(blocks, kept, parent)
-    partial = output_dir.with_name(output_dir.name + ".partial")
+    partial = output_dir.with_name(output_dir.name + PARTIAL)
     _prepare(parent, output_dir, partial)
     _copy_other_files(parent, partial)
     new_config.save_pretrained(partial)
@@ -223,12 +224,11 @@ def _prepare(parent: Path, output_dir: Path, partial: Path) -> None:
 
 
 def _copy_other_files(parent: Path, partial: Path) -> None:
-    for item in parent.iterdir():
-        is_weights = item.suffix == ".safetensors" or item.name in (index_name(MODEL), "config.json")
-        if item.is_file() and not is_weights:
-            shutil.copy2(item, partial / item.name)
-        elif item.is_dir() and not any(item.match(pattern) for pattern in _RUN_FOLDERS):
-            shutil.copytree(item, partial / item.name)
+    """Tokenizer, processor and code; scores and reports would be taken for those of the new model."""
+    made_anew = (index_name(MODEL), "config.json", CARD)
+    for file in own_files(parent):
+        if file.suffix != ".safetensors" and file.name not in made_anew:
+            shutil.copy2(file, partial / file.name)
 
 
 def _make(

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from llava_compete.errors import UserError
 from llava_compete.files import read_json
 from llava_compete.model.card import model_card, recorded_data, write_card
-from llava_compete.model.checkpoint import read_config, read_weight_headers
+from llava_compete.model.checkpoint import own_files, read_config, read_weight_headers
 
 
 def push(checkpoint: Path, repo: str, evaluations: Sequence[Path] = (), private: bool = True) -> str:
@@ -29,7 +29,7 @@ def push(checkpoint: Path, repo: str, evaluations: Sequence[Path] = (), private:
     given = list(evaluations) or [path.parent for path in sorted(checkpoint.glob("eval*/summary.json"))]
     scores = [row for folder in given for row in read_scores(folder)]
     write_card(checkpoint, model_card(config, repo, recorded_data(checkpoint), scores))
-    names = sorted(path.name for path in checkpoint.iterdir() if path.is_file())
+    names = [path.name for path in own_files(checkpoint)]
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)

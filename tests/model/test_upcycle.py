@@ -86,6 +86,26 @@ def test_layer_choice_report_and_history(dense: Path, tmp_path: Path) -> None:
     assert report.parameters_before == parameters - experts * 3 // 4 - routers
 
 
+def test_nothing_of_the_parents_run_comes_along(dense: Path, tmp_path: Path) -> None:
+    """Its scores would be shown as the new model's, by `push` and `report`; a training checkpoint has its optimizer."""
+    for name in ("eval_digits/summary.json", "report/report.html", "global_step4/x.pt", "run/manifest.json"):
+        (dense / name).parent.mkdir()
+        (dense / name).touch()
+    for name in ("optimizer.pt", "rng_state.pth", "trainer_state.json", "complete.json", "latest"):
+        (dense / name).touch()
+    (dense / "README.md").write_text("a dense model of mine")
+    (dense / "LICENSE").touch()
+    before = {path.name for path in tmp_path.iterdir()}
+    upcycle(dense, tmp_path / "moe", MoeConfig.model_validate({"language": {}}))
+    assert {path.name for path in tmp_path.iterdir()} - before == {"moe"}
+    ours = {"config.json", "generation_config.json", "model.safetensors", "modeling_llava_compete.py", "README.md"}
+    theirs = {"LICENSE", "chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in (tmp_path / "moe").iterdir()} == ours | theirs
+    card = (tmp_path / "moe" / "README.md").read_text()
+    assert "- language: router" in card
+    assert 'from_pretrained("moe")' in card
+
+
 def test_experts_are_copies_and_routers_follow_the_seed(dense: Path, tmp_path: Path) -> None:
     moe = MoeConfig.model_validate({"language": {}})
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

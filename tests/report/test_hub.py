@@ -121,12 +121,15 @@ def test_push_uploads_the_checkpoint_with_data_and_scores(
     dump_yaml({"data": {"sources": sources}}, checkpoint / "run" / "config.yaml")
     (checkpoint / "checkpoint-4").mkdir()
     (checkpoint / "checkpoint-4" / "optimizer.pt").write_text("state")
+    own = {path.name for path in checkpoint.iterdir() if path.is_file()}
+    for name in ("optimizer.pt", "trainer_state.json", "complete.json"):  # as a training checkpoint has them
+        (checkpoint / name).write_text("state")
     write_json(checkpoint / "eval" / "summary.json", {"tasks": {"digits": {"accuracy": 0.94, "chance": 0.1, "n": 400}}})
 
     assert main(["push", str(checkpoint), "me/tiny"]) == 0
     assert "/me/tiny/commit/abc" in capsys.readouterr().out
     assert hub.created[0]["name"] == "tiny"
-    assert set(hub.files) == {path.name for path in checkpoint.iterdir() if path.is_file()}
+    assert set(hub.files) == own
     assert hub.files["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
     card = hub.files[CARD].decode()
     assert MARK in card

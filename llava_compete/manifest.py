@@ -43,16 +43,28 @@ def _version(name: str) -> str | None:
 def git_state() -> dict[str, Any]:
     """Commit of the source tree and whether it has uncommitted changes; empty where this file is in no git checkout, or
     in somebody else's: an environment often lies below another project."""
-
-    def git(*words: str) -> str:
-        source = Path(__file__).resolve().parent
-        return subprocess.run(["git", "-C", str(source), *words], capture_output=True, text=True, check=True).stdout
-
     try:
-        git("ls-files", "--error-unmatch", "manifest.py")
-        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
+        _git("ls-files", "--error-unmatch", "manifest.py")
+        return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return {}
+
+
+def last_change(*rooms: str) -> str | None:
+    """The commit that changed one of these folders of the package last; None where `git_state` is empty, or where one
+    has uncommitted changes, so that no commit names what runs."""
+    try:
+        _git("ls-files", "--error-unmatch", "manifest.py")
+        if _git("status", "--porcelain", "--", *rooms):
+            return None
+        return _git("log", "-1", "--format=%H", "--", *rooms) or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def write_manifest(

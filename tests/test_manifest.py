@@ -27,3 +27,11 @@ def test_the_commit_is_that_of_this_source_alone(tmp_path: Path, monkeypatch: py
     git("add", ".venv")
     git("commit", "-m", "ours")
     assert manifest.git_state().keys() == {"commit", "dirty"}
+    assert manifest.last_change("moe") is None
+    for room in ("moe", "train"):
+        (installed / room).mkdir()
+        (installed / room / "a.py").touch()
+        assert manifest.last_change(room) is None  # no commit has it
+        git("add", ".venv")
+        git("commit", "-m", room)
+    assert manifest.last_change("train") == manifest.git_state()["commit"] != manifest.last_change("moe")

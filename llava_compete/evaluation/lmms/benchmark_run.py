@@ -24,7 +24,7 @@ from llava_compete.evaluation.checkpoint_facts import checkpoint_facts
 from llava_compete.evaluation.config import EvalConfig
 from llava_compete.evaluation.lmms.catalogue import check_names, check_on_disk, names_in
 from llava_compete.evaluation.lmms.launcher import run_lmms_eval
-from llava_compete.evaluation.lmms.output_files import finished, read_run, write_task
+from llava_compete.evaluation.lmms.output_files import finished, of_other_code, read_run, write_task
 from llava_compete.evaluation.lmms.plugin import check_registered
 from llava_compete.evaluation.lmms.suites import (
     LocalTask,
@@ -109,12 +109,19 @@ def _run_missing(config: EvalConfig, plan: _Plan) -> tuple[dict[str, Any], dict[
     """Run what is not finished; summaries by finished task in the plan's order, and reasons by task that failed."""
     directory = config.directory
     remaining = [task for task in plan.tasks if finished(directory, task, plan.states[task]) is None]
-    if len(remaining) < len(plan.tasks):
-        log.info("finished before, not run again: %s", ", ".join(task for task in plan.tasks if task not in remaining))
+    kept = [task for task in plan.tasks if task not in remaining]
+    if kept:
+        log.info("finished before, not run again: %s", ", ".join(kept))
+    if older := of_other_code(directory, kept):
+        log.warning(
+            "scored before the last change of our own code, and kept: %s; to have one anew, remove its file in %s",
+            *(", ".join(older), directory / "tasks"),
+        )
     if remaining:
         check_registered()
         # A summary of other results must not stand beside half-made new ones.
-        (directory / "summary.json").unlink(missing_ok=True)
+        for name in ("summary.json", "routing.json"):
+            (directory / name).unlink(missing_ok=True)
     failures: dict[str, str] = {}
     groups = _groups(remaining, plan.local)
     while groups:

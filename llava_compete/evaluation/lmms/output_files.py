@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from llava_compete.errors import UserError
 from llava_compete.evaluation.lmms.documents import add_documents, read_documents
 from llava_compete.evaluation.unit_scores import score_samples, weighted_mean, write_units
 from llava_compete.files import read_json, read_json_lines, write_json
+from llava_compete.manifest import last_change
 
 log = logging.getLogger(__name__)
+# Rooms of the package that an answer or its score goes through.
+CODE = ("evaluation", "language", "model", "moe", "vision")
 
 
 def read_run(raw: Path, tasks: list[str]) -> dict[str, dict[str, Any]]:
@@ -81,7 +85,7 @@ def write_task(directory: Path, task: str, run: dict[str, Any], facts: dict[str,
         "data": state["task"],
         "asked": run["asked"],
     }
-    write_json(directory / "tasks" / f"{task}.json", {"state": state, "summary": summary})
+    write_json(directory / "tasks" / f"{task}.json", {"state": state, "code": last_change(*CODE), "summary": summary})
 
 
 def finished(directory: Path, task: str, state: dict[str, Any]) -> dict[str, Any] | None:
@@ -91,6 +95,16 @@ def finished(directory: Path, task: str, state: dict[str, Any]) -> dict[str, Any
         return None
     content = read_json(path)
     return content["summary"] if content["state"] == state else None
+
+
+def of_other_code(directory: Path, tasks: Iterable[str]) -> list[str]:
+    """Of finished tasks, those that were scored before our own code last changed, as far as both commits are known.
+
+    They stay finished: most changes move no score, and a suite takes hours.
+    """
+    now = last_change(*CODE)
+    then = {task: read_json(directory / "tasks" / f"{task}.json").get("code") for task in tasks}
+    return [task for task, code in then.items() if None not in (code, now) and code != now]
 
 
 def _leaves(task: str, members: dict[str, list[str]]) -> list[str]:

@@ -19,6 +19,7 @@ from llava_compete.errors import UserError
 from llava_compete.evaluation.compare.evaluation_dirs import read_method
 from llava_compete.evaluation.config import EvalConfig
 from llava_compete.evaluation.lmms import benchmark_run as runner
+from llava_compete.evaluation.lmms import output_files
 from llava_compete.evaluation.lmms.launcher import command
 from llava_compete.evaluation.lmms.output_files import read_run
 from llava_compete.evaluation.lmms.suites import check_local_data, find_local_tasks
@@ -76,7 +77,7 @@ def test_summary_says_what_was_scored_and_from_what(config, finished):
     assert not list((config.directory / "lmms_eval").glob("datasets-*"))
 
 
-def test_a_stopped_suite_goes_on_with_the_tasks_that_are_missing(config, finished, monkeypatch, tmp_path):
+def test_a_stopped_suite_goes_on_with_the_tasks_that_are_missing(config, finished, monkeypatch, tmp_path, caplog):
     """Finished tasks are not run again; another checkpoint, limit, data table or scorer makes them stale."""
     directory = tmp_path / "eval"
     shutil.copytree(config.directory, directory)
@@ -88,7 +89,12 @@ def test_a_stopped_suite_goes_on_with_the_tasks_that_are_missing(config, finishe
 
     monkeypatch.setattr(runner, "run_lmms_eval", not_now)
     again = config.model_copy(update={"output_dir": str(directory), "batch_size": 8})
+    for task, code in (("local_generate", "now"), ("local_choice", None), ("local_rounds", "then")):
+        path = directory / "tasks" / f"{task}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"code": code}))
+    monkeypatch.setattr(output_files, "last_change", lambda *rooms: "now")
     assert runner.evaluate(again)["tasks"] == finished["tasks"]
+    assert "before the last change of our own code, and kept: local_rounds; to have one anew" in caplog.text
 
     (directory / "tasks" / "local_choice.json").unlink()
     assert runner.evaluate(again)["failures"] == {"local_choice": "asked to run"}
@@ -111,10 +117,12 @@ def test_a_stopped_suite_goes_on_with_the_tasks_that_are_missing(config, finishe
         {"checkpoint": str(other_weights)},
     ):
         asked.clear()
+        (directory / "routing.json").touch()
         with pytest.raises(runner.EvaluationError, match="asked to run"):
             runner.evaluate(again.model_copy(update=changes))
         assert asked == [TASKS, *([task] for task in TASKS)]  # together, then each alone to see which of them fails
-        assert not (directory / "summary.json").exists()  # it would speak of other results than those beside it
+        for name in ("summary.json", "routing.json"):  # they would speak of other results than those beside them
+            assert not (directory / name).exists()
 
 
 def test_samples_say_which_questions_are_about_one_image(config, finished):

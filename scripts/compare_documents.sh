@@ -51,7 +51,7 @@ run_one() {
   local method=$1 seed=$2 tiles=null
   local directory=$OUT/$method/seed$seed
   local -a shown=()
-  [ -f "$directory/eval/summary.json" ] && return 0
+  if study_done "$directory"; then return 0; fi
   [[ $method =~ ^tiles_([0-9]+) ]] && tiles="{max: ${BASH_REMATCH[1]}}"
   [[ $method =~ _pool_([0-9])$ ]] && shown=(model.projector.pool="${BASH_REMATCH[1]}")
   [ -f "$directory/pretrain_align/config.json" ] || llava-compete train "$RECIPE/pretrain_align.yaml" \

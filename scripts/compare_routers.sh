@@ -72,7 +72,7 @@ mapfile -t PARTS < <(grep -oE '^  (vision|projector|language):' "$UPCYCLE" | tr 
 run_one() {
   local method=$1 seed=$2 slot=$3
   local directory=$OUT/$method/seed$seed
-  [ -f "$directory/eval/summary.json" ] && return 0
+  if study_done "$directory"; then return 0; fi
   [ "$gpus" -eq 0 ] || export CUDA_VISIBLE_DEVICES=$((slot % gpus))
   local parent=${PARENT//"{seed}"/$seed} start moe=(moe=false)
   start=$parent

@@ -33,7 +33,7 @@ study_settings "$out" "overrides: ${overrides[*]:-none}"
 run_one() {
   local method=$1 seed=$2 config=configs/lm/tiny.yaml moe=("moe.seed=$2")
   local directory=$out/$method/seed$seed
-  [ -f "$directory/eval/summary.json" ] && return 0
+  if study_done "$directory"; then return 0; fi
   case "$method" in
     dense) config=configs/lm/tiny_dense.yaml moe=() ;;
     competition) ;;

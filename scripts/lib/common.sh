@@ -22,6 +22,34 @@ ensure_venv() {
   bash "$ROOT/scripts/setup.sh"
 }
 
+# start_group COMMAND...: a command or function in the background, in a process group of its own, whose id is in `group`.
+# shellcheck disable=SC2034 # the callers read it
+start_group() {
+  set -m
+  "$@" &
+  group=$!
+  set +m
+}
+
+# wait_group GROUP: its status. A signal to this script ends it: stages save first.
+wait_group() {
+  local status=0
+  wait_for "$1" "end_groups $1" || status=$?
+  trap - TERM USR1 INT HUP
+  [ "$told" = no ] || exit 143
+  return "$status"
+}
+
+# end_groups GROUP...: tells all of them, and returns when no process is left: a function's own shell leaves before what
+# it had started. Zombies do not count, which nobody may fetch here.
+end_groups() {
+  local one
+  for one in "$@"; do kill -TERM -- "-$one" 2>/dev/null || true; done
+  for one in "$@"; do
+    while pgrep -g "$one" -r D,R,S,T >/dev/null; do sleep 0.2; done
+  done
+}
+
 # wait_for PID COMMAND: the status of a background process. A signal to this script runs COMMAND meanwhile and sets
 # `told=yes`.
 # shellcheck disable=SC2034 # the callers read it

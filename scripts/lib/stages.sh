@@ -22,6 +22,8 @@ stage() {
   echo "$fingerprint" >"$OUT/stages/$name.started"
   say "$name"
   started=$(date +%s.%N)
-  "$@" || die "stage $name failed (above); run the same command again to go on from here"
+  start_group "$@" # not beside `||`, where a function goes on behind a command that failed
+  # shellcheck disable=SC2154 # common.sh's
+  wait_group "$group" || die "stage $name failed (above); run the same command again to go on from here"
   echo "$fingerprint $(awk -v a="$started" -v b="$(date +%s.%N)" 'BEGIN {printf "%.1f", b - a}')" >"$mark"
 }

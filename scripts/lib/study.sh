@@ -30,21 +30,27 @@ study_settings() {
   echo "$2" >"$file"
 }
 
+# study_done RUN: its evaluation is there, and no benchmark of it failed, which the same command tries again.
+study_done() { [ -f "$1/eval/summary.json" ] && ! grep -q '"failures": {$' "$1/eval/summary.json"; }
+
 # study_runs OUT SEEDS JOBS: in rounds of JOBS; a failure ends the study with the log that says why.
-# Logs grow: a run that is finished, and says nothing when it is asked for again, keeps its own.
+# Logs grow: a run that is finished, and says nothing when it is asked for again, keeps its own. A signal ends the runs too.
 study_runs() {
   local out=$1 seeds=$2 jobs=$3 seed method
   local -a pids=() names=()
   mkdir -p "$out/logs"
+  trap 'end_groups "${pids[@]}"; exit 143' TERM USR1 INT HUP
   for ((seed = 0; seed < seeds; seed++)); do
     for method in "${METHODS[@]}"; do
       say "$method, seed $seed"
-      (run_one "$method" "$seed" "${#pids[@]}") >>"$out/logs/$method-$seed.log" 2>&1 &
-      pids+=($!) names+=("$method-$seed")
+      start_group run_one "$method" "$seed" "${#pids[@]}" >>"$out/logs/$method-$seed.log" 2>&1
+      # shellcheck disable=SC2154 # common.sh's
+      pids+=("$group") names+=("$method-$seed")
       [ ${#pids[@]} -lt "$jobs" ] || study_wait
     done
   done
   study_wait
+  trap - TERM USR1 INT HUP
 }
 
 # Waits for the round in `pids` and `names` of study_runs.

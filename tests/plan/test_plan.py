@@ -64,8 +64,10 @@ def test_the_papers_recipe_has_5_1_billion_parameters(tmp_path: Path) -> None:
     assert facts["bytes_per_gpu"]["competition_step_extra"] > 0
 
 
-def tiny(device: str, moe: dict[str, Any] | None) -> LlavaCompeteForConditionalGeneration:
-    model, _ = tiny_model(moe=moe, language={"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6})
+def tiny(device: str, moe: dict[str, Any] | None, layers: int = 4) -> LlavaCompeteForConditionalGeneration:
+    """Wide for its depth; with more layers what lives for a moment weighs less beside what each keeps."""
+    language = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": layers}
+    model, _ = tiny_model(moe=moe, language=language)
     return model if device == "cpu" else model.to("meta")
 
 
@@ -153,14 +155,14 @@ def test_other_routers_agree_with_a_real_step(layer: dict[str, Any]) -> None:
 @pytest.mark.parametrize("rule", [{"competition_margin": 0.0}, {"competition_answers": "mean"}], ids=["full", "mean"])
 def test_what_the_losss_judgement_keeps_and_costs_agrees_with_a_real_step(rule: dict[str, Any]) -> None:
     moe = {"language": {"competition_judge": "loss", **rule}}
-    model = tiny("cpu", moe)
+    model = tiny("cpu", moe, layers=6)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     ids, pixels = token_ids(model), torch.randn(2, 3, 28, 28)
     states = [tensor for parameter in model.parameters() for tensor in (parameter, parameter.grad)]
     with LiveBytes(states) as live, FlopCounterMode(display=False) as counter:
         model(input_ids=ids, pixel_values=pixels, labels=ids).loss.backward()
-    cost, plain = (simulate(tiny("meta", each), 2, 256, 2, frozenset()) for each in (moe, {"language": {}}))
+    cost, plain = (simulate(tiny("meta", each, layers=6), 2, 256, 2, frozenset()) for each in (moe, {"language": {}}))
     assert cost.activations(checkpointing=False) == pytest.approx(live.peak, rel=0.15)
     assert cost.flops == plain.flops
     assert (cost.asking_flops > 0) == ("competition_margin" in rule)
@@ -179,16 +181,16 @@ def test_the_judgement_keeps_tokens_logits_and_outputs_in_bfloat16() -> None:
         planned = simulate(tiny("meta", moe).bfloat16(), 2, 256, 2, frozenset())
         kept.append([sum(found.layer_bytes.values()) for found in (recorder, planned)])
     plain, bare, whole = kept
-    # Six layers, 512 tokens: of width 128 in two bytes, of 4 experts in four; the outputs where they are the baseline.
-    assert [now - before for now, before in zip(bare, plain, strict=True)] == [6 * 512 * (128 * 2 + 4 * 4)] * 2
-    assert [now - before for now, before in zip(whole, bare, strict=True)] == [6 * 512 * 128 * 2] * 2
+    # Four layers, 512 tokens: of width 128 in two bytes, of 4 experts in four; the outputs where they are the baseline.
+    assert [now - before for now, before in zip(bare, plain, strict=True)] == [4 * 512 * (128 * 2 + 4 * 4)] * 2
+    assert [now - before for now, before in zip(whole, bare, strict=True)] == [4 * 512 * 128 * 2] * 2
 
 
 @pytest.mark.parametrize("keeps", ["everything", "pre_activations", "input"])
 def test_what_competitions_keep_agrees_with_a_real_step(keeps: str) -> None:
     layers = {"competition_keeps": keeps, "competition_chunk_tokens": None if keeps == "everything" else 64}
     competing = frozenset(f"language.{layer}" for layer in range(6))
-    real, planned = tiny("cpu", {"language": layers}), tiny("meta", {"language": layers})
+    real, planned = (tiny(device, {"language": layers}, layers=6) for device in ("cpu", "meta"))
     real.routing.competing = competing
     for parameter in real.parameters():
         parameter.grad = torch.zeros_like(parameter)

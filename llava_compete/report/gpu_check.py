@@ -79,11 +79,13 @@ def _steps(path: Path) -> dict[str, Any]:
     lines = list(read_json_lines(path))
     steps = [line for line in lines if "loss" in line]
     end: dict[str, Any] = next((line for line in lines if line.get("event") == "end"), {})
-    return {"losses": [line["loss"] for line in steps], "memory_gib": steps[-1].get("memory_gib"), "end": end}
+    memory = steps[-1].get("memory_gib") if steps else None
+    return {"losses": [line["loss"] for line in steps], "memory_gib": memory, "end": end}
 
 
 def _finite(stage: dict[str, Any]) -> bool:
-    return all(math.isfinite(loss) for loss in stage["losses"])
+    """Whether it has losses, and all are numbers: one that is not finite is null in a log."""
+    return bool(stage["losses"]) and all(loss is not None and math.isfinite(loss) for loss in stage["losses"])
 
 
 def table(found: dict[str, Any]) -> str:
@@ -134,7 +136,9 @@ def _generate_summary(result: dict[str, Any]) -> str:
 
 
 def _demo_summary(result: dict[str, Any]) -> str:
-    return "; ".join(f"{run} loss {item['losses'][0]:.2f} to {item['losses'][-1]:.2f}" for run, item in result.items())
+    ends = {run: (item["losses"] or [None])[:: max(len(item["losses"]) - 1, 1)] for run, item in result.items()}
+    shown = {run: ["-" if loss is None else f"{loss:.2f}" for loss in losses] for run, losses in ends.items()}
+    return "; ".join(f"{run} loss {losses[0]} to {losses[-1]}" for run, losses in shown.items())
 
 
 def _routing_summary(result: dict[str, Any]) -> str:

@@ -34,10 +34,11 @@ def training_section(page: Page, run: RunFacts) -> None:
         step_lines(losses, "nats a token"), f"{run.name}-loss", f"Loss over {len(steps)} logged steps of {run.path}."
     )
     if "lm_loss" in losses:
-        extra = [line["loss"] - line["lm_loss"] for line in run.steps if "lm_loss" in line]
+        both = [line for line in run.steps if "lm_loss" in line]
+        extra = [line["loss"] - line["lm_loss"] for line in both]
         if any(extra):
             page.figure(
-                step_lines({"loss - lm_loss": (steps[: len(extra)], extra)}, "nats a token"),
+                step_lines({"loss - lm_loss": ([line["step"] for line in both], extra)}, "nats a token"),
                 f"{run.name}-routing-loss",
                 "What the routing losses add to the language model's loss.",
             )

@@ -42,7 +42,9 @@ def read_log(stage_directory: Path) -> TrainingLog:
     if not steps or not ends:
         raise UserError(f"{path}: {len(steps)} logged steps and {len(ends)} closing lines; expected both")
     for line in steps:
-        bad = [name for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
+        # A number that is not finite is written as null; a router that was not asked has null for other reasons.
+        bad = [name for name, value in line.items() if name.endswith("loss") and value is None]
+        bad += [name for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
         if bad:
             raise UserError(f"{path}: step {line['step']} has non-finite {', '.join(bad)}")
     return TrainingLog(steps, ends[-1])

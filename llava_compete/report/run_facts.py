@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ def _run(path: Path) -> RunFacts:
     if has_model:
         run.stage = checkpoint_config(path).get("stage")
     if log.is_file():
-        run.steps = [line for line in read_json_lines(log, may_break_off=True) if "loss" in line and "step" in line]
+        lines = read_json_lines(log, may_break_off=True)
+        run.steps = [_with_nan(line) for line in lines if "loss" in line and "step" in line]
     for directory in (path / "eval", path.parent / "eval", path.parent / f"eval_{path.name}"):
         if (
             has_model
@@ -79,6 +81,11 @@ def _run(path: Path) -> RunFacts:
             _add_evaluation(run, directory)
             break
     return run
+
+
+def _with_nan(line: dict[str, Any]) -> dict[str, Any]:
+    """A log's line with its losses as numbers: of a step that was skipped they are null there."""
+    return {key: math.nan if value is None and key.endswith("loss") else value for key, value in line.items()}
 
 
 def with_checkpoints(path: Path) -> list[Path]:
@@ -127,7 +134,9 @@ def _summary(directory: Path) -> dict[str, Any]:
     file = directory / "summary.json"
     if not file.is_file():
         raise UserError(f"{file}: missing; expected a directory that llava-compete eval wrote")
-    summary: dict[str, Any] = read_json(file)
+    summary = read_json(file)
+    if not isinstance(summary, dict) or not {"checkpoint", "tasks"} <= summary.keys():
+        raise UserError(f"{file}: not the summary of an evaluation; expected the keys checkpoint and tasks")
     return summary
 
 
@@ -138,7 +147,8 @@ def _is_same(one: Path, other: Path) -> bool:
 
 def _add_evaluation(run: RunFacts, directory: Path) -> None:
     run.evaluation = _summary(directory)
-    run.units = {task: read_units(directory, task) for task in run.evaluation["tasks"]}
+    units = {task: read_units(directory, task) for task in run.evaluation["tasks"]}
+    run.units = {task: found for task, found in units.items() if found}  # a perplexity has no scores of single samples
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from llava_compete.report.gpu_check import collect, main
+from llava_compete.report.gpu_check import collect, main, table
+from llava_compete.train.step_lines import append
 
 ROOT = Path(__file__).parents[2]
 XML = """<testsuites><testsuite name="pytest">
@@ -36,7 +37,8 @@ def results(tmp_path: Path) -> Path:
 def _write_steps(folder: Path, losses: list[float]) -> None:
     lines: list[dict[str, Any]] = [{"step": n + 1, "loss": loss, "memory_gib": 1.5} for n, loss in enumerate(losses)]
     lines.append({"event": "end", "train_seconds": 3.0})
-    (folder / "demo" / "sft-zero3.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "demo" / "sft-zero3.jsonl").unlink(missing_ok=True)
+    append(folder / "demo" / "sft-zero3.jsonl", lines)
 
 
 def test_each_section_has_its_status_and_what_it_found(results: Path, tmp_path: Path) -> None:
@@ -59,8 +61,11 @@ def test_each_section_has_its_status_and_what_it_found(results: Path, tmp_path: 
 
 
 def test_a_loss_that_is_not_finite_fails_the_demo(results: Path) -> None:
-    _write_steps(results, [5.5, math.nan])
-    assert collect(results)["sections"]["demo"]["status"] == "failed: loss not finite in sft-zero3"
+    for losses, shown in (([5.5, math.nan], "5.50 to -"), ([], "- to -")):
+        _write_steps(results, losses)
+        found = collect(results)
+        assert found["sections"]["demo"]["status"] == "failed: loss not finite in sft-zero3"
+        assert f"| sft-zero3 loss {shown} |" in table(found)
 
 
 def test_the_script_refuses_an_unknown_section(tmp_path: Path) -> None:

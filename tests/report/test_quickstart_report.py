@@ -1,6 +1,7 @@
 """The quickstart report: figures, metrics.json and clear errors, from files as the stages write them."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from llava_compete.errors import UserError
 from llava_compete.files import write_json
 from llava_compete.report.quickstart import STAGES, write_report
+from llava_compete.train.step_lines import append
 
 
 @pytest.fixture
@@ -51,8 +53,9 @@ def test_report_writes_all_files(finished: Path) -> None:
 
 def test_report_refuses_what_is_missing_or_not_finite(finished: Path) -> None:
     log = finished / "sft" / "run" / "metrics.jsonl"
-    log.write_text('{"step": 7, "loss": NaN, "lm_loss": 1.0}\n{"event": "end"}\n')
-    with pytest.raises(UserError, match="step 7 has non-finite loss"):
+    log.unlink()
+    append(log, [{"step": 7, "loss": math.nan, "lm_loss": 1.0, "router_agreement": math.nan}, {"event": "end"}])
+    with pytest.raises(UserError, match=r"step 7 has non-finite loss$"):
         write_report(finished)
     log.write_text("")
     with pytest.raises(UserError, match="0 logged steps"):

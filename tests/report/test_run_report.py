@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 
 from llava_compete.config import dump_yaml
 from llava_compete.errors import UserError
 from llava_compete.evaluation.unit_scores import Unit, write_units
 from llava_compete.files import write_json
+from llava_compete.report.over_steps import training_section
+from llava_compete.report.page import Page
 from llava_compete.report.run_facts import find_runs, with_checkpoints
 from llava_compete.report.run_report import write_run_report
+from llava_compete.train.step_lines import append
 
 LAYERS = [f"{part}.{layer}" for part, count in (("vision", 4), ("language", 8)) for layer in range(count)]
 
@@ -67,6 +72,16 @@ def test_evaluations_elsewhere_are_given(sft: Path, tmp_path: Path) -> None:
     assert run.dense_parent is not None
     assert list(run.dense_parent.units) == ["emoji"]
     assert not run.units
+    write_units(tmp_path / "there", "text", [])  # a perplexity: no scores of single samples
+    summary = json.loads((tmp_path / "there" / "summary.json").read_text())
+    summary["tasks"]["text"] = {"accuracy": None, "n": 3}
+    write_json(tmp_path / "there" / "summary.json", summary)
+    (run,) = find_runs([sft], [tmp_path / "there"])
+    assert run.dense_parent is not None
+    assert list(run.dense_parent.units) == ["emoji"]
+    write_json(tmp_path / "there" / "summary.json", {"perplexity": 3.0})
+    with pytest.raises(UserError, match=r"there/summary\.json: not the summary of an evaluation"):
+        find_runs([sft], [tmp_path / "there"])
     other = evaluation(tmp_path / "other", tmp_path / "upcycle", 10)
     with pytest.raises(UserError, match="none of the runs given or their parents"):
         find_runs([sft], [other])
@@ -75,6 +90,29 @@ def test_evaluations_elsewhere_are_given(sft: Path, tmp_path: Path) -> None:
 def test_without_a_record_no_parent_is_named(sft: Path, tmp_path: Path) -> None:
     (tmp_path / "upcycle" / "run" / "config.yaml").unlink()
     assert find_runs([sft], [])[0].dense_parent is None
+
+
+def test_a_skipped_step_is_a_gap_and_losses_stand_at_their_steps(sft: Path, tmp_path: Path) -> None:
+    """A loss that is not finite is null in the log; lines without the language model's own loss have no difference."""
+    log = sft / "run" / "metrics.jsonl"
+    log.unlink()
+    append(log, [{"step": n, "loss": 3.0 - n, **({"lm_loss": 2.5 - n} if n > 1 else {})} for n in (1, 2, 3)])
+    append(log, [{"step": 4, "loss": math.nan, "lm_loss": math.nan}])
+    (run,) = find_runs([sft], [])
+    assert f"{run.steps[-1]['loss']:.4f}" == "nan"
+    page = Kept("", tmp_path)
+    training_section(page, run)
+    (line,) = page.figures["sft-routing-loss"].axes[0].lines
+    assert list(line.get_xdata()) == [2, 3, 4]
+    assert list(line.get_ydata())[:2] == [0.5, 0.5]
+    plt.close("all")
+
+
+class Kept(Page):
+    """A page that keeps its figures and draws none."""
+
+    def figure(self, figure: plt.Figure, name: str, caption: str) -> None:
+        self.figures = {**getattr(self, "figures", {}), name: figure}
 
 
 def test_checkpoints_come_in_the_order_of_their_steps(sft: Path) -> None:

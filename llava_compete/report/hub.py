@@ -10,6 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from llava_compete.errors import UserError
+from llava_compete.evaluation.checkpoint_facts import checkpoint_facts
 from llava_compete.files import read_json
 from llava_compete.model.card import model_card, recorded_data, write_card
 from llava_compete.model.checkpoint import own_files, read_config, read_weight_headers
@@ -27,7 +28,8 @@ def push(checkpoint: Path, repo: str, evaluations: Sequence[Path] = (), private:
     config = read_config(checkpoint)
     read_weight_headers(checkpoint)
     given = list(evaluations) or [path.parent for path in sorted(checkpoint.glob("eval*/summary.json"))]
-    scores = [row for folder in given for row in read_scores(folder)]
+    digest = checkpoint_facts(checkpoint)["sha256"] if given else None
+    scores = [row for folder in given for row in read_scores(folder, digest)]
     write_card(checkpoint, model_card(config, repo, recorded_data(checkpoint), scores))
     names = [path.name for path in own_files(checkpoint)]
     api = HfApi()
@@ -41,10 +43,21 @@ def push(checkpoint: Path, repo: str, evaluations: Sequence[Path] = (), private:
     return str(commit.commit_url)
 
 
-def read_scores(folder: Path) -> list[list[Any]]:
-    """Rows (benchmark, accuracy, chance, questions) of an evaluation."""
+def read_scores(folder: Path, digest: str | None) -> list[list[Any]]:
+    """Rows (benchmark, accuracy, chance, questions) of an evaluation of the checkpoint whose files have this digest.
+
+    Raises:
+        UserError: no evaluation, or one of other files.
+    """
     path = folder / "summary.json"
     if not path.is_file():
         raise UserError(f"{folder}: no evaluation here (no summary.json)")
-    tasks = read_json(path).get("tasks", {})
+    summary = read_json(path)
+    evaluated = summary.get("checkpoint") or {}
+    if evaluated.get("sha256") not in (None, digest):
+        raise UserError(
+            f"{path}: found an evaluation of {evaluated.get('path')} with other files (sha256), expected one of the "
+            "checkpoint as it is; evaluate it again, or remove that folder"
+        )
+    tasks = summary.get("tasks", {})
     return [[name, task.get("accuracy"), task.get("chance"), task.get("n")] for name, task in tasks.items()]

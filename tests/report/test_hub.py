@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 
 from llava_compete.cli import main
 from llava_compete.config import dump_yaml
+from llava_compete.evaluation.checkpoint_facts import checkpoint_facts
 from llava_compete.files import write_json
 from llava_compete.model.build import save_checkpoint
 from llava_compete.model.card import CARD, MARK, stage_card
@@ -124,7 +125,9 @@ def test_push_uploads_the_checkpoint_with_data_and_scores(
     own = {path.name for path in checkpoint.iterdir() if path.is_file()}
     for name in ("optimizer.pt", "trainer_state.json", "complete.json"):  # as a training checkpoint has them
         (checkpoint / name).write_text("state")
-    write_json(checkpoint / "eval" / "summary.json", {"tasks": {"digits": {"accuracy": 0.94, "chance": 0.1, "n": 400}}})
+    facts = checkpoint_facts(checkpoint)
+    tasks = {"digits": {"accuracy": 0.94, "chance": 0.1, "n": 400}}
+    write_json(checkpoint / "eval" / "summary.json", {"checkpoint": facts, "tasks": tasks})
 
     assert main(["push", str(checkpoint), "me/tiny"]) == 0
     assert "/me/tiny/commit/abc" in capsys.readouterr().out
@@ -137,6 +140,11 @@ def test_push_uploads_the_checkpoint_with_data_and_scores(
     assert "| digits | 0.940 | 0.100 | 400 |" in card
     assert 'from_pretrained("me/tiny")' in card
     assert "somewhere" not in card
+
+    facts["sha256"] = "0" * 64
+    write_json(checkpoint / "eval" / "summary.json", {"checkpoint": facts, "tasks": tasks})
+    assert main(["push", str(checkpoint), "me/tiny"]) == 2
+    assert "with other files (sha256)" in capsys.readouterr().err
 
 
 def test_a_hub_that_refuses_is_one_line(

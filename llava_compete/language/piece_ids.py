@@ -159,11 +159,20 @@ class PieceEncoder:
             return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         known = self._short.get((text, after_control))
         if known is None:
-            ids = self._backend.encode(_STAND_IN + text if after_control else text, add_special_tokens=False).ids
+            try:
+                ids = self._backend.encode(_STAND_IN + text if after_control else text, add_special_tokens=False).ids
+            except TypeError as error:
+                raise UserError(f"{_odd(text)}: bytes that are not UTF-8, or half of a surrogate pair") from error
             known = ids[1:] if after_control else ids
             if len(text) <= _SHORT and len(self._short) < _MANY:
                 self._short[text, after_control] = known
         return list(known)
+
+
+def _odd(text: str) -> str:
+    """The place in a text that no tokenizer takes, as Python writes it."""
+    found = re.search("[\ud800-\udfff]", text)
+    return ascii(text if found is None else text[max(found.start() - 20, 0) : found.end() + 20])
 
 
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -76,7 +77,7 @@ class Talker:
         room = fitting(self.model, length, sampling.max_new_tokens)
         self._stop = stop = stop or threading.Event()
         left = threading.Event()  # nobody reads on
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = Pieces(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         results: list[Any] = []
         with self._turn:
             run = threading.Thread(
@@ -85,11 +86,12 @@ class Talker:
                 daemon=True,
             )
             run.start()
-            text = ""
+            text, has_begun = "", False
             try:
                 for piece in streamer:
-                    # Some templates write a space before an answer, as SentencePiece spells a first word.
-                    piece = piece if text else piece.removeprefix(" ")
+                    if piece and not has_begun:
+                        # Some templates write a space before an answer, as SentencePiece spells a first word.
+                        piece, has_begun = piece.removeprefix(" "), True
                     text += piece
                     if piece:
                         yield piece
@@ -121,7 +123,7 @@ class Talker:
         sampling: Sampling,
         room: int,
         watch: _UntilSet,
-        streamer: TextIteratorStreamer,
+        streamer: Pieces,
         results: list[Any],
     ) -> None:
         try:
@@ -142,6 +144,25 @@ class Talker:
             results.append(error)
         finally:
             streamer.end()
+
+
+class Pieces(TextIteratorStreamer):
+    """An answer's text in pieces that are what the tokenizer makes of the whole.
+
+    transformers' own forgets the tokens of a line that has ended. A SentencePiece tokenizer takes the next line's first
+    space for the one that it writes before a text, and leaves it out: code lost a space of each line's indent.
+    """
+
+    token_cache: list[int]
+    print_len: int
+
+    def put(self, value: Tensor) -> None:
+        """As there; the last token of a line stays, so that the next ones do not begin a text."""
+        is_prompt = self.skip_prompt and self.next_tokens_are_prompt
+        super().put(value)
+        if not is_prompt and not self.token_cache:
+            self.token_cache = value.flatten().tolist()[-1:]
+            self.print_len = len(self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
 
 
 def say_pieces(pieces: Generator[str, None, Answer], say: Callable[[str], None]) -> Answer:
@@ -188,12 +209,19 @@ def load_talker(checkpoint: str, device: str | None = None, dtype: str | None = 
     Raises:
         UserError: no checkpoint of ours, an unknown dtype, or a device that is not there.
     """
-    wanted = None if dtype is None else getattr(torch, dtype, None)
-    if dtype is not None and not isinstance(wanted, torch.dtype):
+    if dtype not in (None, "float32", "bfloat16", "float16"):
         raise UserError(f"--dtype: found {dtype!r}, expected float32, bfloat16 or float16")
-    model, processor = load_checkpoint(checkpoint, dtype=wanted)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with _named_device(place):
+        torch.zeros(1, device=place).item()  # before weights are read
+    model, processor = load_checkpoint(checkpoint, dtype=None if dtype is None else getattr(torch, dtype))
+    with _named_device(place):
         return Talker(model.to(place), processor)
+
+
+@contextmanager
+def _named_device(place: str) -> Iterator[None]:
+    try:
+        yield
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device: {place!r} cannot be used: {str(error).splitlines()[0]}") from error

@@ -19,13 +19,14 @@ import pytest
 import torch
 from PIL import Image
 from tiny import tiny_model
+from tokenizers_for_tests import make_tokenizer
 
 from llava_compete.cli import main
 from llava_compete.errors import UserError
 from llava_compete.model.build import save_checkpoint
 from llava_compete.moe.block import moe_blocks
 from llava_compete.talk.sampling import Sampling
-from llava_compete.talk.talker import Talker
+from llava_compete.talk.talker import Pieces, Talker
 from llava_compete.talk.terminal import Terminal, once
 
 MOE = {"vision": {}, "language": {"num_experts": 4, "num_experts_per_tok": 2}}
@@ -70,6 +71,20 @@ def test_pieces_are_what_generate_writes(talker: Talker, picture: str) -> None:
         "".join(pieces) == answer.text == talker.processor.decode(expected, skip_special_tokens=True).removeprefix(" ")
     )
     assert answer.finish in ("stop", "length")
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "unigram", "legacy_llama"])
+def test_lines_of_an_answer_keep_their_spaces(kind: str) -> None:
+    """SentencePiece leaves out the first space of a text, which the first of a line is not."""
+    tokenizer = make_tokenizer(kind, "chatml")
+    ids = tokenizer.encode("def f():\n    return 'é😀'\n  x\n\n y 色 \n", add_special_tokens=False)
+    pieces = Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    for token in (0, *ids):
+        pieces.put(torch.tensor([token]))
+    pieces.end()
+    given = list(pieces)
+    assert "".join(given) == tokenizer.decode(ids, skip_special_tokens=True)
+    assert sum(map(bool, given)) > 4  # as they come
 
 
 def test_experts_are_those_of_one_forward_over_the_whole(talker: Talker, picture: str) -> None:
@@ -154,6 +169,7 @@ def test_turns_pictures_and_settings_make_one_conversation(talker: Talker, pictu
         ("/experts", r"error: /experts: nothing is answered yet"),
         ("/nosuch", r"error: unknown command /nosuch; there are /image"),
         ("word " * 300, r"error: the conversation has"),
+        ("a \udcff b", r"error: '.*a \\udcff b': bytes that are not UTF-8"),
     ],
 )
 def test_a_line_at_fault_leaves_the_conversation_usable(talker: Talker, line: str, expected: str) -> None:

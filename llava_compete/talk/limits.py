@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,15 @@ class Limits:
     images: int = 8
     image_mib: float = 20.0
     megapixels: float = 50.0
+
+    def __post_init__(self) -> None:
+        least = {"max_new_tokens": 1, "images": 0, "image_mib": 0.0, "megapixels": 0.0}
+        options = {"images": "max-images", "image_mib": "max-image-mib", "megapixels": "max-megapixels"}
+        for key, low in least.items():
+            value = getattr(self, key)
+            if not (math.isfinite(value) and value >= low):
+                option = options.get(key, key.replace("_", "-"))
+                raise UserError(f"--{option}: found {value}, expected a number of at least {low:g}")
 
     @property
     def image_bytes(self) -> int:

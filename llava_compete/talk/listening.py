@@ -19,8 +19,15 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: cannot listen there: {error.strerror or error}") from error
+    except (OSError, OverflowError, UnicodeError) as error:  # the latter two of a port or a host that none can be
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--host {host} --port {port}: cannot listen there: {reason}") from error
+
+
+def address_of(listening: socket.socket) -> str:
+    """Where a client on this machine finds it: http://HOST:PORT."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def reached_by_others(listening: socket.socket) -> bool:

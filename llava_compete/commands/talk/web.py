@@ -37,15 +37,15 @@ def run(arguments: argparse.Namespace) -> int:
         require("datasets", "pyarrow", extra="eval", purpose="--examples")
     from llava_compete.talk.examples import data_examples, scene_examples
     from llava_compete.talk.limits import Limits
-    from llava_compete.talk.listening import listen, reached_by_others, serve
+    from llava_compete.talk.listening import address_of, listen, reached_by_others, serve
     from llava_compete.talk.page import build_page, mount, names_of
     from llava_compete.talk.talker import load_talker
 
     setup_console()
+    limits = Limits(arguments.max_new_tokens, arguments.max_images, arguments.max_image_mib, arguments.max_megapixels)
     paths = [path for path in (arguments.checkpoint, arguments.other) if path is not None]
     configs = [read_config(path) for path in paths]
     names = names_of(paths)
-    limits = Limits(arguments.max_new_tokens, arguments.max_images, arguments.max_image_mib, arguments.max_megapixels)
     with listen(arguments.host, arguments.port) as listening, TemporaryDirectory(prefix="llava-compete-web-") as folder:
         if arguments.examples is not None:
             examples = data_examples(arguments.examples, Path(folder))
@@ -57,10 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
             for name, path in zip(names, paths, strict=True)
         }
         app = mount(build_page(talkers, limits, examples), limits)
-        host, port = listening.getsockname()[:2]
         if reached_by_others(listening):
             sys.stderr.write("warning: others reach this page, and it asks for no password\n")
-        sys.stdout.write(f"{' and '.join(names)} at http://{host}:{port} (Ctrl-C ends it)\n")
+        sys.stdout.write(f"{' and '.join(names)} at {address_of(listening)} (Ctrl-C ends it)\n")
         sys.stdout.flush()
         serve(app, listening)
     return 0

@@ -18,12 +18,13 @@ from tokenizers import AddedToken, Tokenizer
 
 from llava_compete.errors import UserError
 
-# Private-use characters. HIDE stands behind the first character of a control token's string in somebody's text, so that
-# it does not read as that token; the others mark where contents lie while a template renders them.
-HIDE, USER_END, ANSWER_START, ANSWER_END = "\uf8f0", "\uf8f1", "\uf8f2", "\uf8f3"
+# Noncharacters, which Unicode keeps for a program's own use: those in somebody's text are left out. (Private-use
+# characters are text: with U+F8F0 to U+F8F4 PDFs spell tall brackets.) HIDE stands behind the first character of a
+# control token's string in somebody's text, so that it does not read as that token; the stand-in is a token by itself;
+# the others mark where contents lie while a template renders them.
+HIDE, USER_END, ANSWER_START, ANSWER_END, _STAND_IN = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4"
 MARKS = re.compile(f"[{USER_END}{ANSWER_START}{ANSWER_END}]")
-_OURS = re.compile(f"[{HIDE}{USER_END}{ANSWER_START}{ANSWER_END}]")
-_STAND_IN = "\uf8f4"
+_OURS = re.compile(f"[{HIDE}{USER_END}{ANSWER_START}{ANSWER_END}{_STAND_IN}]")
 _ANCHORS = ("\n", ".", "a")
 # Half of the texts of a row are the template's own, such as a role's name: their ids are remembered.
 _SHORT, _MANY = 24, 4096  # characters, texts

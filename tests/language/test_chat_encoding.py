@@ -39,12 +39,12 @@ STRIPS = {
 }
 # These write the last turn otherwise than the ones before it (an empty think block; the system prompt).
 LAST_TURN_DIFFERS = ("qwen3", "mistral_v3", "mistral_tekken")
-# Private-use marks are ours, "▁" is how SentencePiece spells a space, and it normalises nothing else here.
-_CHARACTERS = st.characters(exclude_categories=("Cs", "Co"), exclude_characters="▁")
+# These noncharacters are our marks, "▁" is how SentencePiece spells a space, and it normalises nothing else here.
+_CHARACTERS = st.characters(exclude_categories=("Cs",), exclude_characters="▁\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4")
 _TRICKY = st.sampled_from(
     ["<image>", "</s>", "<s>", "<|im_end|>", "<eos>", "<|im_start|>assistant\n", "[INST]", "<end_of_turn>",
      "ASSISTANT:", "  ", "\n\n", " lead", "trail ", "é", "日本",
-     "👩‍👩‍👧", "<|end|>\n<|user|>", "<<image>>", "<|eot_id|>", "<pad>"]
+     "👩‍👩‍👧", "\uf8f0 \uf8f4x", "<|end|>\n<|user|>", "<<image>>", "<|eot_id|>", "<pad>"]
 )  # fmt: skip
 TEXT = st.lists(st.one_of(_TRICKY, st.text(_CHARACTERS, max_size=8)), min_size=1, max_size=4).map("".join)
 # Hypothesis also tries strings of our source, and what stands before this one is no answer but reasoning.

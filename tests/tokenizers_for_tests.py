@@ -27,7 +27,7 @@ def _byte_level() -> Tokenizer:
 def _unigram_vocabulary() -> list[tuple[str, float]]:
     """SentencePiece's layout: control symbols and bytes inside the vocabulary, then words and characters."""
     words = ["▁", "▁user", "▁assistant", "▁color", "▁red", "ed", "color", "the", "▁the", "\n\n", "INST", "▁ASSISTANT"]
-    characters = [chr(code) for code in range(33, 127)] + ["\n"]
+    characters = [chr(code) for code in range(33, 127)] + ["\n", "Ġ"]  # a letter, which Llama 2's has, too
     return [
         *(("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)),
         *((f"<0x{byte:02X}>", -12.0) for byte in range(256)),

@@ -5,7 +5,9 @@ Qwen 3, Gemma 3 and SmolLM2 bring, rendered and tokenised by transformers, and p
 """
 
 import pytest
+from transformers import AutoTokenizer
 
+from llava_compete.data.text.rows import token_byte_lengths
 from llava_compete.language.chat_encoding import encode_answer, encode_conversation, stop_token_ids
 from llava_compete.language.config import LanguageModelSection
 from llava_compete.language.sources import load_tokenizer
@@ -158,3 +160,12 @@ def test_vicunas_published_ids(tokenizer_folders):
     first = [3148, 1001, *question, *answer]  # "▁US ER"
     assert ids[-len(first) - 10 :] == [*first, 11889, *question, *answer]  # "USER"
     assert encode_answer(tokenizer, messages[:1], "hello")[1] == [22172]
+
+
+@pytest.mark.parametrize("name", ["llama2", "phi3", "gemma3", "llama3", "tekken", "qwen3"])
+def test_bytes_of_tokens(name, tokenizer_folders):
+    """What bits per byte are counted by; Llama 2 and Phi 3 write a space before a text."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folders / name)
+    text = "naïve 日本 👩‍👩‍👧 Ġ  two\n\n\n\tlines, \uf8f0"
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert int(token_byte_lengths(tokenizer)[ids].sum()) == len(text.encode()) + (name in ("llama2", "phi3"))

@@ -263,14 +263,18 @@ class HeldOutRows(Dataset):
 
 
 def token_byte_lengths(tokenizer: Any) -> Tensor:
-    """Bytes of text that each token id stands for (0 for special tokens), int64 [vocabulary]."""
-    special = set(tokenizer.all_special_ids)
-    byte_level = any(token.startswith("Ġ") for token in tokenizer.get_vocab())
+    """Bytes of text that each token id stands for (0 for special tokens), int64 [vocabulary].
+
+    SentencePiece's space before the first word of a document counts as its own.
+    """
+    special, added = set(tokenizer.all_special_ids), tokenizer.added_tokens_decoder
+    # By what it does: the vocabularies of Llama 2 and Gemma have a letter "Ġ", too.
+    byte_level = "Ã" in "".join(tokenizer.tokenize("é"))
     lengths = torch.zeros(len(tokenizer), dtype=torch.int64)
     for token, number in tokenizer.get_vocab().items():
         if number in special:
             continue
-        if byte_level:
+        if byte_level and number not in added:
             lengths[number] = len(token)  # one character a byte
         elif token.startswith("<0x") and len(token) == 6:
             lengths[number] = 1

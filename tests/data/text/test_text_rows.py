@@ -1,9 +1,11 @@
 """Packed rows: full, the same on any number of ranks and after any resume, with documents kept apart if asked."""
 
+import copy
 import json
 
 import pytest
 import torch
+from tokenizers_for_tests import make_tokenizer
 from torch.utils.data import DataLoader
 
 from llava_compete.data.text.batches import TextBatchSampler, TextCollator
@@ -144,10 +146,13 @@ def test_separate_documents_are_numbered_through_the_batch(section, tokenizer, t
     assert (batch["labels"][:, 1:][~ends] != -100).all()
 
 
-def test_bytes_of_tokens_add_up_to_the_bytes_of_the_text(tokenizer):
+@pytest.mark.parametrize(("kind", "written_before"), [("byte_bpe", ""), ("unigram_no_bos", " "), ("legacy_llama", " ")])
+def test_bytes_of_tokens_add_up_to_the_bytes_of_the_text(kind, written_before):
+    tokenizer = copy.deepcopy(make_tokenizer(kind, "plain"))
+    tokenizer.add_tokens(["dö"])
+    text = "bytes of äöü, 漢字, 🙂\n, ndö"
     lengths = token_byte_lengths(tokenizer)
-    text = "bytes of äöü, 漢字 and 🙂\n"
-    assert int(lengths[encoder(tokenizer)(text)].sum()) == len(text.encode())
+    assert int(lengths[encoder(tokenizer)(text)].sum()) == len((written_before + text).encode())
 
 
 def test_held_out_rows_are_full_and_limited(section, tokenizer):

@@ -19,6 +19,7 @@ from llava_compete.data.row_images import images_first
 from llava_compete.data.row_turns import ROLES
 from llava_compete.errors import UserError
 from llava_compete.language.chat_encoding import Message, cut_to_length, encode_conversation
+from llava_compete.language.chat_rendering import writes_system
 from llava_compete.language.piece_ids import piece_encoder
 from llava_compete.parts import IGNORE_INDEX, IMAGE_TOKEN
 from llava_compete.vision.image_decoder import BadImageError, full_size, image_size, open_image
@@ -49,7 +50,7 @@ PROBLEMS: dict[str, tuple[bool, str]] = {
     "empty_answer": (True, "an answer without text"),
     "empty_question": (True, "a later question without text or image"),
     "not_unicode": (True, "bytes that are not UTF-8, or half of a surrogate pair"),
-    "image_reference_invalid": (True, "an image entry that is neither a path nor embedded bytes"),
+    "image_reference_invalid": (True, "an image entry that is neither embedded bytes nor a path from one known folder"),
     "image_in_answer": (True, "an image part inside an answer"),
     "placeholder_without_image": (True, "the text has placeholders, the row has no image"),
     "placeholders_do_not_match": (True, "placeholders and images differ in number"),
@@ -67,6 +68,7 @@ PROBLEMS: dict[str, tuple[bool, str]] = {
     "duplicate_id": (False, "an earlier row with other content has this id"),
     "field_ignored": (False, "a key that nothing reads"),
     "answer_not_learnt": (False, "an answer with loss: false or weight: 0: context for the others, no target"),
+    "system_not_written": (False, "a system text that the chat template leaves out"),
     "reasoning_not_written": (False, "reasoning that the chat template does not write: it is not learnt"),
     "first_answer_dropped": (False, "an answer before the first question: left out, as LLaVA does"),
     "last_question_dropped": (False, "a last question without an answer: left out"),
@@ -159,6 +161,12 @@ def _image_problems(source: SourceSection, conversation: Conversation) -> Iterat
         if isinstance(image, str) and (Path(image).is_absolute() or ".." in Path(image).parts):
             yield "image_outside_folder", image
         try:
+            if isinstance(image, str):
+                source.refuse_path(image)
+        except UserError as error:
+            yield "image_reference_invalid", str(error)
+            continue
+        try:
             opened = open_image(image if isinstance(image, bytes) else folder / image)
         except BadImageError as error:
             yield error.kind, str(error)
@@ -185,6 +193,8 @@ def _length_problems(
     except UserError as error:
         yield "template_fails", str(error)
         return
+    if any(message["role"] == "system" for message in messages) and not writes_system(tokenizer):
+        yield "system_not_written", PROBLEMS["system_not_written"][1]
     if _loses_reasoning(tokenizer, messages, counts, whole.input_ids):
         yield "reasoning_not_written", PROBLEMS["reasoning_not_written"][1]
     if _has_control_tokens(text_side.tokenizer, conversation):

@@ -24,7 +24,9 @@ class SourceSection(StrictConfig):
         "in playground/README.md."
     )
     image_folder: Path | None = Field(
-        default=None, description="Folder that image paths are relative to; by default `path` or the folder it lies in."
+        default=None,
+        description="Folder that image paths are relative to; by default `path` or the folder it lies in, which must "
+        "be the same for all items of a list.",
     )
     images_first: bool = Field(
         default=False,
@@ -54,6 +56,17 @@ class SourceSection(StrictConfig):
     def images(self) -> Path:
         """The folder that image paths are relative to."""
         return self.image_folder or base_folder(self.path)
+
+    def refuse_path(self, image: str) -> None:
+        """Raise a `UserError` for a relative image path where the items of `path` lie in several folders: a picture of
+        this name in the first of them need not be the row's."""
+        if self.image_folder is None and isinstance(self.path, list) and not Path(image).is_absolute():
+            folders = sorted({str(base_folder(path)) for path in self.path})
+            if len(folders) > 1:
+                raise UserError(
+                    f"image {image}: the files of data source {self.name!r} lie in {and_more(folders)}; "
+                    "set its image_folder, or make a source of each"
+                )
 
     def __str__(self) -> str:
         """The path, for messages."""

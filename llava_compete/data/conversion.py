@@ -152,8 +152,9 @@ def _write_rows(file: Path, writer: pa.RecordBatchWriter, count: Callable[[int],
             continue
         ignored.update(text for kind, text in conversation.notes if kind == "field_ignored")
         batch.append(_to_columns(conversation))
-        # By bytes, too: a thousand rows with embedded images can be more than an Arrow column holds.
+        # By bytes, too: a thousand rows with embedded images or whole books can be more than an Arrow column holds.
         size += sum(len(image) for image in conversation.images if isinstance(image, bytes))
+        size += len(batch[-1]["messages"])
         if len(batch) == _ROWS_PER_BATCH or size >= _BYTES_PER_BATCH:
             writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
             count(len(batch))

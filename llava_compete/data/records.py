@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from llava_compete.data.page_words import KEY as PAGE_WORDS
 from llava_compete.data.page_words import Word, row_words
-from llava_compete.data.row_errors import RecordError, first_value
+from llava_compete.data.row_errors import RecordError, first_filled
 from llava_compete.data.row_images import in_reading_order, row_images
 from llava_compete.data.row_turns import SYSTEM, TURNS, row_messages
 
@@ -72,7 +72,7 @@ def _is_ignored(row: Mapping[str, Any], key: str) -> bool:
         return key not in _REFUSED
     for spellings in (("image", "images"), TURNS, SYSTEM):
         if key in spellings:
-            return row[key] is not first_value(row, *spellings)
+            return row[key] is not first_filled(row, *spellings)
     return False
 
 

@@ -31,3 +31,10 @@ def shown(value: Any) -> str:
 def first_value(mapping: Mapping[str, Any], *keys: str) -> Any:
     """The first value that is not null: columns of a table are there in every row."""
     return next((mapping[key] for key in keys if mapping.get(key) is not None), None)
+
+
+def first_filled(row: Mapping[str, Any], *keys: str) -> Any:
+    """The first value that is neither null nor empty, else the first that is not null: some tables have "" or [] in
+    every column that a row does not use."""
+    filled = (row[key] for key in keys if row.get(key) not in (None, "", []))
+    return next(filled, first_value(row, *keys))

@@ -7,7 +7,7 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
-from llava_compete.data.row_errors import RecordError, first_value, shown
+from llava_compete.data.row_errors import RecordError, first_filled, first_value, shown
 from llava_compete.errors import UserError
 from llava_compete.language.chat_encoding import images_before
 from llava_compete.parts import IMAGE_TOKEN
@@ -20,7 +20,7 @@ _INLINE = ("image", "path", "url", "base64", "image_url")
 
 def row_images(row: Mapping[str, Any]) -> list[Image]:
     """`image` or `images`: a path, an embedded file ({"bytes", "path"}), a data URL, or a list of them."""
-    found = first_value(row, "image", "images")
+    found = first_filled(row, "image", "images")
     if found is None or found == "":
         return []
     return [image_reference(item) for item in (found if isinstance(found, list | tuple) else [found])]

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llava_compete.data.row_errors import RecordError, first_value, shown
+from llava_compete.data.row_errors import RecordError, first_filled, shown
 from llava_compete.data.row_images import image_part
 from llava_compete.data.strict_json import DECODER, UNDECODABLE, KeyTwiceError
 from llava_compete.language.chat_encoding import on_lines_of_their_own
@@ -42,7 +42,7 @@ def row_messages(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str
     """
     ignored: dict[str, None] = {}
     messages = [_message(turn, number, ignored) for number, turn in enumerate(_turns(row, ignored), start=1)]
-    text = first_value(row, *SYSTEM)
+    text = first_filled(row, *SYSTEM)
     if text not in (None, ""):
         if not isinstance(text, str):
             raise RecordError("text_missing", f"system: found {shown(text)}, expected a text")
@@ -55,7 +55,8 @@ def row_messages(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str
 
 
 def _turns(row: Mapping[str, Any], ignored: dict[str, None]) -> Sequence[Any]:
-    turns = first_value(row, *TURNS)
+    turns = first_filled(row, *TURNS)
+    in_pairs = turns is row.get("texts")
     if isinstance(turns, str):  # a column of a table that holds JSON
         try:
             turns = DECODER.decode(turns)
@@ -65,7 +66,7 @@ def _turns(row: Mapping[str, Any], ignored: dict[str, None]) -> Sequence[Any]:
             raise RecordError("no_conversation", f"no turns, found the text {shown(turns)}") from None
     if not isinstance(turns, Sequence) or isinstance(turns, str | bytes) or not turns:
         raise RecordError("no_conversation", f"no turns under {', '.join(TURNS)}, found {shown(turns)}")
-    if row.get("conversations") is None and row.get("messages") is None:
+    if in_pairs:
         return [turn for pair in turns for turn in _cauldron_pair(pair, ignored)]
     return turns
 
@@ -82,14 +83,14 @@ def _cauldron_pair(pair: Any, ignored: dict[str, None]) -> list[Any]:
 def _message(turn: Any, number: int, ignored: dict[str, None]) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
         raise RecordError("turn_not_a_mapping", f"turn {number}: found {type(turn).__name__}")
-    name = first_value(turn, "from", "role")
+    name = first_filled(turn, "from", "role")
     if not isinstance(name, str) or name not in ROLES:
         raise RecordError("unknown_role", f"turn {number}: found role {shown(name)}, expected {', '.join(ROLES)}")
     role = ROLES[name]
-    message: dict[str, Any] = {"role": role, "content": _parts(role, first_value(turn, "value", "content"), number)}
+    message: dict[str, Any] = {"role": role, "content": _parts(role, first_filled(turn, "value", "content"), number)}
     for key, value in turn.items():
         second = {"role": "from", "content": "value"}.get(key)
-        beside = second is not None and turn.get(second) not in (None, value)
+        beside = second is not None and turn.get(second) not in (None, "", value)
         if value is not None and value != [] and (key not in _TURN_KEYS or beside):
             ignored[f"turn.{key}"] = None
     if role == "assistant":

@@ -6,6 +6,7 @@ Rows stay on disk: worker processes and ranks share the pages.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from llava_compete.data.row_images import images_first
 from llava_compete.data.source_files import file_digests, source_digest, source_files
 from llava_compete.errors import UserError
 
-_FORMAT = "5"  # part of a table's name: raise when the columns or the meaning of a row change
+_FORMAT = "6"  # part of a table's name: raise when the columns or the meaning of a row change
 
 
 class Rows:
@@ -93,7 +94,8 @@ def load_source(section: SourceSection, cache_dir: Path | None = None) -> Source
     Files are converted in parallel; one that is done need not be done again when the rest fails or is interrupted.
 
     Raises:
-        UserError: rows that cannot be used, no rows at all, or a cache folder that cannot be written to.
+        UserError: rows that cannot be used, no rows at all, image paths of which it is not clear from where they
+            start, or a cache folder that cannot be written to.
     """
     folder = cache_folder(cache_dir)
     files = source_files(section.path)
@@ -111,4 +113,7 @@ def load_source(section: SourceSection, cache_dir: Path | None = None) -> Source
     rows = Rows([table for path in paths if (table := tables[path]) is not None])
     if len(rows) == 0:
         raise UserError(f"data source {section.name!r}: {section} holds no rows")
+    relative = next((path for path in rows.image_paths() if not os.path.isabs(path)), None)
+    if relative is not None:
+        section.refuse_path(relative)
     return SourceTable(section, rows, source_digest(files, digests))

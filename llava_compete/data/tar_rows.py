@@ -1,9 +1,9 @@
 """Rows of a WebDataset-like tar: members of one base name, side by side, are a row.
 
-`KEY.json` holds the turns and `KEY.jpg` (or KEY.0.jpg, KEY.1.jpg ...) the images; `KEY.txt` in place of turns is a
-caption. Any other member is a key of the row, which `records` refuses or names as ignored. Read by hand: `datasets`
-refuses a tar in which some rows have an image and some have none, and Python's `tarfile` takes a damaged header for the
-end of the archive.
+`KEY.json` holds the turns and `KEY.jpg` (or KEY.0.jpg, KEY.1.jpg ...) the images, those that its `image` or `images`
+names in its order, if it names any; `KEY.txt` in place of turns is a caption. Any other member is a key of the row,
+which `records` refuses or names as ignored. Read by hand: `datasets` refuses a tar in which some rows have an image and
+some have none, and Python's `tarfile` takes a damaged header for the end of the archive.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_compete.data.json_rows import shallow
-from llava_compete.data.row_errors import RecordError
+from llava_compete.data.row_errors import RecordError, first_filled
 from llava_compete.data.row_turns import TURNS
 from llava_compete.data.strict_json import UNDECODABLE, distinct, undecodable
 from llava_compete.parts import IMAGE_TOKEN
@@ -93,6 +93,9 @@ def _row(file: Path, key: str, parts: dict[str, bytes]) -> Any:
             return undecodable(f"{file}: {key}.json", error, parts["json"].decode(errors="backslashreplace"))
         if not isinstance(content, dict):
             return content
+        if named := _named(key, content, pictures):
+            pictures = named
+            content = {name: value for name, value in content.items() if name not in ("image", "images")}
     others = [name for name in parts if name not in pictures and name != "json"]
     if not any(content.get(name) for name in TURNS):
         if "txt" not in parts:
@@ -107,6 +110,17 @@ def _row(file: Path, key: str, parts: dict[str, bytes]) -> Any:
     embedded = [{"bytes": parts[name], "path": None} for name in pictures]
     row = {**beside_turns, "id": key.rpartition("/")[2], **content}
     return {**row, "image": embedded} if embedded else row
+
+
+def _named(key: str, content: dict[str, Any], pictures: list[str]) -> list[str]:
+    """The suffixes of the pictures that the .json lists by the names of their files, or by these suffixes; empty where
+    one of its names is that of no member."""
+    listed = first_filled(content, "image", "images")
+    known = {name.lower(): suffix for suffix in pictures for name in (f"{key}.{suffix}".rpartition("/")[2], suffix)}
+    names = map(str, listed if isinstance(listed, list) else [listed])
+    found = [known.get(name.rpartition("/")[2].lower()) for name in names]
+    named = [suffix for suffix in found if suffix is not None]
+    return named if len(named) == len(found) else []
 
 
 def _kind(suffix: str) -> str:

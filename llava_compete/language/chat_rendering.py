@@ -81,9 +81,7 @@ def render_chat(
 
     Raises `EncodingError` if the template refuses them, leaves out an answer, or does not end one.
     """
-    template = _Template(
-        with_fixed_day(str(tokenizer.chat_template)), tuple(sorted(_special_tokens(tokenizer).items())), True
-    )
+    template = _template(tokenizer)
     plain = [_plain_message(message, encoder, template) for message in messages]
     if not any(message.get("reasoning_content") for message in plain):
         template = template._replace(thinking=thinking)
@@ -99,6 +97,16 @@ def render_chat(
     if len(spans) != expected:
         raise EncodingError(f"the chat template writes {len(spans)} of {expected} answers")
     return RenderedChat(text, spans)
+
+
+def writes_system(tokenizer: Any) -> bool:
+    """Whether the template writes the text of a system turn; some leave it out without a word."""
+    return _writes_system(_template(tokenizer))
+
+
+def _template(tokenizer: Any) -> _Template:
+    text = with_fixed_day(str(tokenizer.chat_template))
+    return _Template(text, tuple(sorted(_special_tokens(tokenizer).items())), True)
 
 
 def _plain_message(message: Message, encoder: PieceEncoder, template: _Template) -> Message:
@@ -134,8 +142,8 @@ def _special_tokens(tokenizer: Any) -> dict[str, Any]:
     return {"bos_token": "", "eos_token": "", **known}
 
 
-_REASONING = "qzx"  # which no template writes of its own
-_THOUGHTFUL = f"<think>\n{_REASONING}\n</think>\n\nb"
+_PROBE = "qzx"  # which no template writes of its own
+_THOUGHTFUL = f"<think>\n{_PROBE}\n</think>\n\nb"
 
 
 class _Template(NamedTuple):
@@ -175,12 +183,18 @@ def _answer_prompt(template: _Template) -> str:
 
 
 @lru_cache(maxsize=64)
+def _writes_system(template: _Template) -> bool:
+    texts = {"system": _PROBE, "user": "a", "assistant": "b"}
+    return _PROBE in template.render([{"role": role, "content": text} for role, text in texts.items()], False)
+
+
+@lru_cache(maxsize=64)
 def _keeps_thoughts(template: _Template) -> bool:
     question, answer = _mark({"role": "user", "content": "a"}), _mark({"role": "assistant", "content": _THOUGHTFUL})
     if answer["content"] not in template.render([question, answer], False):
         return False
-    apart = {**_mark({"role": "assistant", "content": "b"}), "reasoning_content": _REASONING}
-    return _REASONING not in template.render([question, apart], False)  # such a template joins the two itself
+    apart = {**_mark({"role": "assistant", "content": "b"}), "reasoning_content": _PROBE}
+    return _PROBE not in template.render([question, apart], False)  # such a template joins the two itself
 
 
 def _answer_spans(marked: str, control: re.Pattern[str], answer_prompt: str) -> list[AnswerSpan]:

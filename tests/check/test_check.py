@@ -146,7 +146,8 @@ def test_the_check_and_training_agree(kind, tmp_path, images, text_side):
 
 def test_every_kind_of_problem_is_shown_here():
     # Below, and what Python cannot write: tests/data/test_source_files.py.
-    assert set(PROBLEMS) - set(BROKEN) == {"file_unreadable", "not_json", "template_fails", "key_twice"}
+    elsewhere = {"file_unreadable", "not_json", "template_fails", "system_not_written", "key_twice"}
+    assert set(PROBLEMS) - set(BROKEN) == elsewhere
     assert len(PROBLEMS) >= 25
 
 
@@ -256,6 +257,14 @@ def test_a_template_that_refuses_a_row(tmp_path, images):
         tokenizer.chat_template = original
     assert dict(report.counts) == {"template_fails": 1}
     assert "no system turns" in report.first["template_fails"][0].message
+
+
+@pytest.mark.parametrize("template", ["plain", "chatml"])
+def test_a_system_text_that_the_template_leaves_out(template, tmp_path, images):
+    rows = [row("a", system="Be brief."), row("b")]
+    tokenizer = make_tokenizer("byte_bpe_bos", template)
+    report = check_data(section_of(tmp_path, images, rows), TextSide(tokenizer, 4), workers=0)
+    assert dict(report.counts) == ({"system_not_written": 1} if template == "plain" else {})
 
 
 def test_token_statistics(tmp_path, images, text_side):

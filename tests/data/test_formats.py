@@ -10,6 +10,7 @@ import pytest
 import torch
 from rows_kit import MESSAGES, png, row, section
 
+from llava_compete.check.check import check_data
 from llava_compete.data.dataset import build_datasets
 from llava_compete.data.records import RecordError, parse_row
 from llava_compete.data.source_files import read_rows
@@ -87,6 +88,26 @@ def test_tars_keep_the_order_of_images_and_rows_of_one_name(tmp_path):
     assert [image["bytes"] for image in second["image"]] == [b"other"]
 
 
+@pytest.mark.parametrize(
+    ("listed", "shown", "ignored"),
+    [
+        ({"images": ["p/a.right.png", "p/A.left.png"]}, [b"r", b"l"], ["mask.png"]),
+        ({"image": "left.png", "images": []}, [b"l"], ["mask.png", "right.png"]),
+        ({"image": ["left.png", "left.png"]}, [b"l", b"l"], ["mask.png", "right.png"]),
+        ({"images": ["COCO_1.png", "a.left.png"]}, [b"l", b"m", b"r"], ["images"]),
+        ({}, [b"l", b"m", b"r"], []),
+    ],
+)
+def test_a_tars_pictures_are_those_that_the_row_names_in_its_order(tmp_path, listed, shown, ignored):
+    turns = [{"from": "human", "value": "<image>" * len(shown)}, {"from": "gpt", "value": "x"}]
+    content = json.dumps({**listed, "conversations": turns}).encode()
+    files = [("a.json", content), ("a.left.png", b"l"), ("a.mask.png", b"m"), ("a.right.png", b"r")]
+    write_tar(tmp_path / "rows.tar", files)
+    (found,) = (parse_row(raw, "?") for raw in read_rows(tmp_path / "rows.tar"))
+    assert found.images == shown
+    assert sorted(text for _, text in found.notes) == ignored
+
+
 def test_no_member_of_a_tar_is_lost_in_silence(tmp_path):
     """A picture of any kind is one; what is none is refused as its key in a row would be, or named."""
     turns = json.dumps({"conversations": row("", None)["conversations"]}).encode()
@@ -111,3 +132,22 @@ def test_images_of_a_folder_of_tables_are_beside_them(tmp_path, processor):
     write_tar(folder / "0.tar", [])
     with pytest.raises(UserError, match=r"both parquet and tar files"):
         build_datasets(data, processor, 0)
+
+
+def test_files_of_several_folders_need_an_image_folder(tmp_path, processor):
+    """Each may have an a.png of its own, and that of the first would be shown to the rows of all."""
+    files = [tmp_path / name / "rows.json" for name in ("one", "other")]
+    for number, file in enumerate(files):
+        file.parent.mkdir()
+        (file.parent / "a.png").write_bytes(png())
+        file.write_text(json.dumps([row(str(number))]))
+    source = {"name": "s", "path": files}
+    with pytest.raises(UserError, match=r"image a\.png: .* set its image_folder"):
+        build_datasets(section(tmp_path, source), processor, 0)
+    assert dict(check_data(section(tmp_path, source), None, workers=0).counts) == {"image_reference_invalid": 2}
+    there = section(tmp_path, {**source, "image_folder": tmp_path / "one"})
+    assert build_datasets(there, processor, 0).train[1]["pixel_values"].shape == (1, 3, 4, 4)
+    texts = [tmp_path / "one" / "texts.json", tmp_path / "other" / "texts.json"]
+    for file in texts:
+        file.write_text(json.dumps([row("2", None)]))
+    assert build_datasets(section(tmp_path, {"name": "s", "path": texts}), processor, 0).train[1]["modality"] == 0

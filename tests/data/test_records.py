@@ -147,6 +147,16 @@ def test_keys_that_nothing_reads_are_named() -> None:
     assert parse_row(row, "0").images == ["a.png"]
 
 
+def test_an_empty_spelling_does_not_hide_a_filled_one() -> None:
+    """Tables that were joined have "" or [] in the columns that a row does not use."""
+    turns = [{"from": "", "role": "user", "value": "", "content": "<image>x"}, {"from": "gpt", "value": "y"}]
+    row = {"image": "", "images": ["b.png"], "system": "", "system_prompt": "Hm.", "conversations": []}
+    expected = {"image": "b.png", "system": "Hm.", "messages": [{**turns[0], "from": None, "value": None}, turns[1]]}
+    assert parse_row({**row, "messages": turns}, "0") == parse_row(expected, "0")
+    pairs = [{"user": "<image>x", "assistant": "y"}]
+    assert parse_row({**row, "messages": [], "texts": pairs}, "0") == parse_row(expected, "0")
+
+
 def test_the_cauldron() -> None:
     pairs = [{"user": "Which colour?", "assistant": "Red.", "source": "VQA"}, {"user": "Sure?", "assistant": "Yes."}]
     conversation = parse_row({"images": [{"bytes": b"png", "path": None}], "texts": pairs}, "0")

@@ -67,9 +67,13 @@ def test_the_bar_counts_rows_over_all_processes(
 
 
 def test_batches_are_cut_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thousand rows of 2 MiB pictures do not fit into one column of 32-bit offsets."""
-    monkeypatch.setattr(conversion, "_BYTES_PER_BATCH", 1000)
-    rows = [row(str(number), bytes([number]) * 400) for number in range(10)]
+    """A thousand rows of 2 MiB, of pictures or of text, do not fit into one column of 32-bit offsets."""
+    monkeypatch.setattr(conversion, "_BYTES_PER_BATCH", 3000)
+    turns = [TURNS[0], {"from": "gpt", "value": "a" * 2000}]
+    books = [{**row(str(number)), "conversations": turns} for number in range(5)]
+    source = load_source(SourceSection(name="s", path=write(tmp_path / "a.jsonl", books)), tmp_path / "cache")
+    assert [len(batch) for batch in source.rows.tables[0].to_batches()] == [2, 2, 1]
+    rows = [row(str(number), bytes([number]) * 1200) for number in range(10)]
     source = load_source(SourceSection(name="s", path=write(tmp_path / "a.parquet", rows)), tmp_path / "cache")
     assert [len(batch) for batch in source.rows.tables[0].to_batches()] == [3, 3, 3, 1]
     assert [item["images"][0]["bytes"] for item in source.rows] == [item["image"] for item in rows]

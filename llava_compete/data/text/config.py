@@ -15,8 +15,8 @@ class TextSource(StrictConfig):
 
     path: Path | list[Path] | None = Field(
         default=None,
-        description="A file, a folder (with all below it), a glob, or a list of these: .jsonl, .parquet or .txt, the "
-        "first and last also as .gz or .zst.",
+        description="A file, a folder (with all below it but hidden files, of one kind), a glob, or a list of these: "
+        ".jsonl, .parquet or .txt, the first and last also as .gz or .zst.",
     )
     hub: str | None = Field(
         default=None,

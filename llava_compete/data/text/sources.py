@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llava_compete.data.compressed import open_text
+from llava_compete.data.compressed import open_text, plain_suffix
 from llava_compete.data.source_files import SourceError, matching_files, one_split
 from llava_compete.data.strict_json import DECODER, UNDECODABLE
 from llava_compete.data.text.config import TextSection, TextSource
@@ -41,15 +41,14 @@ def list_files(source: TextSource) -> list[Path]:
     """The local files of a source, sorted.
 
     Raises:
-        SourceError: a missing one, or several splits at once.
+        SourceError: a missing one, or several splits or kinds at once.
         UserError: an unknown one.
     """
     assert source.path is not None
     found: list[Path] = []
     for path in source.path if isinstance(source.path, list) else [source.path]:
         if path.is_dir():
-            found_here = sorted(file for file in path.rglob("*") if file.name.endswith(_SUFFIXES))
-            files = one_split(path, path, found_here)
+            files = one_split(path, path, _of_folder(path))
         elif path.is_file():
             files = [path]
         else:
@@ -63,6 +62,20 @@ def list_files(source: TextSource) -> list[Path]:
     if unknown:
         raise UserError(f"{unknown[0]}: unknown kind of file; expected one of {', '.join(_SUFFIXES)}")
     return found
+
+
+def _of_folder(folder: Path) -> list[Path]:
+    """All text files below a folder but hidden ones, such as an editor's copies; of one kind: a list of checksums in a
+    .txt file beside shards of .jsonl is no text to learn."""
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.name.endswith(_SUFFIXES) and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+    kinds = sorted({plain_suffix(file) for file in files})
+    if len(kinds) > 1:
+        raise SourceError(f"{folder}: both {' and '.join(kinds)} files in this folder; name those that count")
+    return files
 
 
 def digest(source: TextSource) -> str:
@@ -166,7 +179,7 @@ def _read_file(file: Path, field: str, skip: int) -> Iterator[str | _Skipped]:
         yield from _read_parquet(file, field, skip)
         return
     is_json = ".jsonl" in file.suffixes
-    with open_text(file, newline="\n" if is_json else None) as stream:
+    with open_text(file, "utf-8-sig", newline="\n" if is_json else None) as stream:
         try:
             if is_json:
                 yield from _read_jsonl(file, stream, field, skip)

@@ -137,6 +137,16 @@ def test_json_that_python_cannot_hold_is_named(tmp_path, row):
         list(read_source(TextSource(path=tmp_path / "a.jsonl")))
 
 
+def test_a_folder_is_all_below_it_of_one_kind(tmp_path):
+    for name in ("a/1.jsonl", "b.jsonl", ".ipynb_checkpoints/b-checkpoint.jsonl", "a/._1.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": name}) + "\n", encoding="utf-8-sig")
+    assert list(read_source(TextSource(path=tmp_path))) == ["a/1.jsonl", "b.jsonl"]
+    (tmp_path / "SHA256SUMS.txt").write_text("0" * 64)
+    with pytest.raises(UserError, match=r"both \.jsonl and \.txt files in this folder"):
+        list(read_source(TextSource(path=tmp_path)))
+
+
 def test_a_folder_of_several_splits_is_refused(tmp_path):
     for name in ("train-00000-of-00001", "test-00000-of-00001"):
         pyarrow.parquet.write_table(pyarrow.table({"text": [name]}), tmp_path / f"{name}.parquet")

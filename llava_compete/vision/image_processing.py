@@ -20,7 +20,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
 from llava_compete.errors import UserError
-from llava_compete.vision.image_decoder import Size, Wanted, full_size
+from llava_compete.vision.image_decoder import MAX_PIXELS, BadImageError, Size, Wanted, full_size
 from llava_compete.vision.image_inputs import load_images
 from llava_compete.vision.naflex import NativeSizes, SizedPictures, patch_pixels
 from llava_compete.vision.resizing import FILTERS, resized
@@ -180,7 +180,11 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
         return canvas
 
     def _inside(self, picture: Size) -> Size:
-        """Height and width that a picture is resized to, before it is padded or cut."""
+        """Height and width that a picture is resized to, before it is padded or cut.
+
+        Raises:
+            BadImageError: with `crop`, a picture so long and thin that it would not fit into memory.
+        """
         size, (height, width) = self.size, picture
         if self.resize_mode == "squash":
             return size, size
@@ -190,6 +194,9 @@ class LlavaCompeteImageProcessor(BaseImageProcessor):
             return max(1, round(height * size / side)), max(1, round(width * size / side))
         short, long = sorted((width, height))
         longer = int(size * long / short)
+        if longer * size > MAX_PIXELS:
+            text = f"image of {width}x{height} pixels: so thin that the square cut out of it would show nothing of it"
+            raise BadImageError("image_too_small", text)
         return (longer, size) if width <= height else (size, longer)
 
     def _place(self, height: int, width: int) -> tuple[int, int]:

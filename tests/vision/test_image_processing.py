@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor
 
 from llava_compete.errors import UserError
 from llava_compete.vision import resizing
+from llava_compete.vision.image_decoder import BadImageError
 from llava_compete.vision.image_processing import LlavaCompeteImageProcessor
 from llava_compete.vision.sources import resolve_tower
 from llava_compete.vision.tower import normalise
@@ -162,6 +163,15 @@ def test_pad_keeps_the_whole_image_on_the_mean_colour() -> None:
     pixels = processor.pixels(Image.new("RGB", (30, 10), (255, 255, 255)))
     np.testing.assert_allclose(pixels[:, 0, 0], 0, atol=1 / 255)
     np.testing.assert_allclose(pixels[:, 15, 15], 1 - np.array([0.5, 0.25, 0.75]), atol=1e-6)
+
+
+@pytest.mark.parametrize("version", [1, LATEST_PIXELS])
+def test_thin_pictures_are_named_where_their_middle_is_cut_out(version: PixelVersion) -> None:
+    """Scaled by their one pixel, they would become gigabytes."""
+    thin = Image.new("RGB", (40_000, 1))
+    with pytest.raises(BadImageError, match="image of 40000x1 pixels: so thin"):
+        LlavaCompeteImageProcessor(56, version=version, resize_mode="crop").pixels(thin)
+    assert LlavaCompeteImageProcessor(56, version=version, resize_mode="pad").pixels(thin).shape == (3, 56, 56)
 
 
 def test_save_and_load_give_bit_equal_pixels(tmp_path: Path) -> None:

@@ -65,10 +65,21 @@ class LlavaCompeteForConditionalGeneration(LlavaCompetePreTrainedModel, ImageGen
         self.post_init()
 
     def _make_language_model(self) -> PreTrainedModel:
-        return self._take_head(AutoModelForCausalLM.from_config(self.config.text_config))
+        # What pads a batch also ends a document or a turn where the tokenizer has no token for padding alone; known as
+        # padding, its embedding would begin with zeros and be left out of training. Padding itself needs neither:
+        # nothing attends to it, and so it has no gradient.
+        text = self.config.text_config
+        pad, text.pad_token_id = getattr(text, "pad_token_id", None), None
+        try:
+            causal = AutoModelForCausalLM.from_config(text)
+        finally:
+            text.pad_token_id = pad
+        causal.config.pad_token_id = pad
+        return self._take_head(causal)
 
     def _take_head(self, causal: PreTrainedModel) -> PreTrainedModel:
         """Keep the head of `causal` and return its layers."""
+        causal.get_input_embeddings().padding_idx = None
         self.language_head = LanguageHead(causal)
         self._tied_weights_keys = self.language_head.tied
         return self.language_head.language_model

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_forward import picture
-from tiny import LANGUAGE, TOWER, tiny_model, tiny_tokenizer
+from tiny import LANGUAGE, TOWER, tiny_model, tiny_section, tiny_tokenizer
 from tower_kit import ROTARY, open_clip_tower
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, CLIPConfig, LlamaConfig, LlamaForCausalLM
 
@@ -81,6 +81,18 @@ def test_a_new_model_in_bfloat16_is_as_exact_as_a_loaded_one(
     for name, buffer in model.named_buffers():
         torch.testing.assert_close(buffer, buffers[name], rtol=0, atol=0, msg=name)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_an_end_token_that_also_pads_is_learnt() -> None:
+    """As in Llama 3, SmolLM2 and all that have no token for padding alone."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    model, _ = build_model(tiny_section(tower=None), None, 0, tokenizer=tokenizer)
+    assert model.get_input_embeddings().get_parameter("weight").abs().sum(-1).all()
+    ids = torch.tensor([[40, 50, tokenizer.eos_token_id, 60, 70]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    learnt = model.get_input_embeddings().get_parameter("weight").grad.abs().sum(-1)
+    assert (learnt[ids[0, :-1]] > 0).all()
 
 
 def test_a_language_model_that_lacks_a_tensor_is_refused(language: Path) -> None:

@@ -185,7 +185,10 @@ def _answer_prompt(template: _Template) -> str:
 @lru_cache(maxsize=64)
 def _writes_system(template: _Template) -> bool:
     texts = {"system": _PROBE, "user": "a", "assistant": "b"}
-    return _PROBE in template.render([{"role": role, "content": text} for role, text in texts.items()], False)
+    try:
+        return _PROBE in template.render([{"role": role, "content": text} for role, text in texts.items()], False)
+    except EncodingError:  # refused, with or without a word of its own
+        return True
 
 
 @lru_cache(maxsize=64)

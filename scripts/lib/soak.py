@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from llava_compete.files import write_json_lines, write_text
+
 STEPS, SAVE_STEPS = 12, 4
 # A run of these few steps that takes longer hangs; on a busy machine imports alone take minutes.
 LIMIT_SECONDS = 1800
@@ -287,10 +289,10 @@ def main(root: Path, kills: int, seed: int, words: list[str]) -> int:
     for number, (setting, kill) in list(enumerate(zip(order, draws, strict=True)))[len(rows) :]:
         row = soak.kill_one(number, setting, kill)
         rows.append(row)
-        (root / ROWS).write_text("".join(json.dumps(line) + "\n" for line in (plan, *rows)), encoding="utf-8")
+        write_json_lines(root / ROWS, (plan, *rows))
         if is_good(row):
             shutil.rmtree(root / f"kill-{number}")
-        (root / "README.md").write_text(table(rows, kills, seed), encoding="utf-8")
+        write_text(root / "README.md", table(rows, kills, seed))
         sys.stderr.write(f"{number + 1}/{kills} {'equal' if is_good(row) else 'NOT EQUAL'}: {row}\n")
     return 0 if all(map(is_good, rows)) else 1
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from stage_kit import fresh_model, stage_config, tiny_moe, write_data
 
+from llava_compete.files import write_json_lines
 from llava_compete.manifest import git_state
 from llava_compete.moe.terms import COMPETITION_COEFS, ROUTER_COEFS
 
@@ -284,8 +285,7 @@ def main(folder: Path, records: Path) -> None:
     finally:
         done = {cell: {"commit": commit, **result} for cell, result in grid.done().items()} | before
         results = {cell: done[cell] for cell in order if cell in done}
-        lines = (json.dumps({"cell": cell, **result}) + "\n" for cell, result in results.items())
-        cells.write_text("".join(lines), encoding="utf-8")
+        write_json_lines(cells, ({"cell": cell, **result} for cell, result in results.items()))
         commits = ", ".join(sorted({result["commit"] for result in results.values()}))
         facts = {"date": date.today(), "commits": commits, "ran": f"{len(results):,}"}
         facts |= {"total": f"{len(order):,}"} | dict(zip(("pairs", "triples", "quadruples"), sizes, strict=True))

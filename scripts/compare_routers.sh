@@ -60,7 +60,10 @@ if [ -z "${PARENT:-}" ]; then
   [ -f playground/data/demo/eval/meta.json ] || llava-compete data demo --out playground/data/demo
   for ((seed = 0; seed < seeds; seed++)); do
     parent=${PARENT//"{seed}"/$seed}
-    [ -f "$parent/config.json" ] || OMP_NUM_THREADS='' bash scripts/pretrain_align.sh output_dir="$parent" seed="$seed"
+    [ -f "$parent/config.json" ] && continue
+    start_group env OMP_NUM_THREADS= bash scripts/pretrain_align.sh output_dir="$parent" seed="$seed"
+    # shellcheck disable=SC2154 # common.sh's
+    wait_group "$group"
   done
 fi
 

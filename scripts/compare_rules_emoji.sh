@@ -29,7 +29,9 @@ for ((seed = 0; seed < SEEDS; seed++)); do
     [ -f "$parent/$stage/config.json" ] && continue
     from=()
     [ "$stage" = pretrain_align ] || from=(model.checkpoint="$parent/pretrain_align")
-    bash "scripts/$stage.sh" "$RECIPE/$stage.yaml" output_dir="$parent/$stage" seed="$seed" "${from[@]}"
+    start_group bash "scripts/$stage.sh" "$RECIPE/$stage.yaml" output_dir="$parent/$stage" seed="$seed" "${from[@]}"
+    # shellcheck disable=SC2154 # common.sh's
+    wait_group "$group"
   done
 done
 # 8 rows a step, and as many steps as the recipe's one pass over the rows takes.

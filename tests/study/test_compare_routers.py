@@ -23,11 +23,7 @@ for word in "$@"; do
 done
 """
 STUBS = {
-    "scripts/lib/common.sh": """VENV=$PWD/venv
-ensure_venv() { :; }
-say() { :; }
-die() { echo "error: $*" >&2; exit 2; }
-""",
+    "scripts/setup.sh": "",
     "scripts/pretrain_align.sh": 'exec llava-compete pretrain_align "$@"\n',
     "scripts/pft.sh": 'exec llava-compete pft "$@"\n',
     "venv/bin/llava-compete": RECORDER,
@@ -47,7 +43,9 @@ def study(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
         path.chmod(0o755)
-    for name in ("compare_routers.sh", "compare_rules_emoji.sh", "lib/study.sh"):
+    (tmp_path / "scripts" / "lib").mkdir()
+    monkeypatch.setenv("VENV", str(tmp_path / "venv"))
+    for name in ("compare_routers.sh", "compare_rules_emoji.sh", "lib/common.sh", "lib/study.sh"):
         shutil.copy(SCRIPTS / name, tmp_path / "scripts" / name)
     record = tmp_path / "record"
     monkeypatch.setenv("RECORD", str(record))

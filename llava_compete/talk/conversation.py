@@ -82,7 +82,14 @@ def load_pictures(files: Sequence[str], limits: Limits) -> tuple[Image.Image, ..
     """
     if len(files) > limits.images:
         raise UserError(f"{len(files)} pictures with one question, at most {limits.images}")
-    return tuple(picture_within(Path(file).read_bytes(), limits, Path(file).name) for file in files)
+    return tuple(picture_within(_content(Path(file)), limits, Path(file).name) for file in files)
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file.name}: cannot be read: {error.strerror}; give it once more") from error
 
 
 def ask(

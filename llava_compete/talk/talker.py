@@ -55,11 +55,6 @@ class Talker:
         self.model, self.processor, self.records_routing = model.eval(), processor, records_routing
         self.stop_ids = stop_token_ids(processor.tokenizer)
         self._turn = threading.Lock()
-        self._stop = threading.Event()
-
-    def interrupt(self) -> None:
-        """End the answer that is being written where it is; its generator then ends as usual."""
-        self._stop.set()
 
     def stream(
         self, messages: list[Message], sampling: Sampling, stop: threading.Event | None = None
@@ -75,7 +70,7 @@ class Talker:
         inputs = self._inputs(messages)
         length = inputs["input_ids"].shape[1]
         room = fitting(self.model, length, sampling.max_new_tokens)
-        self._stop = stop = stop or threading.Event()
+        stop = stop or threading.Event()
         left = threading.Event()  # nobody reads on
         streamer = Pieces(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         results: list[Any] = []

@@ -83,14 +83,15 @@ class Terminal:
     def _ask(self, text: str) -> None:
         content: list[dict[str, Any]] = [{"type": "image", "image": picture} for _, picture in self.pictures]
         question = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
-        self.answer = self._print(self.talker.stream([*self.messages, question], self.sampling))
+        stop = threading.Event()
+        self.answer = self._print(self.talker.stream([*self.messages, question], self.sampling, stop), stop)
         self._names += [name for name, _ in self.pictures]
         self.pictures = []
         self.messages += [question, {"role": "assistant", "content": self.answer.text}]
 
-    def _print(self, pieces: Generator[str, None, Answer]) -> Answer:
-        """Write pieces as they come; Ctrl-C ends the answer, and the conversation goes on."""
-        with _on_ctrl_c(self.talker.interrupt):
+    def _print(self, pieces: Generator[str, None, Answer], stop: threading.Event) -> Answer:
+        """Write pieces as they come; Ctrl-C ends the answer, also before its first word, and the talk goes on."""
+        with _on_ctrl_c(stop.set):
             answer = say_pieces(pieces, self._say)
         ends = {"stop": "", "length": f"[{len(answer.token_ids)} tokens: the limit]\n", "stopped": "[stopped]\n"}
         self._say("\n" + ends[answer.finish])

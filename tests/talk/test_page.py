@@ -155,6 +155,7 @@ def test_a_new_conversation_waits_for_the_end_of_the_old_answer(page: Any) -> No
         ({"text": "?", "files": ["large.png"]}, GREEDY, r"large\.png: a picture of 200x200 pixels, at most 0\.02"),
         ({"text": "?", "files": ["heavy.png"]}, GREEDY, r"heavy\.png: a picture of 200,000 bytes, at most 0\.1 MiB"),
         ({"text": "?", "files": ["broken.png"]}, GREEDY, r"broken\.png: "),
+        ({"text": "?", "files": ["forgotten.png"]}, GREEDY, r"forgotten\.png: cannot be read: No such file"),
         ({"text": "?", "files": ["small.png"] * 3}, GREEDY, "3 pictures with one question, at most 2"),
         ({"text": "?"}, (-1, 1, 0, 6, None), "temperature: found -1"),
         ({"text": "?"}, ("hot", 1, 0, 6, None), "settings: could not convert"),

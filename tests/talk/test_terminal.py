@@ -178,6 +178,15 @@ def test_a_line_at_fault_leaves_the_conversation_usable(talker: Talker, line: st
     assert [message["role"] for message in terminal.messages] == ["user", "assistant"]
 
 
+def test_ctrl_c_while_pictures_are_read_ends_the_answer(talker: Talker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a word is written; the conversation goes on."""
+    read = talker._inputs
+    monkeypatch.setattr(talker, "_inputs", lambda asked: (os.kill(os.getpid(), signal.SIGINT), read(asked))[1])
+    terminal, said = converse(talker, "what ?", "and now ?")
+    assert said.count("[stopped]") == 2
+    assert len(terminal.messages) == 4
+
+
 def test_one_question_as_json(talker: Talker, picture: str) -> None:
     result = once(talker, Sampling(max_new_tokens=4), "be brief", [picture], "what ?")
     assert json.loads(json.dumps(result)) == result

@@ -50,6 +50,11 @@ def read_log(stage_directory: Path) -> TrainingLog:
     return TrainingLog(steps, ends[-1])
 
 
+def is_finished(directory: Path) -> bool:
+    """Whether it is a quickstart's, and all its stages have run; other scripts keep other stages in such a folder."""
+    return all((directory / "stages" / stage).is_file() for stage in STAGES)
+
+
 def collect(directory: Path) -> dict[str, Any]:
     """Everything that metrics.json holds, from the files of a finished quickstart."""
     seconds = {}

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from llava_compete.cli import main
 from llava_compete.config import dump_yaml
 from llava_compete.errors import UserError
 from llava_compete.evaluation.unit_scores import Unit, write_units
@@ -85,6 +88,25 @@ def test_evaluations_elsewhere_are_given(sft: Path, tmp_path: Path) -> None:
     other = evaluation(tmp_path / "other", tmp_path / "upcycle", 10)
     with pytest.raises(UserError, match="none of the runs given or their parents"):
         find_runs([sft], [other])
+
+
+def test_the_closing_tables_are_a_finished_quickstarts(
+    sft: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another script's folder of stages has its report and no more; a place that cannot be is said before a model is
+    looked for, of which there is none here."""
+    for name in ("pft", "sft", "upcycle", "pretrain_align"):
+        (tmp_path / name / "run" / "metrics.jsonl").unlink()
+        (tmp_path / "stages").mkdir(exist_ok=True)
+        (tmp_path / "stages" / name).write_text("fingerprint 1.0")
+    assert main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "report" / "report.json").is_file()
+    assert not (tmp_path / "metrics.json").exists()
+    (tmp_path / "taken").touch()
+    pq.write_table(pa.table({"image": [{"bytes": b""}], "question": ["?"], "answer": ["a"]}), tmp_path / "rows.parquet")
+    rows = ["--data", str(tmp_path / "rows.parquet")]
+    assert main(["report", str(sft), *rows, "--out", str(tmp_path / "taken")]) == 2
+    assert "taken: File exists" in capsys.readouterr().err
 
 
 def test_without_a_record_no_parent_is_named(sft: Path, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     from llava_compete.errors import UserError
     from llava_compete.evaluation.checkpoint_routing import MeasureOptions, measure_checkpoint
     from llava_compete.evaluation.routing_data import Rows
+    from llava_compete.report.quickstart import is_finished, write_report
     from llava_compete.report.run_facts import find_runs, with_checkpoints
     from llava_compete.report.run_report import write_run_report
 
@@ -64,16 +65,15 @@ def run(arguments: argparse.Namespace) -> None:
         processes=arguments.processes,
         device=arguments.device,
     )
+    out = arguments.out or arguments.runs[0] / "report"
+    out.mkdir(parents=True, exist_ok=True)  # where it cannot be, that is said before anything is measured
     routing = {}
     for one in runs:
         if one.checkpoint is not None and len(rows):
             with tqdm(total=len(rows), desc=one.name, unit="row") as bar:
                 routing[one.name] = measure_checkpoint(one.checkpoint, rows, options, bar.update)
     command = f"llava-compete {shlex.join(sys.argv[1:])}"
-    out = arguments.out or arguments.runs[0] / "report"
     for path in write_run_report(runs, routing, out, command):
         sys.stdout.write(f"Written: {path}\n")
-    if (arguments.runs[0] / "stages").is_dir():
-        from llava_compete.report.quickstart import write_report
-
+    if is_finished(arguments.runs[0]):
         write_report(arguments.runs[0])

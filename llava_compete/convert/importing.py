@@ -77,6 +77,8 @@ def import_checkpoint(
 
 def refuse_existing(output_dir: Path) -> None:
     """Raise a `UserError` where something is in the way of a new directory."""
+    if output_dir.name in ("", ".."):
+        raise UserError(f"--out: found {str(output_dir)!r}, expected a directory by a name of its own")
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"{output_dir}: not empty; choose another --out")
 

@@ -62,6 +62,8 @@ def fetch(target: Target, folder: Path, options: Mapping[str, Any] | None = None
         "options": values,
         "packages": {name: vars(package) for name, package in target.packages.items()},
     }
+    if folder.name in ("", ".."):
+        raise UserError(f"--out: found {str(folder)!r}, expected a folder by a name of its own")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):

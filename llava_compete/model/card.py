@@ -94,7 +94,7 @@ def stage_card(staged: Path, directory: Path, config: LlavaCompeteConfig) -> Non
 
 def _is_own(path: Path) -> bool:
     """Whether somebody wrote it."""
-    return path.is_file() and MARK not in path.read_text(encoding="utf-8")
+    return path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace")
 
 
 def _cell(value: Any) -> str:

@@ -225,6 +225,8 @@ def test_the_command_says_what_came_in(published: Path, tmp_path: Path, capsys: 
     assert "left out: 18 tensor(s), behind the feature layer" in printed
     assert main(["import", str(published), "--out", str(tmp_path / "ours")]) == 2
     assert "not empty" in capsys.readouterr().err
+    assert main(["import", str(published), "--out", "."]) == 2
+    assert "--out: found '.', expected a directory by a name of its own" in capsys.readouterr().err
     assert main(["import", str(tmp_path / "ours"), "--out", str(tmp_path / "b")]) == 2
     assert "a checkpoint of llava_compete already" in capsys.readouterr().err
     assert main(["import", str(tmp_path / "nothing"), "--out", str(tmp_path / "b")]) == 2

@@ -149,6 +149,8 @@ def test_npm_is_named_when_it_is_missing_or_fails(tmp_path, monkeypatch):
 
 
 def test_a_folder_of_something_else_is_left_alone(wheels, tmp_path):
+    with pytest.raises(UserError, match=r"--out: found '\.', expected a folder by a name"):
+        fetch(target_of(part(wheels)), Path())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
     with pytest.raises(UserError, match="was not made by this command"):

@@ -109,7 +109,7 @@ def test_a_stages_card_has_the_name_and_the_data_of_its_place(checkpoint: Path, 
     card = (checkpoint / CARD).read_text()
     assert 'from_pretrained("sft")' in card
     assert "- captions (weight 1)" in card
-    (out / CARD).write_text("mine")
+    (out / CARD).write_bytes(b"m\xeene")  # in an encoding of its writer's
     stage_card(checkpoint, out, read_config(checkpoint))
     assert not (checkpoint / CARD).exists()  # which would take its place
 

@@ -47,7 +47,7 @@ def read_scores(folder: Path, digest: str | None) -> list[list[Any]]:
     """Rows (benchmark, accuracy, chance, questions) of an evaluation of the checkpoint whose files have this digest.
 
     Raises:
-        UserError: no evaluation, or one of other files.
+        UserError: no evaluation, or one of other files, or with an adapter beside them.
     """
     path = folder / "summary.json"
     if not path.is_file():
@@ -59,5 +59,7 @@ def read_scores(folder: Path, digest: str | None) -> list[list[Any]]:
             f"{path}: found an evaluation of {evaluated.get('path')} with other files (sha256), expected one of the "
             "checkpoint as it is; evaluate it again, or remove that folder"
         )
+    if evaluated.get("adapter_sha256"):
+        raise UserError(f"{path}: found an evaluation with an adapter, expected one of the checkpoint alone")
     tasks = summary.get("tasks", {})
     return [[name, task.get("accuracy"), task.get("chance"), task.get("n")] for name, task in tasks.items()]

@@ -141,10 +141,10 @@ def test_push_uploads_the_checkpoint_with_data_and_scores(
     assert 'from_pretrained("me/tiny")' in card
     assert "somewhere" not in card
 
-    facts["sha256"] = "0" * 64
-    write_json(checkpoint / "eval" / "summary.json", {"checkpoint": facts, "tasks": tasks})
-    assert main(["push", str(checkpoint), "me/tiny"]) == 2
-    assert "with other files (sha256)" in capsys.readouterr().err
+    for key, said in (("sha256", "with other files (sha256)"), ("adapter_sha256", "with an adapter")):
+        write_json(checkpoint / "eval" / "summary.json", {"checkpoint": facts | {key: "0" * 64}, "tasks": tasks})
+        assert main(["push", str(checkpoint), "me/tiny"]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_hub_that_refuses_is_one_line(

@@ -73,7 +73,7 @@ def test_ranks_that_torchrun_starts_anew_meet_anew(monkeypatch: pytest.MonkeyPat
     for restart in range(2):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
         second = start_ranks(lambda rank, store: None, ranks=[1], port=agent.port)
-        time.sleep(0.3)
+        time.sleep(0.3 * restart)  # the other has looked into the store by then
         first = start_ranks(lambda rank, store: None, ranks=[0], port=agent.port)
         assert first() + second() == ["", ""]
 

@@ -32,8 +32,9 @@ class Written(NamedTuple):
 def written(model: nn.Module, arguments: TrainingArguments) -> Written:
     """What a stage will write of `model`, on the CPU or the meta device and not yet DeepSpeed's.
 
-    Of adapters a checkpoint holds what trains, else all weights. DeepSpeed adds the weights once more, as its engine
-    has them (ZeRO-3: those that do not train), and float32 copies of what trains.
+    Of adapters a checkpoint holds what trains, and peft's own files; else all weights. DeepSpeed adds the same once
+    more, as its engine has it (ZeRO-3: what of it does not train), and float32 copies of what trains. Adapters lie
+    beside the result that they are merged into.
     """
     stage = zero_stage(arguments)
     narrow = stage > 0 and (arguments.bf16 or arguments.fp16)  # then its engine casts the model
@@ -44,14 +45,17 @@ def written(model: nn.Module, arguments: TrainingArguments) -> Written:
     weights = sum(map(size, model.parameters()))
     free = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trained = sum(map(size, free))
-    saved = trained if has_adapters(model) else weights
+    adapters = sum(size(parameter) for name, parameter in model.named_parameters() if "lora_" in name)
+    held = trained if has_adapters(model) else weights
+    saved = held + adapters
+    result = weights - adapters + saved if has_adapters(model) else weights
     if arguments.save_only_model:
-        return Written(saved, weights)
+        return Written(saved, result)
     moments = 2 if arguments.optim.value.startswith(_TWO_MOMENTS) else 0
     if stage == 0:
-        return Written(saved + moments * trained, weights)
-    engine = saved - trained if stage == 3 else saved
-    return Written(saved + engine + 4 * (1 + moments) * sum(parameter.numel() for parameter in free), weights)
+        return Written(saved + moments * trained, result)
+    engine = held - trained if stage == 3 else held
+    return Written(saved + engine + 4 * (1 + moments) * sum(parameter.numel() for parameter in free), result)
 
 
 def check_space(output_dir: Path, found: Written, arguments: TrainingArguments, total_steps: int) -> None:

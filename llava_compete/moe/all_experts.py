@@ -1,8 +1,8 @@
 """All experts on all tokens: one large product for the up projections, one batched product for the down projections.
 
 The number of operators does not depend on E. Each is one autograd node that saves the packed parameter itself, since a
-saved view would keep ZeRO-3's gathered weights alive. Suffixes: T tokens, E experts, D in, M = I or 2 I hidden rows, I
-hidden, O out.
+saved view would keep ZeRO-3's gathered weights alive; tokens and hidden states are kept for weights that train alone.
+Suffixes: T tokens, E experts, D in, M = I or 2 I hidden rows, I hidden, O out.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class AllExpertsUp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_EMD: Tensor, bias_EM: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x_TD, weight_EMD)
+        ctx.save_for_backward(x_TD if ctx.needs_input_grad[1] else None, weight_EMD)
         return all_experts_up(x_TD, weight_EMD, bias_EM)
 
     @staticmethod
@@ -60,7 +60,7 @@ class AllExpertsDown(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h_TEI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:
-        ctx.save_for_backward(h_TEI, weight_EOI)
+        ctx.save_for_backward(h_TEI if ctx.needs_input_grad[1] else None, weight_EOI)
         return all_experts_down(h_TEI, weight_EOI, bias_EO)
 
     @staticmethod

@@ -87,8 +87,7 @@ class Picked(NamedTuple):
 def pick_winners(y_ETO: Tensor, name: str, num_winners: int) -> Picked:
     """Affinities of outputs y, and the K largest of each token; without gradient (`pick_winners_backward`)."""
     affinity_TE, winners_TK = respond(y_ETO, name, num_winners)
-    won_PO = y_ETO.flatten(0, 1).index_select(0, _winners_rows(winners_TK))
-    return Picked(affinity_TE, winners_TK, won_PO.view(*winners_TK.shape, y_ETO.shape[2]))
+    return Picked(affinity_TE, winners_TK, _won(y_ETO, winners_rows(winners_TK)))
 
 
 def respond(y_ETO: Tensor, name: str, num_winners: int) -> Responses:
@@ -99,21 +98,25 @@ def respond(y_ETO: Tensor, name: str, num_winners: int) -> Responses:
     return Responses(affinity_TE, top_experts(affinity_TE, num_winners))
 
 
-def _winners_rows(winners_TK: Tensor) -> Tensor:
-    """A winner's row of y laid out as [E * T, O]. Rows never repeat: a token wins at most once at an expert."""
+def winners_rows(winners_TK: Tensor) -> Tensor:
+    """[T, K], the winners' rows of y laid out as [E * T, O]. They never repeat: a token wins once at an expert."""
     tokens_T1 = torch.arange(len(winners_TK), device=winners_TK.device)[:, None]
-    return torch.add(tokens_T1, winners_TK, alpha=len(winners_TK)).flatten()
+    return torch.add(tokens_T1, winners_TK, alpha=len(winners_TK))
+
+
+def _won(y_ETO: Tensor, rows_TK: Tensor) -> Tensor:
+    return y_ETO.flatten(0, 1).index_select(0, rows_TK.flatten()).unflatten(0, rows_TK.shape)
 
 
 def pick_winners_backward(
-    y_ETO: Tensor, name: str, picked: Picked, grad_affinity_TE: Tensor, grad_won_TKO: Tensor
+    y_ETO: Tensor, name: str, affinity_TE: Tensor, rows_TK: Tensor, grad_affinity_TE: Tensor, grad_won_TKO: Tensor
 ) -> Tensor:
     """dy_e = slope(y_e) / O x d(affinity_e), and where expert e won, the gradient of its output beside it."""
-    grad_ETO = AFFINITIES[name].slope(y_ETO, picked.affinity_TE.t()[:, :, None])
+    grad_ETO = AFFINITIES[name].slope(y_ETO, affinity_TE.t()[:, :, None])
     # In the slope's dtype: a product of two dtypes takes a GPU three times as long.
     scale_TE = (grad_affinity_TE / y_ETO.shape[2]).to(grad_ETO.dtype)
     grad_ETO = grad_ETO.mul_(scale_TE.t()[:, :, None]).to(y_ETO.dtype)
-    grad_FO, rows_P = grad_ETO.flatten(0, 1), _winners_rows(picked.winners_TK)
+    grad_FO, rows_P = grad_ETO.flatten(0, 1), rows_TK.flatten()
     grad_FO.index_copy_(0, rows_P, grad_FO.index_select(0, rows_P).add_(grad_won_TKO.flatten(0, 1)))
     return grad_ETO
 
@@ -128,24 +131,25 @@ class PickWinners(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y_ETO: Tensor, name: str, num_winners: int) -> tuple[Tensor, Tensor, Tensor]:
-        picked = pick_winners(y_ETO, name, num_winners)
-        ctx.save_for_backward(y_ETO, picked.affinity_TE, picked.winners_TK)
+        affinity_TE, winners_TK = respond(y_ETO, name, num_winners)
+        rows_TK = winners_rows(winners_TK)
+        ctx.save_for_backward(y_ETO, affinity_TE, rows_TK)
         ctx.name = name
-        ctx.mark_non_differentiable(picked.winners_TK)
+        ctx.mark_non_differentiable(winners_TK)
         ctx.set_materialize_grads(False)
-        return picked.affinity_TE, picked.winners_TK, picked.won_TKO
+        return affinity_TE, winners_TK, _won(y_ETO, rows_TK)
 
     @staticmethod
     def backward(
         ctx: Any, grad_affinity_TE: Tensor | None, _: None, grad_won_TKO: Tensor | None
     ) -> tuple[Tensor, None, None]:
-        y_ETO, affinity_TE, winners_TK = ctx.saved_tensors
+        y_ETO, affinity_TE, rows_TK = ctx.saved_tensors
         if grad_affinity_TE is None:
             grad_affinity_TE = torch.zeros_like(affinity_TE)
         if grad_won_TKO is None:
-            grad_won_TKO = y_ETO.new_zeros(*winners_TK.shape, y_ETO.shape[2])
-        picked = Picked(affinity_TE, winners_TK, grad_won_TKO)
-        return pick_winners_backward(y_ETO, ctx.name, picked, grad_affinity_TE, grad_won_TKO), None, None
+            grad_won_TKO = y_ETO.new_zeros(*rows_TK.shape, y_ETO.shape[2])
+        grads = (grad_affinity_TE, grad_won_TKO)
+        return pick_winners_backward(y_ETO, ctx.name, affinity_TE, rows_TK, *grads), None, None
 
 
 class _MixWinners(torch.autograd.Function):

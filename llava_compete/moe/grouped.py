@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from llava_compete.moe.pairs import Pairs, row_products, spread_rows, sum_rows
+from llava_compete.moe.pairs import Pairs, combine_rows, row_products, spread_rows, sum_rows
 
 ALIGNMENT_BYTES = 16
 
@@ -49,8 +49,11 @@ class DispatchUp(torch.autograd.Function):
         x_PD = x_TD.index_select(0, pairs.token_P)
         up_PM = _add_biases(_grouped(x_PD, weight_EMD.transpose(1, 2), pairs), marks_PE, bias_EM)
         up_TM = _last_expert(x_TD, weight_EMD, bias_EM) if has_shared else None
-        ctx.save_for_backward(x_PD, x_TD if has_shared else None, weight_EMD, marks_PE)
-        ctx.pairs = pairs
+        weight_wanted = ctx.needs_input_grad[1]  # tokens are read for that gradient alone
+        ctx.save_for_backward(
+            x_PD if weight_wanted else None, x_TD if weight_wanted and has_shared else None, weight_EMD, marks_PE
+        )
+        ctx.pairs, ctx.has_shared = pairs, has_shared
         return up_PM, up_TM
 
     @staticmethod
@@ -65,15 +68,15 @@ class DispatchUp(torch.autograd.Function):
         grad_bias_EM: Any = None
         if x_wanted:
             grad_x_TD = sum_rows(_grouped(grad_PM, weight_EMD, ctx.pairs), ctx.pairs)
-            if x_TD is not None:
+            if ctx.has_shared:
                 grad_x_TD.addmm_(grad_TM, weight_EMD[-1])
         if weight_wanted:
             grad_weight_EMD = F.grouped_mm(grad_PM.t(), x_PD, offs=ends_E)
-            if x_TD is not None:
+            if ctx.has_shared:
                 torch.mm(grad_TM.t(), x_TD, out=grad_weight_EMD[-1])
         if bias_wanted:
             grad_bias_EM = marks_PE.t() @ grad_PM
-            if x_TD is not None:
+            if ctx.has_shared:
                 torch.sum(grad_TM, 0, out=grad_bias_EM[-1])
         return grad_x_TD, grad_weight_EMD, grad_bias_EM, None, None, None
 
@@ -94,20 +97,22 @@ class DownCombine(torch.autograd.Function):
         shared_weight: float,
     ) -> Tensor:
         y_PO = _add_biases(_grouped(h_PI, weight_EOI.transpose(1, 2), pairs), marks_PE, bias_EO)
-        output_TO = sum_rows(y_PO, pairs, weights_TC)
+        output_TO, rows = combine_rows(y_PO, pairs, weights_TC)
         if h_TI is not None:
             output_TO = torch.lerp(output_TO, _last_expert(h_TI, weight_EOI, bias_EO), shared_weight)
-        ctx.save_for_backward(h_PI, h_TI, weight_EOI, marks_PE, weights_TC, y_PO)
-        ctx.pairs, ctx.shared_weight = pairs, shared_weight
+        _, _, weight_wanted, _, weights_wanted, *_ = ctx.needs_input_grad
+        hidden = (h_PI, h_TI) if weight_wanted else (None, None)  # read for that gradient alone
+        ctx.save_for_backward(*hidden, weight_EOI, marks_PE, weights_TC, rows if weights_wanted else None)
+        ctx.pairs, ctx.shared_weight, ctx.has_shared = pairs, shared_weight, h_TI is not None
         return output_TO
 
     @staticmethod
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
-        h_PI, h_TI, weight_EOI, marks_PE, weights_TC, y_PO = ctx.saved_tensors
+        h_PI, h_TI, weight_EOI, marks_PE, weights_TC, rows = ctx.saved_tensors
         h_wanted, shared_wanted, weight_wanted, bias_wanted, weights_wanted, *_ = ctx.needs_input_grad
         pairs: Pairs = ctx.pairs
-        grad_shared_TO: Any = grad_TO * ctx.shared_weight if h_TI is not None else None
-        grad_TO = grad_TO.contiguous() if h_TI is None else grad_TO * (1 - ctx.shared_weight)
+        grad_shared_TO: Any = grad_TO * ctx.shared_weight if ctx.has_shared else None
+        grad_TO = grad_TO * (1 - ctx.shared_weight) if ctx.has_shared else grad_TO.contiguous()
         grad_h_PI = grad_h_TI = grad_weight_EOI = grad_bias_EO = grad_weights_TC = None
         grad_y_PO = spread_rows(grad_TO, pairs, weights_TC)
         if h_wanted:
@@ -116,14 +121,14 @@ class DownCombine(torch.autograd.Function):
             grad_h_TI = grad_shared_TO @ weight_EOI[-1]
         if weight_wanted:
             grad_weight_EOI = F.grouped_mm(grad_y_PO.t(), h_PI, offs=pairs.ends_E)
-            if h_TI is not None:
+            if ctx.has_shared:
                 torch.mm(grad_shared_TO.t(), h_TI, out=grad_weight_EOI[-1])
         if bias_wanted:
             grad_bias_EO = marks_PE.t() @ grad_y_PO
-            if h_TI is not None:
+            if ctx.has_shared:
                 torch.sum(grad_shared_TO, 0, out=grad_bias_EO[-1])
         if weights_wanted:
-            grad_weights_TC = row_products(grad_TO, y_PO, pairs)
+            grad_weights_TC = row_products(grad_TO, rows, pairs)
         return grad_h_PI, grad_h_TI, grad_weight_EOI, grad_bias_EO, grad_weights_TC, None, None, None
 
 

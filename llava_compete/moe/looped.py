@@ -37,15 +37,16 @@ def _(x_PH: Tensor, weight_EMH: Tensor, bias_EM: Tensor | None, ends_E: Tensor) 
 
 @torch.library.custom_op("llava_compete::grouped_linear_backward", mutates_args=())
 def _grouped_linear_backward(
-    grad_PM: Tensor, x_PH: Tensor, weight_EMH: Tensor, ends_E: Tensor, weight_wanted: bool, bias_wanted: bool
+    grad_PM: Tensor, x_PH: Tensor | None, weight_EMH: Tensor, ends_E: Tensor, bias_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """An operator cannot return None: a gradient that is not wanted (frozen experts) has no elements."""
-    grad_x_PH = torch.empty_like(x_PH)
-    grad_weight_EMH = weight_EMH.new_empty(weight_EMH.shape if weight_wanted else 0)
+    """Without x, of which nothing is kept where the weight is frozen, only that of x and perhaps the bias. An operator
+    cannot return None: a gradient that is not wanted has no elements."""
+    grad_x_PH = grad_PM.new_empty(grad_PM.shape[0], weight_EMH.shape[2])
+    grad_weight_EMH = weight_EMH.new_empty(0 if x_PH is None else weight_EMH.shape)
     grad_bias_EM = grad_PM.new_empty(weight_EMH.shape[:2] if bias_wanted else 0)
     for expert, rows in expert_slices(ends_E):
         torch.mm(grad_PM[rows], weight_EMH[expert], out=grad_x_PH[rows])
-        if weight_wanted:
+        if x_PH is not None:
             torch.mm(grad_PM[rows].t(), x_PH[rows], out=grad_weight_EMH[expert])
         if bias_wanted:
             torch.sum(grad_PM[rows], 0, out=grad_bias_EM[expert])
@@ -55,22 +56,21 @@ def _grouped_linear_backward(
 
 @_grouped_linear_backward.register_fake
 def _(
-    grad_PM: Tensor, x_PH: Tensor, weight_EMH: Tensor, ends_E: Tensor, weight_wanted: bool, bias_wanted: bool
+    grad_PM: Tensor, x_PH: Tensor | None, weight_EMH: Tensor, ends_E: Tensor, bias_wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_weight_EMH = weight_EMH.new_empty(weight_EMH.shape if weight_wanted else 0)
-    return torch.empty_like(x_PH), grad_weight_EMH, grad_PM.new_empty(weight_EMH.shape[:2] if bias_wanted else 0)
+    grad_x_PH = grad_PM.new_empty(grad_PM.shape[0], weight_EMH.shape[2])
+    grad_weight_EMH = weight_EMH.new_empty(0 if x_PH is None else weight_EMH.shape)
+    return grad_x_PH, grad_weight_EMH, grad_PM.new_empty(weight_EMH.shape[:2] if bias_wanted else 0)
 
 
 def _save_grouped(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], output: Tensor) -> None:
     x_PH, weight_EMH, _, ends_E = inputs
-    ctx.save_for_backward(x_PH, weight_EMH, ends_E)
+    ctx.save_for_backward(x_PH if ctx.needs_input_grad[1] else None, weight_EMH, ends_E)
 
 
 def _grouped_gradients(ctx: Any, grad_PM: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
     _, weight_wanted, bias_wanted, _ = ctx.needs_input_grad
-    grad_x_PH, grad_weight_EMH, grad_bias_EM = _grouped_linear_backward(
-        grad_PM, *ctx.saved_tensors, weight_wanted, bias_wanted
-    )
+    grad_x_PH, grad_weight_EMH, grad_bias_EM = _grouped_linear_backward(grad_PM, *ctx.saved_tensors, bias_wanted)
     return grad_x_PH, grad_weight_EMH if weight_wanted else None, grad_bias_EM if bias_wanted else None, None
 
 
@@ -84,10 +84,8 @@ def _grouped_flops(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
 
 
 @register_flop_formula(torch.ops.llava_compete.grouped_linear_backward)
-def _grouped_backward_flops(
-    grad_shape: Any, x_shape: Any, weight_shape: Any, ends_shape: Any, weight_wanted: bool, *_: Any, **__: Any
-) -> int:
-    return (1 + weight_wanted) * _grouped_flops(x_shape, weight_shape)
+def _grouped_backward_flops(grad_shape: Any, x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
+    return (1 if x_shape is None else 2) * _grouped_flops(grad_shape, weight_shape)
 
 
 def expert_slices(ends_E: Tensor) -> list[tuple[int, slice]]:

@@ -64,30 +64,41 @@ def rows_by_token(rows_PH: Tensor, pairs: Pairs) -> Tensor:
     return rows_PH.index_select(0, pairs.place_TK.flatten()).unflatten(0, pairs.place_TK.shape)
 
 
-def sum_rows(rows_PH: Tensor, pairs: Pairs, weights_TK: Tensor | None = None) -> Tensor:
-    """[T, H]: for each token the sum of its rows, weighted or not, added in float32."""
+def sum_rows(rows_PH: Tensor, pairs: Pairs) -> Tensor:
+    """[T, H]: for each token the sum of its rows, added in float32."""
     if is_gpu(rows_PH):
         # The bag below reads two bytes a thread: 0.14 ms where a copy of 38 MB and its sum take 0.05 (H200).
-        rows_TKH = rows_by_token(rows_PH, pairs)
-        return rows_TKH.sum(1) if weights_TK is None else torch.bmm(weights_TK[:, None], rows_TKH).squeeze(1)
-    return F.embedding_bag(pairs.place_TK, rows_PH, per_sample_weights=weights_TK, mode="sum")
+        return rows_by_token(rows_PH, pairs).sum(1)
+    return F.embedding_bag(pairs.place_TK, rows_PH, mode="sum")
+
+
+def combine_rows(y_PO: Tensor, pairs: Pairs, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """[T, O], for each token the weighted sum of its rows, added in float32; and the rows as `row_products` will read
+    them: where they have been copied by token, [T, K, O], a backward need not copy them again."""
+    if is_gpu(y_PO):
+        rows_TKO = rows_by_token(y_PO, pairs)
+        return torch.bmm(weights_TK[:, None], rows_TKO).squeeze(1), rows_TKO
+    return F.embedding_bag(pairs.place_TK, y_PO, per_sample_weights=weights_TK, mode="sum"), y_PO
 
 
 def spread_rows(x_TH: Tensor, pairs: Pairs, weights_TK: Tensor) -> Tensor:
-    """[P, H]: the row of each pair's token times the pair's weight; what `sum_rows` does backwards."""
+    """[P, H]: the row of each pair's token times the pair's weight; what `combine_rows` does backwards."""
     rows_TKH = x_TH[:, None] * weights_TK[:, :, None]
     return rows_TKH.flatten(0, 1).index_select(0, pairs.order_P)
 
 
-def row_products(left_TO: Tensor, right_PO: Tensor, pairs: Pairs) -> Tensor:
-    """[T, K]: the inner product of each pair's row of `right` with its token's row of `left`, summed in float32."""
-    if left_TO.dtype.itemsize == 2:
-        # The kernel below has no bfloat16 on a GPU (torch 2.11). The rows' copy is small beside the experts' products.
-        return torch.bmm(rows_by_token(right_PO, pairs), left_TO.unsqueeze(2)).squeeze(2)
+def row_products(left_TO: Tensor, rows: Tensor, pairs: Pairs) -> Tensor:
+    """[T, K]: the inner product of each pair's row with its token's row of `left`, summed in float32; `rows` as
+    `combine_rows` gave them."""
+    if rows.ndim == 2 and left_TO.dtype.itemsize == 2:
+        # The kernel below has no bfloat16.
+        rows = rows_by_token(rows, pairs)
+    if rows.ndim == 3:
+        return torch.bmm(rows, left_TO.unsqueeze(2)).squeeze(2)
     # Neither side's rows are gathered. Of the two last tensors, the bags' offsets and each row's bag, the kernel reads
     # the second alone.
     products_P = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        left_TO, right_PO, pairs.row_P, pairs.token_P, pairs.token_P, 0
+        left_TO, rows, pairs.row_P, pairs.token_P, pairs.token_P, 0
     )
     return products_P.index_select(0, pairs.place_TK.flatten()).view(pairs.place_TK.shape)
 
@@ -110,17 +121,19 @@ class Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y_PO: Tensor, weights_TK: Tensor, pairs: Pairs) -> Tensor:
-        ctx.save_for_backward(y_PO, weights_TK)
+        output_TO, rows = combine_rows(y_PO, pairs, weights_TK)
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weights_TK)
         ctx.pairs = pairs
-        return sum_rows(y_PO, pairs, weights_TK)
+        return output_TO
 
     @staticmethod
-    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, Tensor, None]:
-        y_PO, weights_TK = ctx.saved_tensors
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, weights_TK = ctx.saved_tensors
+        y_wanted, *_ = ctx.needs_input_grad
         grad_TO = grad_TO.contiguous()
         return (
-            spread_rows(grad_TO, ctx.pairs, weights_TK),
-            row_products(grad_TO, y_PO, ctx.pairs),
+            spread_rows(grad_TO, ctx.pairs, weights_TK) if y_wanted else None,
+            None if rows is None else row_products(grad_TO, rows, ctx.pairs),
             None,
         )
 

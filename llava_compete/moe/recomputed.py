@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from llava_compete.moe.all_experts import all_experts_down, all_experts_up, down_input_gradient
-from llava_compete.moe.competition import Picked, pick_winners, pick_winners_backward
+from llava_compete.moe.competition import pick_winners, pick_winners_backward, winners_rows
 
 
 class Recomputation(NamedTuple):
@@ -70,16 +70,14 @@ class RecomputedContest(torch.autograd.Function):
         with _replayed(ctx.random_state):
             for tokens in chunks(len(x_TD), how.chunk_tokens):
                 kept = 0 if tokens.start == 0 else 1  # how much of a gradient's memory counts: at first it holds noise
-                x_CD, winners_CK = x_TD[tokens], winners_TK[tokens]
+                x_CD, rows_CK = x_TD[tokens], winners_rows(winners_TK[tokens])
                 up_CEM = all_experts_up(x_CD, up_EMD, up_bias_EM) if up_TEM is None else up_TEM[tokens]
                 with torch.enable_grad():
                     up_CEM = up_CEM.detach().requires_grad_()
                     h_CEI = how.activate(up_CEM)
                 y_ECO = all_experts_down(h_CEI.detach(), down_EOI, down_bias_EO)
-                picked = Picked(affinity_TE[tokens], winners_CK, grad_won_TKO)
-                grad_y_ECO = pick_winners_backward(
-                    y_ECO, how.affinity, picked, grad_affinity_TE[tokens], grad_won_TKO[tokens]
-                )
+                grads = (grad_affinity_TE[tokens], grad_won_TKO[tokens])
+                grad_y_ECO = pick_winners_backward(y_ECO, how.affinity, affinity_TE[tokens], rows_CK, *grads)
                 del y_ECO
                 if grad_down_EOI is not None:
                     h_ECI = h_CEI.detach().transpose(0, 1)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llava_compete.moe.precision import without_autocast
+from llava_compete.moe.precision import float32_linear, without_autocast
 from llava_compete.moe.slots import Slots
 
 INIT_STD = 0.02
@@ -186,7 +186,7 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Routing:
         with without_autocast(x_TD.device.type):
-            return self.with_rows(self.route(self.logits(x_TD.float())))
+            return self.with_rows(self.route(self.logits(x_TD)))
 
     def with_rows(self, routing: Routing) -> Routing:
         """With what the coupling loss reads: ZeRO-3 gathers parameters for this call. In a recomputation too."""
@@ -204,7 +204,7 @@ class Router(nn.Module):
         return self.weight.float()[: self.num_proxies]
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        return F.linear(x_TD, self.weight.float())
+        return float32_linear(x_TD, self.weight)
 
     def route(self, logits_TR: Tensor) -> Routing:
         raise NotImplementedError
@@ -257,7 +257,7 @@ class XMoeRouter(Router):
         self.expert_embeddings = nn.Parameter(torch.empty(self.num_routed, reduced))
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        reduced_TR = self.direction(F.linear(x_TD, self.inp_reduction.float()))
+        reduced_TR = self.direction(float32_linear(x_TD, self.inp_reduction))
         # The published code rescales the stored rows in place: the scale takes no part in the gradient.
         embeddings_ER = self.expert_embeddings.float()
         return F.linear(reduced_TR, embeddings_ER * self.row_scale(embeddings_ER.detach()))

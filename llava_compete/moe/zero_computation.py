@@ -18,10 +18,9 @@ routers.py; J constants, O = D.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llava_compete.moe.precision import without_autocast
+from llava_compete.moe.precision import float32_linear, without_autocast
 from llava_compete.moe.routers import INIT_STD, Routing, SoftmaxRouter
 from llava_compete.moe.slots import Slots
 
@@ -44,14 +43,15 @@ class ZeroComputationExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, choices_TC: Tensor, weights_TC: Tensor) -> Tensor:
         with without_autocast(x_TD.device.type):
-            x_TD = x_TD.float()
-            weights_TR = x_TD.new_zeros(len(x_TD), self.slots.total).scatter(1, choices_TC, weights_TC)
+            weights_TR = weights_TC.new_zeros(len(x_TD), self.slots.total).scatter(1, choices_TC, weights_TC)
             experts = self.slots.num_experts
             copy_T1 = weights_TR[:, experts + CONSTANTS : experts + CONSTANTS + 1]
-            shares_TJ2 = F.linear(x_TD, self.gates.float().flatten(0, 1)).unflatten(1, (CONSTANTS, 2)).softmax(-1)
+            shares_TJ2 = float32_linear(x_TD, self.gates.flatten(0, 1)).unflatten(1, (CONSTANTS, 2)).softmax(-1)
             shares_TJ2 = shares_TJ2 * weights_TR[:, experts : experts + CONSTANTS, None]
-            kept_T1 = copy_T1 + shares_TJ2[:, :, 0].sum(1, keepdim=True)
-            return torch.addcmul(shares_TJ2[:, :, 1] @ self.constants.float(), kept_T1, x_TD)
+            of_token_TJ, of_constant_TJ = shares_TJ2.unbind(2)
+            kept_T1 = copy_T1 + of_token_TJ.sum(1, keepdim=True)
+            # Float32 times the token as it is: of a wider copy autograd would keep the copy.
+            return torch.addcmul(of_constant_TJ @ self.constants.float(), kept_T1, x_TD)
 
 
 class ZeroComputationRouter(SoftmaxRouter):
@@ -80,7 +80,7 @@ class ZeroComputationRouter(SoftmaxRouter):
     def forward(self, x_TD: Tensor, before_TR: Tensor | None = None) -> Routing:
         """`before_TR`: the logits of the layer before."""
         with without_autocast(x_TD.device.type):
-            logits_TR = self.logits(x_TD.float())
+            logits_TR = self.logits(x_TD)
             before_TR = torch.zeros_like(logits_TR) if before_TR is None else before_TR.to(logits_TR.device)
             # For the first layer too: a parameter that some forward leaves out has no gradient to reduce.
             return self.with_rows(self.route(torch.addmm(logits_TR, before_TR, self.residual.float().t())))

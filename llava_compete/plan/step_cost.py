@@ -257,7 +257,7 @@ def _expert_products(
 
 
 class _JudgedOutput(torch.autograd.Function):
-    """Keeps what the loss's judgement keeps: also the tokens, of which a router in float32 keeps a copy of its own."""
+    """Keeps what the loss's judgement keeps: also the tokens, which the router keeps too."""
 
     @staticmethod
     def forward(ctx: Any, output_TO: Tensor, logits_TE: Tensor, x_TD: Tensor, subtracts_output: bool) -> Tensor:

@@ -47,10 +47,11 @@ def test_implementations_agree(implementation: str, router: str, output_size: in
     assert largest_error(other.grads, expected.grads) < 1e-5
 
 
+@pytest.mark.parametrize("router", ["softmax", "shared_softmax"])
 @pytest.mark.parametrize("implementation", ["eager", *OURS])
 @pytest.mark.parametrize("frozen", ["experts.up_proj", "experts.down_proj_bias", "router.weight", "experts"])
-def test_frozen_parameters_get_no_gradient_and_change_no_other(implementation: str, frozen: str) -> None:
-    block = make_block(experts_implementation=implementation, sizes=SIZES)
+def test_frozen_parameters_get_no_gradient_and_change_no_other(implementation: str, frozen: str, router: str) -> None:
+    block = make_block(router=router, num_experts_per_tok=3, experts_implementation=implementation, sizes=SIZES)
     x = torch.randn(2, 9, 16)
     expected = run_step(block, x).grads
     for name, parameter in block.named_parameters():
@@ -58,6 +59,27 @@ def test_frozen_parameters_get_no_gradient_and_change_no_other(implementation: s
     step = run_step(block, x)
     assert not any(name.startswith(frozen) for name in step.grads)
     assert largest_error(step.grads, {name: expected[name] for name in step.grads}) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("implementation", "competing"), [("eager", False), ("grouped_mm", False), ("dense", False), ("auto", True)]
+)
+def test_of_frozen_experts_neither_tokens_nor_hidden_states_are_kept(implementation: str, competing: bool) -> None:
+    """As autograd does it for a linear layer; their gradients alone would read them."""
+    kept = []
+    for trains in (True, False):
+        block = make_block(experts_implementation=implementation, sizes=SIZES)
+        block.experts.requires_grad_(trains)
+        storages: dict[int, int] = {}
+
+        def note(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
+            return tensor
+
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            run_step(block, torch.randn(2, 9, 16), competing=competing)
+        kept.append(sum(storages.values()))
+    assert kept[0] - kept[1] >= 2 * 18 * (16 + 32), "the two chosen experts' rows"
 
 
 @pytest.mark.parametrize("implementation", ["eager", *OURS, "batched_mm"])
@@ -159,8 +181,8 @@ STEPS = [*((router, False) for router in ROUTERS), ("competition", True)]
 @pytest.mark.parametrize("implementation", OURS)
 @pytest.mark.parametrize(("router", "competing"), STEPS)
 def test_bfloat16_keeps_no_float32_row_of_a_choice(router: str, competing: bool, implementation: str) -> None:
-    """Routing weights multiply in the activations' dtype. In float32 a step keeps tokens [T, D], for its router, and
-    numbers by expert."""
+    """Routing weights multiply in the activations' dtype, and routers keep tokens in theirs. In float32 a step keeps
+    numbers by expert; the output, [T, O], is this test's loss's."""
     block = make_block(router=router, num_experts_per_tok=3, experts_implementation=implementation, sizes=SIZES)
     kept: list[int] = []
 

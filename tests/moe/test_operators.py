@@ -205,9 +205,9 @@ LAUNCHES = {
     "bias_balanced": 50,
     "tc_moe": 84,
     "moe_plus_plus": 101,
-    "autonomy": 60,
+    "autonomy": 52,
     "competition": 45,
-    "competition step": 76,
+    "competition step": 75,
 }
 
 

@@ -22,6 +22,7 @@ from llava_compete.errors import UserError
 from llava_compete.language.templates import set_chat_template
 from llava_compete.language.tokenizer import train_byte_level_bpe
 from llava_compete.model.build import build_model
+from llava_compete.model.devices import usable_device
 from llava_compete.model.section import ModelSection
 from llava_compete.moe.config import MoeConfig
 
@@ -76,8 +77,10 @@ def bench_generate(
         raise UserError(
             f"--prompt-tokens: found {prompt_tokens}, expected more than the {num_image_tokens} of an image"
         )
-    if min(batch_size, new_tokens, rounds) < 1:
-        raise UserError("--batch-size, --new-tokens, --rounds: expected at least 1")
+    for name, number in (("batch-size", batch_size), ("new-tokens", new_tokens), ("rounds", rounds)):
+        if number < 1:
+            raise UserError(f"--{name}: found {number}, expected at least 1")
+    usable_device(device)
     torch.manual_seed(0)
     torch_dtype = getattr(torch, dtype)
     models = {

@@ -223,7 +223,8 @@ class _Optimizer:
                 copy.grad = None if parameter.grad is None else parameter.grad.float()
             adamw.step()
             for parameter, copy in group:
-                parameter.copy_(copy)
+                if parameter.dtype != copy.dtype:  # else it is the parameter itself
+                    parameter.copy_(copy)
                 copy.grad = parameter.grad = None
 
 

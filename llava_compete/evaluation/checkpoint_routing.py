@@ -27,6 +27,7 @@ from llava_compete.evaluation.routing_statistics import RoutingSums, sums_of
 from llava_compete.evaluation.spreading import spread
 from llava_compete.evaluation.token_choices import Patch, RowChoices, all_choices, choices_of, surest_patches
 from llava_compete.evaluation.winner_prediction import measure_prediction
+from llava_compete.model.devices import usable_device
 from llava_compete.moe.block import moe_blocks
 from llava_compete.processes import end_with_parent
 
@@ -77,7 +78,7 @@ def measure_checkpoint(
     path: Path, rows: Rows, options: MeasureOptions, progress: Callable[[int], Any] = lambda count: None
 ) -> CheckpointRouting:
     """Measure one checkpoint; `progress` is called with numbers of rows that are done."""
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(options.device)
     model, processor = load_for_inference(str(path), device, torch.float32)
     if model.model.vision_tower is None and any(rows[number].images for number in range(min(len(rows), 8))):
         raise UserError(f"{path}: has no vision tower, and the data have pictures")

@@ -20,6 +20,7 @@ from llava_compete.evaluation.config import EvalConfig
 from llava_compete.evaluation.routing_controls import Batch, measure_controls
 from llava_compete.evaluation.routing_data import Rows, batches_of, to_batch
 from llava_compete.evaluation.winner_prediction import measure_prediction
+from llava_compete.model.devices import usable_device
 from llava_compete.moe.metrics import RoutingMetrics
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def measure_routing(config: EvalConfig) -> dict[str, Any]:
         expert_use: by layer, shares that sum to 1; router_entropy: by layer, in nats; tokens: by layer, how many were
         measured; data: the tables.
     """
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(config.device, "device")
     model, processor = load_for_inference(config.checkpoint, device, torch.float32, adapter=config.adapter)
     halves: tuple[list[Batch], list[Batch]] = ([], [])
     for half, batch in _batches(config, processor, device):

@@ -1,6 +1,6 @@
 """What a recipe needs before a GPU is rented: parameters, memory a GPU by ZeRO stage, FLOPs, the largest micro-batch.
 
-Builds the model on the meta device and never downloads (`recipe.py`); what a step costs is `meta_step.py`'s.
+Builds the model on the meta device and never downloads (`recipe.py`); what a step costs is `step_cost.py`'s.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 from llava_compete.errors import UserError
 from llava_compete.language.chat_encoding import stop_token_ids
 from llava_compete.model.checkpoint import load_checkpoint
+from llava_compete.model.devices import usable_device
 from llava_compete.talk.routed import RoutedTokens, expert_use, routing_recorded
 from llava_compete.talk.sampling import Sampling
 
@@ -206,17 +206,9 @@ def load_talker(checkpoint: str, device: str | None = None, dtype: str | None = 
     """
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise UserError(f"--dtype: found {dtype!r}, expected float32, bfloat16 or float16")
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with _named_device(place):
-        torch.zeros(1, device=place).item()  # before weights are read
+    place = usable_device(device)  # before weights are read
     model, processor = load_checkpoint(checkpoint, dtype=None if dtype is None else getattr(torch, dtype))
-    with _named_device(place):
-        return Talker(model.to(place), processor)
-
-
-@contextmanager
-def _named_device(place: str) -> Iterator[None]:
     try:
-        yield
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device: {place!r} cannot be used: {str(error).splitlines()[0]}") from error
+        return Talker(model.to(place), processor)
+    except RuntimeError as error:
+        raise UserError(f"--device: {str(place)!r} cannot hold the model: {str(error).splitlines()[0]}") from error

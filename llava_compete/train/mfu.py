@@ -24,7 +24,10 @@ from llava_compete.train.config import PartTraining
 # Dense bf16 matrix products, FLOP/s, from the makers' data sheets; first match in the device's name.
 PEAK_BF16 = {
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -56,8 +57,22 @@ def test_of_many_experts_kept_pre_activations_leave_less_than_half_of_a_competit
 
 
 @pytest.mark.parametrize(
-    "option", ["--rounds 0", "--threads 0", "--shape 8 8 2 4", "--shape 8 8 5 2", "--shape 8 0 4 2"]
+    "words",
+    [
+        "moe --rounds 0",
+        "moe --threads 0",
+        "moe --shape 8 8 2 4",
+        "moe --shape 8 8 5 2",
+        "moe --shape 8 0 4 2",
+        "data --rows 31",
+        "generate --new-tokens 0",
+        "generate --device 'cuda:99'",
+        "judge --tokens 0",
+        "pictures --pages 0",
+        "train --repeats 0",
+    ],
 )
-def test_bad_numbers_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "moe", *option.split()]) == 2
-    assert f"{option.split()[0]}: found {option.split()[1]}" in capsys.readouterr().err
+def test_bad_arguments_are_refused(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *shlex.split(words)]) == 2
+    _, option, found, *_ = words.split()
+    assert f"{option}: found {found}" in capsys.readouterr().err

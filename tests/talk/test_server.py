@@ -368,7 +368,7 @@ def test_an_address_is_one_that_a_client_takes(host: str, shown: str) -> None:
     [
         ({"dtype": "float99"}, "--dtype: found 'float99'"),
         ({"dtype": "int8"}, "--dtype: found 'int8'"),
-        ({"device": "cuda:77"}, "--device: 'cuda:77' cannot be used"),
+        ({"device": "cuda:77"}, "--device: found 'cuda:77', expected a device that torch can use here"),
     ],
 )
 def test_what_weights_cannot_be_read_for_is_said_before(tmp_path: Any, options: Any, expected: str) -> None:

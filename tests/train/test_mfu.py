@@ -17,11 +17,20 @@ from llava_compete.errors import UserError
 from llava_compete.moe.block import moe_blocks
 from llava_compete.train.adapters import with_adapters
 from llava_compete.train.config import PartTraining
-from llava_compete.train.mfu import Utilisation, count_flops
+from llava_compete.train.mfu import Utilisation, count_flops, device_peak
 
 SHAPE = bench.Shape(16, 32, 2, 2, 64, 2, 16, "float32")
 SEEING = SHAPE._replace(tower=bench.Tower(8, 4, 12, 24, 6, 3), expert_parts=("vision", "language"))
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200 NVL", 835), ("NVIDIA T4", None)],
+)
+def test_cards_of_one_name_have_their_own_peaks(name: str, tera: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert device_peak(torch.device("cuda")) == (None if tera is None else tera * 1e12)
 
 
 def test_operations_are_six_a_parameter_and_token_and_four_where_frozen() -> None:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from llava_compete.errors import UserError
 from llava_compete.files import write_text
 
 
@@ -24,9 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure and print."""
-    from llava_compete.bench.data import make_rows, processor_for, run_bench, table
+    from llava_compete.bench.data import BATCH_SIZE, make_rows, processor_for, run_bench, table
     from llava_compete.bench.data_scale import run_scale
 
+    if arguments.rows < 2 * BATCH_SIZE:
+        # The first batch only starts the workers, and is not measured.
+        raise UserError(f"--rows: found {arguments.rows}, expected at least {2 * BATCH_SIZE}, two batches")
     with tempfile.TemporaryDirectory() as folder:
         result = run_bench(Path(folder), arguments.rows, workers=(1, 2))
         if arguments.scale:

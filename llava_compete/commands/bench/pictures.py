@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from llava_compete.errors import UserError
 from llava_compete.files import write_text
 
 
@@ -20,6 +21,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure and print."""
     from llava_compete.bench.pictures import run_bench
 
+    if arguments.pages < 1:
+        raise UserError(f"--pages: found {arguments.pages}, expected at least 1")
     result = run_bench(arguments.pages)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

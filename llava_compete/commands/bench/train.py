@@ -26,13 +26,16 @@ def run(arguments: argparse.Namespace) -> None:
 
     from llava_compete.bench.train import CPU_SHAPE, GPU_LIMIT, fit, run_bench
     from llava_compete.manifest import package_versions
+    from llava_compete.moe.allocator import keep_freed_memory
 
+    if arguments.repeats < 1:
+        raise UserError(f"--repeats: found {arguments.repeats}, expected at least 1")
     shape, device = CPU_SHAPE, torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda")
         shape = fit(min(GPU_LIMIT, torch.cuda.mem_get_info()[0]))
-    if arguments.repeats < 1:
-        raise UserError(f"--repeats: found {arguments.repeats}, expected at least 1")
+    else:
+        keep_freed_memory()  # as training does
     result = run_bench(shape, device, arguments.repeats)
     speeds, memory = result["tokens_per_second"], result["peak_mb"]
     experts = " and ".join(shape.expert_parts)

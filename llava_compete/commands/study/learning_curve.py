@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train what is missing and write the results."""
     from llava_compete.console import setup_console
+    from llava_compete.model.devices import usable_device
     from llava_compete.moe.allocator import keep_freed_memory
     from llava_compete.study import learning_curve
-    from llava_compete.study.routing.grid import device_of
 
     setup_console()
     keep_freed_memory()
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
         sizes=tuple(arguments.sizes or learning_curve.SIZES),
         seeds=arguments.seeds,
     )
-    result = learning_curve.run(settings, arguments.out, device_of(arguments.device))
+    result = learning_curve.run(settings, arguments.out, str(usable_device(arguments.device)))
     command = shlex.join(["llava-compete", *sys.argv[1:]])
     text = learning_curve.describe(result, command)
     write_json(arguments.out / "learning_curve.json", result | {"command": command})

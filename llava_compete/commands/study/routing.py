@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Train what is missing and write the results."""
     from llava_compete.console import setup_console
     from llava_compete.errors import UserError
+    from llava_compete.model.devices import usable_device
     from llava_compete.moe.allocator import keep_freed_memory
     from llava_compete.processes import usable_cores
     from llava_compete.study.routing import grid, plans, report
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     setup_console()
     if arguments.seeds is not None and arguments.seeds < 2:
         raise UserError(f"--seeds: found {arguments.seeds}, expected at least 2, for runs are compared over seeds")
-    device, out = grid.device_of(arguments.device), arguments.out
+    device, out = str(usable_device(arguments.device)), arguments.out
     workers = usable_cores() if device == "cpu" else 1
     if arguments.workers is not None:
         if arguments.workers < 1 or (device != "cpu" and arguments.workers > 1):

@@ -27,6 +27,7 @@ from llava_compete.evaluation.config import DTYPES
 from llava_compete.evaluation.generation_settings import GenerationSettings
 from llava_compete.evaluation.lmms.documents import FOLDER_VARIABLE, DocumentWriter
 from llava_compete.evaluation.lmms.task_mends import mend_tasks
+from llava_compete.model.devices import usable_device
 
 PADDING = "__padding_only__"  # lmms-eval's mark on requests that only even out the ranks
 MAX_ROUNDS = 64
@@ -64,7 +65,7 @@ class LlavaCompeteLmms(lmms):
             raise UserError(f"model_args: dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
         if device in (None, "cuda"):
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else device or "cpu"
-        self.device = torch.device(device)
+        self.device = usable_device(device, "model_args: device")
         on_cpu_float32 = torch.float32 if self.device.type == "cpu" else None
         torch_dtype = on_cpu_float32 if dtype == "auto" else getattr(torch, dtype)
         if competition_at_inference:

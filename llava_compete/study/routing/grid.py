@@ -213,10 +213,3 @@ def _keep(chunk: _Chunk, out: Path, result: Result, seconds: float) -> None:
         "seconds": before["seconds"] + seconds,
     }
     write_json(path, content)
-
-
-def device_of(name: str) -> str:
-    """The device if there is one; `UserError` else."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: found cuda, expected cpu, for torch finds no CUDA device")
-    return name

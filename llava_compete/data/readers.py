@@ -5,6 +5,7 @@ A new format is one function from a path to rows, and one line of `FORMATS`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ def _read_parquet(file: Path) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file, buffer_size=_PAGE_BUFFER, page_checksum_verification=True) as table:
+        if twice := [name for name, count in Counter(table.schema_arrow.names).items() if count > 1]:
+            raise ValueError(f"the column {twice[0]!r} stands twice")  # and only the last would be read
         size = sum(table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups))
         # By bytes: a batch of embedded images must stay far below the 2 GiB that a column of it can hold.
         rows = int(_BATCH_BYTES * table.metadata.num_rows / size) if size else 1

@@ -64,6 +64,12 @@ def test_unicode_line_separators_do_not_end_a_line(tmp_path: Path) -> None:
     assert list(read_rows(write(tmp_path / "rows.jsonl", content))) == rows
 
 
+def parquet_bytes(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -74,6 +80,7 @@ def test_unicode_line_separators_do_not_end_a_line(tmp_path: Path) -> None:
         ("mapping.json", b'{"rows": []}\n'),
         ("pretty.json", json.dumps(ROWS[0], indent=1).encode()),
         ("no.parquet", b"PAR1 hello PAR1"),
+        ("twice.parquet", parquet_bytes(pa.table([[1], [2]], ["id", "id"]))),
     ],
     ids=_by_name,
 )

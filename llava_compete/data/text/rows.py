@@ -26,6 +26,7 @@ from llava_compete.data.text.config import TextSection
 from llava_compete.data.text.sources import Document, digest, read_train, read_validation
 from llava_compete.errors import UserError
 from llava_compete.files import read_json_lines
+from llava_compete.language.piece_ids import piece_encoder
 
 _MARK_EVERY = 64  # rows of a stream between two marks
 Encode = Callable[[str], list[int]]
@@ -52,8 +53,13 @@ def encoder(tokenizer: Any) -> Encode:
     if end is None:
         raise UserError("the tokenizer has no end token (eos_token), which closes a document")
 
+    special, pieces = set(tokenizer.all_special_ids), piece_encoder(tokenizer)
+
     def encode(text: str) -> list[int]:
-        return [*tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"], end]
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        if not special.isdisjoint(ids):  # a unigram vocabulary spells "</s>" as the token, whatever it is told
+            (ids,) = pieces.encode(pieces.hide(text))
+        return [*ids, end]
 
     return encode
 

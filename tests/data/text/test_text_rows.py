@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from tokenizers_for_tests import make_tokenizer
+from tokenizers_for_tests import TOKENIZER_KINDS, make_tokenizer
 from torch.utils.data import DataLoader
 
 from llava_compete.data.text.batches import TextBatchSampler, TextCollator
@@ -53,11 +53,13 @@ def test_the_streams_hold_every_document_once_an_epoch(section, tokenizer, tmp_p
     assert set(found) == set(TEXTS)
 
 
-def test_special_token_strings_in_the_text_stay_text(tokenizer):
-    ids = encoder(tokenizer)("a <eos> and a <image> here")
-    assert ids.count(tokenizer.eos_token_id) == 1
+@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
+def test_special_token_strings_in_the_text_stay_text(kind):
+    tokenizer, text = make_tokenizer(kind, "plain"), "a <eos> and a <image> here</s> <s> or <unk> <pad>"
+    ids = encoder(tokenizer)(text)
+    assert [token for token in ids if token in tokenizer.all_special_ids] == [tokenizer.eos_token_id]
     assert ids[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(ids[:-1]) == "a <eos> and a <image> here"
+    assert tokenizer.decode(ids[:-1]) == text
 
 
 @pytest.mark.parametrize(("world", "micro", "shards"), [(1, 4, 8), (2, 4, 8), (4, 2, 8), (2, 2, 3), (8, 1, 1)])

@@ -110,7 +110,11 @@ def load_source(section: SourceSection, cache_dir: Path | None = None) -> Source
     if missing:
         convert_all(section, folder, missing)
         tables |= {path: open_table(path) for path in missing}
-    rows = Rows([table for path in paths if (table := tables[path]) is not None])
+    found = [table for path in paths if (table := tables[path]) is not None]
+    if len(found) < len(paths):
+        broken = next(path for path in paths if tables[path] is None)
+        raise UserError(f"data source {section.name!r}: {broken} was just written and cannot be opened")
+    rows = Rows(found)
     if len(rows) == 0:
         raise UserError(f"data source {section.name!r}: {section} holds no rows")
     relative = next((path for path in rows.image_paths() if not os.path.isabs(path)), None)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llava_compete.data import conversion, mapped_table
+from llava_compete.data import conversion, mapped_table, tables
 from llava_compete.data.config import SourceSection
 from llava_compete.data.tables import load_source
 from llava_compete.errors import UserError
@@ -100,6 +100,18 @@ def test_a_table_that_is_not_whole_is_made_again(
     assert list(load_source(section, tmp_path / "cache").rows) == expected
     assert table.read_bytes() == content
     assert "not a whole table" in caplog.text
+
+
+def test_tables_are_not_held_open_and_none_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source of more files than a process may open lost the rows of those beyond."""
+    section, before = shards(tmp_path / "data"), len(os.listdir("/proc/self/fd"))
+    source = load_source(section, tmp_path / "cache")
+    assert len(source.rows) == 9
+    assert len(os.listdir("/proc/self/fd")) == before
+    next((tmp_path / "cache").glob("*.arrow")).unlink()
+    monkeypatch.setattr(tables, "convert_all", lambda *_: None)  # as if what it wrote could not be opened
+    with pytest.raises(UserError, match=r"\.arrow was just written and cannot be opened"):
+        load_source(section, tmp_path / "cache")
 
 
 def test_left_over_partial_files_are_cleared(tmp_path: Path) -> None:

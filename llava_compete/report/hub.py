@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from llava_compete.errors import UserError
 from llava_compete.evaluation.checkpoint_facts import checkpoint_facts
 from llava_compete.files import read_json
 from llava_compete.model.card import model_card, recorded_data, write_card
-from llava_compete.model.checkpoint import own_files, read_config, read_weight_headers
+from llava_compete.model.checkpoint import MODEL, own_files, read_config, read_weight_headers
+
+_WEIGHTS = f"{MODEL}*.safetensors*"
 
 
 def push(checkpoint: Path, repo: str, evaluations: Sequence[Path] = (), private: bool = True) -> str:
     """Upload a checkpoint's own files (no run logs, no optimizer states) as one commit; returns its address.
+
+    Weights of an earlier upload that have other names now go with it; all else that is there stays.
 
     evaluations: directories of `llava-compete eval` whose scores the card shows; default: those inside the checkpoint.
     The hub and the token are huggingface_hub's (HF_ENDPOINT, HF_TOKEN or `hf auth login`).
@@ -31,13 +36,17 @@ def push(checkpoint: Path, repo: str, evaluations: Sequence[Path] = (), private:
     digest = checkpoint_facts(checkpoint)["sha256"] if given else None
     scores = [row for folder in given for row in read_scores(folder, digest)]
     write_card(checkpoint, model_card(config, repo, recorded_data(checkpoint), scores))
-    names = [path.name for path in own_files(checkpoint)]
+    files = {path.name: path for path in own_files(checkpoint)}
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo, folder_path=checkpoint, allow_patterns=names, commit_message=f"Upload {checkpoint.name}"
-        )
+        # transformers takes a single file before shards: those of an earlier upload would be loaded.
+        stale = [name for name in api.list_repo_files(repo) if fnmatch(name, _WEIGHTS) and name not in files]
+        operations: list[CommitOperationAdd | CommitOperationDelete] = []
+        operations += [CommitOperationDelete(name) for name in stale]
+        operations += [CommitOperationAdd(name, path) for name, path in files.items()]
+        # Not `upload_folder`: it cuts a long upload into several commits, between which files do not belong together.
+        commit = api.create_commit(repo, operations, commit_message=f"Upload {checkpoint.resolve().name}")
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, ValueError, OSError) as error:
         raise UserError(f"{repo}: not uploaded: {' '.join(str(error).split())[:400]}") from error
     return str(commit.commit_url)

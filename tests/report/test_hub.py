@@ -48,14 +48,19 @@ class Hub(BaseHTTPRequestHandler):
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     self.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+                elif entry["key"] == "deletedFile":
+                    del self.files[entry["value"]["path"]]
             address = f"http://{self.headers['Host']}/me/tiny/commit/abc"
             return self._answer(200, {"commitUrl": address, "commitOid": "abc", "commitMessage": "x", "success": True})
         return self._answer(200, {"errors": [], "warnings": []})
 
     def do_GET(self) -> None:
-        self._answer(200, {"id": "me/tiny", "sha": "abc", "siblings": [], "tags": [], "downloads": 0, "private": True})
+        if "/tree/" in self.path:
+            return self._answer(200, [{"type": "file", "path": n, "size": 1, "oid": "0" * 40} for n in self.files])
+        facts = {"id": "me/tiny", "sha": "abc", "siblings": [], "tags": [], "downloads": 0, "private": True}
+        return self._answer(200, facts)
 
-    def _answer(self, status: int, content: dict[str, Any]) -> None:
+    def _answer(self, status: int, content: Any) -> None:
         body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -129,10 +134,13 @@ def test_push_uploads_the_checkpoint_with_data_and_scores(
     tasks = {"digits": {"accuracy": 0.94, "chance": 0.1, "n": 400}}
     write_json(checkpoint / "eval" / "summary.json", {"checkpoint": facts, "tasks": tasks})
 
+    shards = {f"model-0000{n}-of-00002.safetensors" for n in (1, 2)} | {"model.safetensors.index.json"}
+    hub.files.update(dict.fromkeys({*shards, "notes.md"}, b"of an earlier upload"))
+
     assert main(["push", str(checkpoint), "me/tiny"]) == 0
     assert "/me/tiny/commit/abc" in capsys.readouterr().out
     assert hub.created[0]["name"] == "tiny"
-    assert set(hub.files) == own
+    assert set(hub.files) == {*own, "notes.md"}
     assert hub.files["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
     card = hub.files[CARD].decode()
     assert MARK in card

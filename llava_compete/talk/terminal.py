@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -102,7 +102,7 @@ class Terminal:
             raise UserError("/image: expected a file")
         if self.talker.processor.image_processor is None:
             raise UserError("/image: this model has no vision tower")
-        picture = self.talker.processor.image_processor.fetch_images(name)
+        picture = self.talker.processor.image_processor.fetch_images(os.path.expanduser(name))
         height, width = full_size(picture)
         self.pictures.append((name, picture))
         self._say(f"[{name}: {width}x{height}, shown with the next question]\n")
@@ -132,7 +132,7 @@ class Terminal:
         if not name:
             raise UserError("/save: expected a file")
         try:
-            write_json(Path(name), {"messages": list(self._saved()), "sampling": asdict(self.sampling)})
+            write_json(os.path.expanduser(name), {"messages": list(self._saved()), "sampling": asdict(self.sampling)})
         except OSError as error:
             raise UserError(f"/save: {name}: {error.strerror}") from error
         self._say(f"[saved to {name}]\n")

@@ -197,6 +197,9 @@ def test_libraries_that_hide_the_systems_error(write, wheels, tmp_path):
 def test_options_and_modules_are_checked_before_anything_is_downloaded(tmp_path, monkeypatch, capsys):
     assert main(["fetch", "smollm2", "--image-size", "70", "--out", str(tmp_path / "a")]) == 2
     assert "--image-size: smollm2 has no such option" in capsys.readouterr().err
+    assert main(["fetch", "dinov2", "--image-size", "100", "--out", str(tmp_path / "a")]) == 2
+    assert "--image-size: found 100, expected a multiple of the patch size 14" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
     target = Target("a", {"part": Package("pypi", "none", "1", "0", "MIT")}, print, modules=("no_such_module",))
     monkeypatch.setitem(catalogue.TARGETS, "dinov2", target)
     assert main(["fetch", "dinov2", "--out", str(tmp_path / "a")]) == 2

@@ -145,14 +145,18 @@ def converse(talker: Talker, *lines: str) -> tuple[Terminal, str]:
     return terminal, out.getvalue()
 
 
-def test_turns_pictures_and_settings_make_one_conversation(talker: Talker, picture: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("picture")
+def test_turns_pictures_and_settings_make_one_conversation(
+    talker: Talker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # `~`, which no shell has read here
     saved = tmp_path / "talk.json"
-    lines = ["/system be brief", f"/image {picture}", "what ?", "/set temperature=0.5", "and now ?", f"/save {saved}"]
+    lines = ["/system be brief", "/image ~/red.png", "what ?", "/set temperature=0.5", "and now ?", "/save ~/talk.json"]
     terminal, said = converse(talker, *lines, "/experts", "/quit", "never asked")
     content = json.loads(saved.read_text())
     roles = [message["role"] for message in content["messages"]]
     assert roles == ["system", "user", "assistant", "user", "assistant"]
-    assert content["messages"][1]["content"][0] == {"type": "image", "image": picture}
+    assert content["messages"][1]["content"][0] == {"type": "image", "image": "~/red.png"}
     assert content["sampling"]["temperature"] == 0.5
     assert "30x20" in said
     assert re.search(r"language\.1 +│ answer", said)

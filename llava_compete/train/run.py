@@ -167,30 +167,32 @@ def _run(config: TrainConfig, rank: Rank, allow_changed: bool) -> bool:
         how = config.training
         compile_layers(model, how.torch_compile_backend, how.torch_compile_mode)
     started = time.perf_counter()
-    with StopOnSignal(trainer), closing(watch):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.state.global_step < trainer.state.max_steps:
-        goes_on = "the same command goes on from here"
-        if config.training.save_only_model:
-            goes_on = "its checkpoint holds the model alone (training.save_only_model), and nothing goes on from it"
-        logger.info("stopped at step %d; %s", trainer.state.global_step, goes_on)
-        return False
-    _save_final(config, trainer, rank)
-    if rank.is_main:
-        summary = {
-            "stage": config.stage,
-            "train_seconds": time.perf_counter() - started,
-            "steps": trainer.state.global_step,
-            "tokens": steps.tokens,
-            "samples": steps.samples,
-            "competition_steps": competition.count(trainer.state.max_steps),
-            "competition_overhead": steps.competition_overhead(),
-        }
-        watch.write_end(summary)
-        checkpoints.write_finished(config.output_dir, {**summary, **record(config, moe, trainer.mark["identity"])})
-        if (overhead := summary["competition_overhead"]) is not None:
-            logger.info("competitions added %.1f%% to the step time", 100 * overhead)
-        logger.info("%s: wrote the %s model to %s", config.stage, config.stage, config.output_dir)
+    with StopOnSignal(trainer):
+        with closing(watch):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.state.global_step < trainer.state.max_steps:
+            goes_on = "the same command goes on from here"
+            if config.training.save_only_model:
+                goes_on = "its checkpoint holds the model alone (training.save_only_model), and nothing goes on from it"
+            logger.info("stopped at step %d; %s", trainer.state.global_step, goes_on)
+            return False
+        # Told to stop from here on, it finishes all the same: without checkpoints all would be lost.
+        _save_final(config, trainer, rank)
+        if rank.is_main:
+            summary = {
+                "stage": config.stage,
+                "train_seconds": time.perf_counter() - started,
+                "steps": trainer.state.global_step,
+                "tokens": steps.tokens,
+                "samples": steps.samples,
+                "competition_steps": competition.count(trainer.state.max_steps),
+                "competition_overhead": steps.competition_overhead(),
+            }
+            watch.write_end(summary)
+            checkpoints.write_finished(config.output_dir, {**summary, **record(config, moe, trainer.mark["identity"])})
+            if (overhead := summary["competition_overhead"]) is not None:
+                logger.info("competitions added %.1f%% to the step time", 100 * overhead)
+            logger.info("%s: wrote the %s model to %s", config.stage, config.stage, config.output_dir)
     return True
 
 
@@ -229,7 +231,6 @@ def _begin(
                 refuse_to_begin_again(config)
             else:
                 logger.info("%s: going on from %s", config.stage, start.checkpoint.name)
-            checkpoints.clear_finished(config.output_dir)
             check_space(config.output_dir, written(trainer.model, arguments), arguments, total)
             if start.checkpoint is not None and start.resharded and identity["zero_stage"]:
                 if max(start.expert_parallel, trainer.expert_ranks) > 1:
@@ -237,6 +238,7 @@ def _begin(
                     merge_experts(start.checkpoint, names, start.expert_parallel)
                 else:
                     universal.convert(start.checkpoint)
+            checkpoints.clear_finished(config.output_dir)
             trainer.mark = {"identity": identity, "plan": start.plan._asdict(), "changes": start.changes}
             _describe(config, trainer, data, moe)
     start = of_main(start)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,26 @@ def test_killed_in_the_last_save(
     assert checkpoints.read_finished(tmp_path / "out") is None
     out = run_stage_here(config)
     _assert_equal(straight, out)
+
+
+def test_a_stage_that_is_told_to_stop_in_its_last_save_finishes(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run._save_final
+
+    def told(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        plain(*arguments)
+
+    monkeypatch.setattr(run, "_save_final", told)
+    before = signal.signal(signal.SIGTERM, fail)
+    training = {"max_steps": 1, "save_strategy": "no"}
+    try:
+        out = run_stage_here(stage_config("pretrain_align", data, tmp_path, training=training, deepspeed=None))
+        assert signal.getsignal(signal.SIGTERM) is fail
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert checkpoints.read_finished(out) is not None
 
 
 def _assert_equal(straight: Path, out: Path) -> None:

@@ -272,12 +272,23 @@ def test_warmup_stable_decay_is_extended_before_its_decay(start: Path, tmp_path:
         assert rate == pytest.approx(expected.get_last_lr()[0]), rates
 
 
-def test_an_extended_run_equals_one_that_was_long_from_the_start(start: Path, tmp_path: Path) -> None:
-    """With a constant rate and no competitions nothing depends on the length."""
+def test_an_extended_run_equals_one_that_was_long_from_the_start(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a constant rate and no competitions nothing depends on the length. What is refused changes nothing."""
+
+    def refuse(*_: Any) -> None:
+        raise UserError("no room")
+
     short = _stage(start, tmp_path / "short", max_steps=4)
     run_stage_here(short)
     with pytest.raises(UserError, match="checkpoint-4: has trained 4 steps, found 3 as the run's whole length"):
         run_stage_here(_changed(short, "training.max_steps", 3))
+    monkeypatch.setattr(run, "check_space", refuse)
+    with pytest.raises(UserError, match="no room"):
+        run_stage_here(_changed(short, "training.max_steps", 7))
+    monkeypatch.undo()
+    assert checkpoints.read_finished(tmp_path / "short") is not None
     extended = run_stage_here(_changed(short, "training.max_steps", 7))
     straight = run_stage_here(_stage(start, tmp_path / "long", max_steps=7))
     for one, other in zip(read_metrics(straight), read_metrics(extended), strict=True):

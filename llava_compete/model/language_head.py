@@ -16,11 +16,22 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from llava_compete.errors import UserError
 
 
+class _Output(MoeModelOutputWithPast):
+    """With all that some family's causal LM hands on."""
+
+    cross_attentions = None  # of GPT-2 and its like
+
+
 class _Done(nn.Module):
     """Stands where the causal LM has its layers, which have run: hands on what it is given as hidden states."""
 
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Output:
+        return _Output(last_hidden_state=inputs_embeds)
+
+    @property
+    def decoder(self) -> _Done:
+        """OPT's layers lie in a module of this name below its layers."""
+        return self
 
 
 class LanguageHead:

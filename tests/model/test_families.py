@@ -76,13 +76,19 @@ OWN_EXPERTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": EXPERTS,
     "qwen3_next": {**EXPERTS, "shared_expert_intermediate_size": 16, **LINEAR_ATTENTION},
 }
+WITHOUT_ROW: dict[str, dict[str, Any]] = {
+    "gpt2": {**dict.fromkeys(SMALL), "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "opt": {"num_key_value_heads": None, "intermediate_size": None, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "xglm": {**dict.fromkeys(SMALL), "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4}
+    | {"max_position_embeddings": 256},
+}
 IDS = torch.randint(5, 300, (2, 40), generator=torch.Generator().manual_seed(2))
 DENSE = [name for name, family in FAMILIES.items() if family.mlp is not None]
 
 
 def family_model(family: str) -> tuple[Any, Any]:
     """A tiny model of a family in eval mode, every parameter of its language model random, norms and biases too."""
-    values = {**SMALL, "model_type": family, **(FAMILY_OPTIONS | OWN_EXPERTS)[family]}
+    values = {**SMALL, "model_type": family, **(FAMILY_OPTIONS | OWN_EXPERTS | WITHOUT_ROW)[family]}
     model, processor = tiny_model(language=values)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -116,6 +122,20 @@ def test_text_logits_are_the_models_own_and_the_upcycled_ones(family: str, tmp_p
         upcycled = load_checkpoint(tmp_path / "moe")[0]
         torch.testing.assert_close(upcycled(input_ids=IDS).logits, own, rtol=1e-5, atol=1e-5)
     assert list(moe_blocks(upcycled)) == ["language.0", "language.1"]
+
+
+@pytest.mark.parametrize("family", WITHOUT_ROW)
+def test_language_models_without_a_row(family: str) -> None:
+    """Dense ones of any family answer as transformers' own, packed too."""
+    model, _ = family_model(family)
+    with torch.no_grad():
+        own = own_logits(model)
+        torch.testing.assert_close(model(input_ids=IDS).logits, own, rtol=1e-5, atol=1e-5)
+        ranks = torch.tensor([[0] * 40 + [1] * 40])
+        packed = model(input_ids=IDS.reshape(1, 80), sequence_ids=ranks).logits
+        torch.testing.assert_close(packed.reshape(own.shape), own, rtol=1e-5, atol=1e-5)
+        written = model.generate(IDS[:, :8], max_new_tokens=2, do_sample=False, eos_token_id=None, suppress_tokens=None)
+    assert written.shape == (2, 10)
 
 
 def test_the_dense_mlps_dropout_is_the_blocks() -> None:

@@ -93,8 +93,8 @@ def full_plan(seeds: int = 30) -> Plan:
         (
             (facts, _FIRST_RULES, (1.0,)),
             (_TEACHERS, _FIRST_RULES, (1.0,)),
+            (("bytes", "facts_64"), _FIRST_RULES, (1.0,)),
             ((*facts, *_TEACHERS), _SECOND_RULES, (1.0,)),
-            (("facts_64", "bytes"), _FIRST_RULES, (1.0,)),
             ((*facts, *_TEACHERS), every, (2.0, 3.0)),
             (("facts_64", "bytes"), every, (1.0, 2.0)),
             (("facts_64",), every, (3.0,)),

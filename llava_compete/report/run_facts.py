@@ -19,8 +19,8 @@ _MOST_STAGES = 16  # between a mixture and its dense parent
 @dataclass
 class RunFacts:
     """name: how the report calls it; checkpoint: None for a run without a finished model; steps: lines of metrics.jsonl
-    with a loss; evaluation: summary.json; units: by task; dense_parent: of a mixture, the model that was upcycled, as
-    far as the run's own record leads to it."""
+    with a loss; evaluation: "tasks" of its evaluations' summary.json; units: by task; dense_parent: of a mixture, the
+    model that was upcycled, as far as the run's own record leads to it."""
 
     name: str
     path: Path
@@ -47,13 +47,17 @@ def find_runs(paths: list[Path], evaluations: list[Path]) -> list[RunFacts]:
         if parent is not None and parent.resolve() not in given:
             run.dense_parent = _run(parent)
     known = [*runs, *(run.dense_parent for run in runs if run.dense_parent is not None)]
+    seen: dict[tuple[int, str], Path] = {}
     for directory in evaluations:
         checkpoint = _summary(directory)["checkpoint"]["path"]
         of = [run for run in known if run.checkpoint is not None and _is_same(run.checkpoint, Path(checkpoint))]
         if not of:
             raise UserError(f"{directory}: evaluates {checkpoint}, which is none of the runs given or their parents")
         for run in of:
-            _add_evaluation(run, directory)
+            for task in _add_evaluation(run, directory):
+                before = seen.setdefault((id(run), task), directory)
+                if before != directory:
+                    raise UserError(f"{directory}: has task {task!r} of {run.name}, as {before} has; give one of them")
     return runs
 
 
@@ -90,7 +94,8 @@ def _with_nan(line: dict[str, Any]) -> dict[str, Any]:
 
 def with_checkpoints(path: Path) -> list[Path]:
     """The whole checkpoints that a stage has kept, oldest first, and its result."""
-    kept = [child for child in path.glob("checkpoint-*") if (child / "config.json").is_file()]
+    numbered = [child for child in path.glob("checkpoint-*") if child.name.rpartition("-")[2].isdecimal()]
+    kept = [child for child in numbered if (child / "config.json").is_file()]
     if not kept:
         raise UserError(f"{path}: no checkpoint-* with a whole model (a stage of adapters keeps only these)")
     return [*sorted(kept, key=lambda child: int(child.name.rpartition("-")[2])), path]
@@ -145,10 +150,14 @@ def _is_same(one: Path, other: Path) -> bool:
     return one.resolve() == other.resolve() or (not other.exists() and one.name == other.name)
 
 
-def _add_evaluation(run: RunFacts, directory: Path) -> None:
-    run.evaluation = _summary(directory)
-    units = {task: read_units(directory, task) for task in run.evaluation["tasks"]}
-    run.units = {task: found for task, found in units.items() if found}  # a perplexity has no scores of single samples
+def _add_evaluation(run: RunFacts, directory: Path) -> list[str]:
+    """The tasks that it has; one that the run had from elsewhere gives way."""
+    tasks = _summary(directory)["tasks"]
+    units = {task: read_units(directory, task) for task in tasks}
+    units = {task: found for task, found in units.items() if found}  # a perplexity has no scores of single samples
+    run.evaluation = {"tasks": {**(run.evaluation or {"tasks": {}})["tasks"], **tasks}}
+    run.units = {**run.units, **units}
+    return list(units)
 
 
 @dataclass(frozen=True)

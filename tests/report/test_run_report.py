@@ -36,10 +36,10 @@ def stage(folder: Path, parent: Path | None, moe: Any, loads: dict[str, list[flo
     return folder
 
 
-def evaluation(folder: Path, of: Path, right: int) -> Path:
+def evaluation(folder: Path, of: Path, right: int, task: str = "emoji") -> Path:
     """20 questions, of which so many are right."""
-    write_units(folder, "emoji", [Unit(str(n), float(n < right), 1, "kind", "a", "a") for n in range(20)])
-    tasks = {"emoji": {"accuracy": right / 20, "chance": 0.1, "blind": 0.3, "n": 20}}
+    write_units(folder, task, [Unit(str(n), float(n < right), 1, "kind", "a", "a") for n in range(20)])
+    tasks = {task: {"accuracy": right / 20, "chance": 0.1, "blind": 0.3, "n": 20}}
     write_json(folder / "summary.json", {"checkpoint": {"path": str(of)}, "tasks": tasks})
     return folder
 
@@ -75,6 +75,12 @@ def test_evaluations_elsewhere_are_given(sft: Path, tmp_path: Path) -> None:
     assert run.dense_parent is not None
     assert list(run.dense_parent.units) == ["emoji"]
     assert not run.units
+    others = evaluation(tmp_path / "others", tmp_path / "pft", 5, task="digits")
+    (run,) = find_runs([sft], [tmp_path / "there", others])
+    assert run.dense_parent is not None
+    assert list(run.dense_parent.units) == ["emoji", "digits"]
+    with pytest.raises(UserError, match=r"again: has task 'emoji' of pft, as .*there has"):
+        find_runs([sft], [tmp_path / "there", evaluation(tmp_path / "again", tmp_path / "pft", 5)])
     write_units(tmp_path / "there", "text", [])  # a perplexity: no scores of single samples
     summary = json.loads((tmp_path / "there" / "summary.json").read_text())
     summary["tasks"]["text"] = {"accuracy": None, "n": 3}
@@ -140,7 +146,7 @@ class Kept(Page):
 def test_checkpoints_come_in_the_order_of_their_steps(sft: Path) -> None:
     with pytest.raises(UserError, match=r"sft: no checkpoint-\* with a whole model"):
         with_checkpoints(sft)
-    for step in (10, 9):
+    for step in (10, 9, "best"):  # the last is a copy by hand
         stage(sft / f"checkpoint-{step}", None, {"language": {}})
     (sft / "checkpoint-11").mkdir()  # of adapters alone
     assert with_checkpoints(sft) == [sft / "checkpoint-9", sft / "checkpoint-10", sft]

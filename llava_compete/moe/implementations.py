@@ -20,6 +20,7 @@ from transformers.integrations.sonicmoe import is_sonicmoe_loadable
 
 from llava_compete.errors import UserError
 from llava_compete.moe.all_experts import AllExpertsDown, AllExpertsUp
+from llava_compete.moe.gated import gated_product
 from llava_compete.moe.grouped import DispatchUp, DownCombine, aligned, fits_grouped_mm
 from llava_compete.moe.looped import grouped_linear
 from llava_compete.moe.pairs import Combine, Dispatch, Pairs
@@ -66,8 +67,7 @@ class ExpertWeights:
         self.config = SimpleNamespace(hidden_act=activation)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.gate_dropout(self.act_fn(gate) * up)
+        return self.gate_dropout(gated_product(gate_up, self.act_fn, self.config.hidden_act))
 
     def activate(self, up: Tensor) -> Tensor:
         """Pre-activations [..., M] -> hidden states [..., I]."""

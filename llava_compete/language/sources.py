@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from llava_compete.errors import UserError, did_you_mean, nearest
+from llava_compete.language.chat_encoding import stop_token_ids
 from llava_compete.language.config import LanguageModelSection, TokenizerSection
 from llava_compete.language.gguf import gguf_options, set_pre_tokenizer
 from llava_compete.language.interface import refuse_unusable
@@ -183,6 +184,8 @@ def load_tokenizer(
         set_chat_template(tokenizer, chat_template)
     else:
         choose_chat_template(tokenizer, text_config.model_type)
+    if tokenizer.pad_token is None:  # nor an end token, which would stand for it
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer)[0])
     return tokenizer
 
 

@@ -5,9 +5,12 @@ import logging
 
 import pytest
 from tokenizers_for_tests import make_tokenizer
+from transformers import LlamaConfig
 
 from llava_compete.errors import UserError
 from llava_compete.language.chat_encoding import encode_conversation, stop_token_ids
+from llava_compete.language.config import LanguageModelSection
+from llava_compete.language.sources import load_tokenizer
 from llava_compete.language.templates import TEMPLATES, choose_chat_template, read_template, set_chat_template
 
 VICUNA = (
@@ -246,3 +249,10 @@ def test_every_template_has_marks_for_other_trainers():
         learnt = [index for index, label in enumerate(ours.labels) if label != -100]
         if name != "plain":
             assert [index for index, mask in enumerate(theirs["assistant_masks"]) if mask] == learnt
+
+
+def test_a_tokenizer_without_end_and_pad_pads_with_the_end_of_a_turn():
+    tokenizer = copy.deepcopy(make_tokenizer("byte_bpe", "chatml"))
+    tokenizer.pad_token = tokenizer.eos_token = None
+    loaded = load_tokenizer(LanguageModelSection(name="x"), None, LlamaConfig(), trained=tokenizer)
+    assert (loaded.eos_token, loaded.pad_token) == (None, "<|im_end|>")

@@ -215,6 +215,17 @@ def test_bad_commands_are_one_line(
     assert error.count("\n") == 1
 
 
+def test_the_command_goes_on_behind_a_line_that_is_not_utf8(
+    talker: Talker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_checkpoint(talker.model, talker.processor, tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 ?\nhow many ?\n"), encoding="utf-8"))
+    assert main(["chat", str(tmp_path), "--max-new-tokens", "2"]) == 0
+    said = capsys.readouterr().out
+    assert r"caf\udce9 ?': bytes that are not UTF-8" in said
+    assert said.count("2 tokens: the limit") == 1
+
+
 class PseudoTerminal:
     """A process whose standard streams are a terminal."""
 

@@ -8,6 +8,7 @@ In a conversation /help lists the commands.
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -47,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
         result = once(talker, sampling, arguments.system, arguments.image, arguments.prompt)
         sys.stdout.write(dumps(result) if arguments.json else result["answer"] + "\n")
         return 0
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # for `Terminal` to refuse the line and go on
     if sys.stdin.isatty():
         import readline  # noqa: F401 - editing and history of what is typed
 

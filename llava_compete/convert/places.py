@@ -19,10 +19,11 @@ def directory_of(source: str | Path, key: str = "") -> Path:
     if Path(source).exists() or str(source).count("/") != 1 or str(source).startswith((".", "/")):
         raise UserError(f"{named}: no such directory")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+
+    from llava_compete.model.hub_errors import HUB_ERRORS
 
     try:
         return Path(snapshot_download(str(source)))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        line = str(error).strip().splitlines()[0]
+    except HUB_ERRORS as error:
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{named}: no such directory, and not to be had from the hub: {line}") from error

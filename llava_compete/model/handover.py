@@ -28,6 +28,7 @@ from llava_compete.model.checkpoint import (
     save_checkpoint,
 )
 from llava_compete.model.dtypes import cast
+from llava_compete.model.hub_errors import HUB_ERRORS
 from llava_compete.model.modeling import LlavaCompeteForConditionalGeneration
 from llava_compete.model.processor import LlavaCompeteProcessor
 from llava_compete.model.section import ModelSection
@@ -45,7 +46,9 @@ def language_headers(name: str) -> dict[str, TensorFacts]:
         if gguf_options(name):
             return {}
         return {causal_name(key): facts for key, facts in read_weight_headers(directory).items()}
-    except (UserError, OSError, ValueError):  # transformers' own loader then finds them, or says what is wrong
+    except UserError:  # transformers' own loader then finds them, or says what is wrong
+        return {}
+    except HUB_ERRORS:
         return {}
 
 

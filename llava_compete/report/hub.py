@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from llava_compete.errors import UserError
 from llava_compete.evaluation.checkpoint_facts import checkpoint_facts
 from llava_compete.files import read_json
 from llava_compete.model.card import model_card, recorded_data, write_card
 from llava_compete.model.checkpoint import MODEL, own_files, read_config, read_weight_headers
+from llava_compete.model.hub_errors import HUB_ERRORS
 
 _WEIGHTS = f"{MODEL}*.safetensors*"
 
@@ -47,7 +47,7 @@ def push(checkpoint: Path, repo: str, evaluations: Sequence[Path] = (), private:
         operations += [CommitOperationAdd(name, path) for name, path in files.items()]
         # Not `upload_folder`: it cuts a long upload into several commits, between which files do not belong together.
         commit = api.create_commit(repo, operations, commit_message=f"Upload {checkpoint.resolve().name}")
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, ValueError, OSError) as error:
+    except HUB_ERRORS as error:
         raise UserError(f"{repo}: not uploaded: {' '.join(str(error).split())[:400]}") from error
     return str(commit.commit_url)
 

@@ -165,3 +165,6 @@ def test_a_hub_that_refuses_is_one_line(
     assert "me/tiny: not uploaded" in error
     assert "401" in error
     assert not hub.files
+    monkeypatch.setattr(hub_constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    assert main(["push", str(checkpoint), "me/tiny"]) == 2
+    assert capsys.readouterr().err.startswith("error: me/tiny: not uploaded: ")

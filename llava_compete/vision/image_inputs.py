@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import http.client
 import os
 import urllib.error
 import urllib.parse
@@ -109,7 +110,7 @@ def _download(url: str) -> bytes:
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
             content: bytes = response.read(_MAX_DOWNLOAD + 1)
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         raise BadImageError("image_missing", f"{url}: cannot be fetched: {error}") from error
     if len(content) > _MAX_DOWNLOAD:
         raise BadImageError("image_too_large", f"{url}: more than {_MAX_DOWNLOAD >> 20} MiB")

@@ -113,7 +113,7 @@ def test_bad_pictures_are_named_whatever_the_way_in(tmp_path: Path, web: tuple[P
     cases = {
         "image_truncated": [half, base64.b64encode(half).decode(), Image.open(io.BytesIO(half))],
         "image_unreadable": [b"<html>", "data:text/html,hello", "data:image/png;base64,@@@", tmp_path / "pipe.png"],
-        "image_missing": [str(tmp_path / "gone.png"), f"{web[1]}/gone.png", "x!", "!" * 100_000],
+        "image_missing": [str(tmp_path / "gone.png"), f"{web[1]}/gone.png", f"{web[1]}/a b.png", "x!", "!" * 100_000],
         "image_empty": [b"", "", Image.new("RGB", (0, 5))],
     }
     for kind, images in cases.items():

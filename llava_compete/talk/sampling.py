@@ -25,6 +25,7 @@ class Sampling:
             "temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or more"),
             "top_p": (0 < self.top_p <= 1, "more than 0 and at most 1"),
             "top_k": (self.top_k >= 0, "0 (all) or more"),
+            "seed": (self.seed is None or -(2**63) <= self.seed < 2**64, "a number of 64 bits"),
         }
         for key, (holds, expected) in rules.items():
             if not holds:

@@ -170,6 +170,7 @@ def test_turns_pictures_and_settings_make_one_conversation(
         ("/set temperature=hot", r"error: temperature: found 'hot', expected a number"),
         ("/set temprature=1", r"error: unknown setting .*temperature"),
         ("/set top_p=0", r"error: top_p: found 0\.0, expected more than 0"),
+        (f"/set seed={10**30}", r"error: seed: found 10*, expected a number of 64 bits"),
         ("/experts", r"error: /experts: nothing is answered yet"),
         ("/nosuch", r"error: unknown command /nosuch; there are /image"),
         ("word " * 300, r"error: the conversation has"),

@@ -53,12 +53,19 @@ def write_figure(path: str | Path, figure: Any, dpi: int) -> None:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill, which takes its place when all is written; what a killed run left is dropped."""
+    """A directory to fill, which takes its place when all is written.
+
+    What is left of one that fails goes, as what a kill left of an earlier one: half a model may have filled the disk.
+    """
     partial = path.with_name(path.name + PARTIAL)
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if path.exists():
         path.rmdir()
     partial.rename(path)

@@ -68,7 +68,9 @@ def test_figures_and_folders_are_whole_or_absent(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match="No space left"):
         fill_half()
-    assert not (tmp_path / "b").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    (tmp_path / "b.partial").mkdir()
+    (tmp_path / "b.partial" / "of a kill").touch()
     with new_directory(tmp_path / "b") as partial:
         (partial / "whole").touch()
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.png", "b", "whole"]

@@ -53,11 +53,12 @@ def encoder(tokenizer: Any) -> Encode:
     if end is None:
         raise UserError("the tokenizer has no end token (eos_token), which closes a document")
 
-    special, pieces = set(tokenizer.all_special_ids), piece_encoder(tokenizer)
+    special = set(tokenizer.all_special_ids)
 
     def encode(text: str) -> list[int]:
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         if not special.isdisjoint(ids):  # a unigram vocabulary spells "</s>" as the token, whatever it is told
+            pieces = piece_encoder(tokenizer)
             (ids,) = pieces.encode(pieces.hide(text))
         return [*ids, end]
 

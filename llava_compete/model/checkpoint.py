@@ -20,7 +20,7 @@ from llava_compete.model.processor import LlavaCompeteProcessor
 
 # Beside a model in a `checkpoint-*`: what a run goes on from, and by what it knows that all is there.
 _OF_A_RUN = (
-    "*.pt", "*.pth", "*.bin", "complete.json", "trainer_state.json", "answer_means.safetensors", "zero_to_fp32.py",
+    "*.pt", "*.pth", "*.bin", "complete.json", "trainer_state.json", "answer_means.safetensors", "zero_to_*.py",
     "latest", "latest_universal", ".*",
 )  # fmt: skip
 CHUNK_BYTES = 16 * 1024**2  # of a file that is mapped at once

@@ -91,7 +91,7 @@ def test_nothing_of_the_parents_run_comes_along(dense: Path, tmp_path: Path) -> 
     for name in ("eval_digits/summary.json", "report/report.html", "global_step4/x.pt", "run/manifest.json"):
         (dense / name).parent.mkdir()
         (dense / name).touch()
-    for name in ("optimizer.pt", "rng_state.pth", "trainer_state.json", "complete.json", "latest"):
+    for name in ("optimizer.pt", "rng_state.pth", "trainer_state.json", "complete.json", "latest", "zero_to_torch.py"):
         (dense / name).touch()
     (dense / "README.md").write_text("a dense model of mine")
     (dense / "LICENSE").touch()

@@ -24,7 +24,7 @@ from llava_compete.moe.terms import ROUTERS
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32}
 # Of a step in float32 with biases; a launch costs a GPU's host 5 to 15 microseconds.
-MOST_OPERATORS = {"router": 92, "competition step": 112, "tc_moe": 131, "moe_plus_plus": 150, "autonomy": 110}
+MOST_OPERATORS = {"router": 92, "competition step": 112, "tc_moe": 132, "moe_plus_plus": 150, "autonomy": 110}
 STEPS = [
     *((router, False, implementation) for router in ROUTERS for implementation in ("grouped_mm", "dense")),
     ("competition", True, "grouped_mm"),

@@ -40,7 +40,9 @@ def talker() -> Talker:
 def address(talker: Talker) -> Iterator[str]:
     listening = listening_at.listen("127.0.0.1", 0)
     limits = Limits(max_new_tokens=180, images=2, image_mib=0.1, megapixels=0.02)
-    running = uvicorn.Server(uvicorn.Config(server.build_app(talker, "tiny", limits, KEY), log_level="warning"))
+    # On a busy machine the pauses between two requests can be longer than the 5 s after which it closes a connection.
+    config = uvicorn.Config(server.build_app(talker, "tiny", limits, KEY), log_level="warning", timeout_keep_alive=60)
+    running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
     thread.start()
     host, port = listening.getsockname()

@@ -84,8 +84,8 @@ def combine_rows(y_PO: Tensor, pairs: Pairs, weights_TK: Tensor) -> tuple[Tensor
 def spread_rows(x_TH: Tensor, pairs: Pairs, weights_TK: Tensor) -> Tensor:
     """[P, H]: the row of each pair's token times the pair's weight; what `combine_rows` does backwards."""
     if not is_gpu(x_TH):  # one tensor of this size, not two, for one small gather more
-        weights_P = weights_TK.flatten().index_select(0, pairs.order_P)
-        return x_TH.index_select(0, pairs.token_P).mul_(weights_P.unsqueeze(1))
+        weights_P1 = weights_TK.reshape(-1, 1).index_select(0, pairs.order_P)
+        return x_TH.index_select(0, pairs.token_P).mul_(weights_P1)
     rows_TKH = x_TH[:, None] * weights_TK[:, :, None]
     return rows_TKH.flatten(0, 1).index_select(0, pairs.order_P)
 
